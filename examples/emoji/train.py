@@ -1,0 +1,268 @@
+"""Train the emoji model from nothing: four steps, about 2.5 hours on 2 CPU cores.
+
+    python examples/emoji/train.py                # -> examples/emoji/checkpoint
+    python examples/emoji/train.py --quick --out /tmp/tiny --work /tmp/work    # all four steps, tiny, in minutes
+
+1. SigLIP: contrastive learning of names and pictures; its vision tower gives the visual tokens.
+2. VPiT stage 1: the projector alone, on understanding data.
+3. VPiT stage 2: projector, language model and vision head, on all tasks.
+4. Visualizer: a VAE, and a U-Net that paints visual tokens.
+
+A step that is finished is not run again; one that was interrupted goes on from its last checkpoint. `--work` holds them.
+"""
+
+import argparse
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from emoji_pictures import encode_pictures, load_pictures
+from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
+from evaluate import draw, rank_of_answer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from train_siglip import train_siglip
+from train_visualizer import train_unet, train_vae
+from transformers import (
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionModel,
+    TrainerCallback,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from metamorph_hf import (
+    MetaMorphConfig,
+    MetaMorphForConditionalGeneration,
+    MetaMorphPipeline,
+    MetaMorphProcessor,
+    VPiTConfig,
+    VPiTTrainer,
+)
+from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
+
+
+HERE = Path(__file__).parent
+NUM_IMAGE_TOKENS = 16
+VOCABULARY = 4096
+SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
+STEPS = {"siglip": 900, "projector": 60, "full": 2400, "vae": 1200, "unet": 2400}
+QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "vae": 3, "unet": 3}
+
+
+def build_tokenizer(texts) -> PreTrainedTokenizerFast:
+    """A lower-casing byte-level BPE of a few thousand tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        extra_special_tokens=SPECIAL_TOKENS[2:],
+        padding_side="left",
+        model_max_length=512,
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> MetaMorphProcessor:
+    image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
+    return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS)
+
+
+def build_model(
+    processor: MetaMorphProcessor, tower: SiglipVisionModel, quick: bool
+) -> MetaMorphForConditionalGeneration:
+    """A Llama of 6 M parameters around the trained vision tower."""
+    tokenizer = processor.tokenizer
+    width, depth = (32, 2) if quick else (256, 6)
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=max(1, width // 64),
+        num_key_value_heads=max(1, width // 64),
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = MetaMorphConfig(
+        text_config=text_config,
+        vision_config=tower.config,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_token_id=processor.image_token_id,
+        image_start_token_id=processor.image_start_token_id,
+        image_end_token_id=processor.image_end_token_id,
+        # Half of the time the picture so far says little, so that what to draw is learned from the words.
+        visual_token_noise=6.0,
+    )
+    model = MetaMorphForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict(), strict=not tower.use_head)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def training_stream(tasks: EmojiTasks, mixture: dict, visual_tokens: torch.Tensor, steps: int, batch: int) -> Dataset:
+    """
+    `steps * batch` conversations, made when they are read. Each depends on its place alone, so resuming changes
+    nothing, and within one optimisation step they stand in the order of their length, so that little is padding.
+    """
+
+    @lru_cache(maxsize=4)
+    def records_of_step(step: int) -> list[dict]:
+        rng = random.Random(f"step {step}")
+        names = rng.choices(list(mixture), weights=mixture.values(), k=batch)
+        records = [tasks.sample(name, rng) for name in names]
+        return sorted(records, key=lambda record: (len(record["images"]), len(str(record["messages"]))))
+
+    def read(columns: dict) -> dict:
+        records = [records_of_step(place // batch)[place % batch] for place in columns["place"]]
+        return {
+            "messages": [record["messages"] for record in records],
+            "visual_tokens": [[visual_tokens[image] for image in record["images"]] for record in records],
+        }
+
+    return Dataset.from_dict({"place": range(steps * batch)}).with_transform(read)
+
+
+class FreeRunning(TrainerCallback):
+    """Draws without help, now and then: the loss under teacher forcing says little about that."""
+
+    def __init__(self, trainer: VPiTTrainer, tasks: EmojiTasks, visual_tokens: torch.Tensor, every: int):
+        self.trainer, self.tasks, self.every = trainer, tasks, every
+        self.candidates = visual_tokens[tasks.google].float()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every:
+            return
+        model, results = self.trainer.model, {}
+        model.eval()
+        for kind in ("seen_phrasings", "unseen_phrasings"):
+            records = random.Random(0).sample(self.tasks.evaluation(kind), 128)
+            drawn = draw(model, self.trainer.processing_class, records)
+            ranks = rank_of_answer(drawn, records, self.candidates, self.tasks.google)
+            results[f"top1_{kind}"] = (ranks == 0).float().mean().item()
+        model.train()
+        self.trainer.log(results)
+
+
+def train_stage(
+    stage: str,
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    tasks: EmojiTasks,
+    visual_tokens: torch.Tensor,
+    out: Path,
+    steps: int,
+    quick: bool,
+) -> MetaMorphForConditionalGeneration:
+    """VPiT stage 1 ("projector") or 2 ("full") with `VPiTTrainer`; resumes from a checkpoint in `out`."""
+    batch, micro_batch = (8, 4) if quick else (64, 16)
+    args = VPiTConfig(
+        stage=stage,
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=batch // micro_batch,
+        learning_rate=1.5e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 25),
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_length=256,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_steps=max(1, min(50, steps // 2)),
+        save_steps=200,
+        save_total_limit=1,
+        report_to="none",
+    )
+    mixture = UNDERSTANDING if stage == "projector" else MIXTURE
+    stream = training_stream(tasks, mixture, visual_tokens, steps, batch)
+    trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
+    if stage == "full":
+        trainer.add_callback(FreeRunning(trainer, tasks, visual_tokens, every=max(1, min(200, steps // 2))))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
+    return trainer.model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="folder for the finished pipeline")
+    parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder for unfinished steps")
+    parser.add_argument("--quick", action="store_true", help="tiny models and a few steps, to see that it runs")
+    parser.add_argument("--until", choices=("siglip", "vpit", "visualizer"), default="visualizer", help="stop early")
+    args = parser.parse_args()
+    steps = QUICK_STEPS if args.quick else STEPS
+    work = args.work
+
+    rows, pixels = load_pictures()
+    tasks = EmojiTasks(rows)
+    tokenizer_dir = work / "tokenizer"
+    if not tokenizer_dir.is_dir():
+        build_tokenizer(corpus(tasks)).save_pretrained(tokenizer_dir)
+    processor = build_processor(PreTrainedTokenizerFast.from_pretrained(tokenizer_dir))
+
+    siglip_dir = work / "siglip"
+    if not (siglip_dir / "config.json").is_file():
+        train_siglip(rows, pixels, processor.tokenizer, siglip_dir, steps["siglip"], quick=args.quick)
+    if args.until == "siglip":
+        return
+    # The pooling head serves the contrastive loss alone.
+    tower = SiglipModel.from_pretrained(siglip_dir).vision_model
+    tower.config.vision_use_head = False
+
+    torch.manual_seed(0)
+    model = build_model(processor, tower, args.quick)
+    tokens_file = work / "visual_tokens.pt"
+    if not tokens_file.is_file():
+        torch.save(encode_pictures(model, pixels).half(), tokens_file)
+    visual_tokens = torch.load(tokens_file, weights_only=True)
+
+    for number, (stage, folder) in enumerate((("projector", work / "stage1"), ("full", work / "stage2")), start=2):
+        final = folder / "final"
+        if not final.is_dir():
+            print(f"{number}/4 VPiT stage {number - 1}")
+            model = train_stage(stage, model, processor, tasks, visual_tokens, folder, steps[stage], args.quick)
+            model.save_pretrained(final)
+        model = MetaMorphForConditionalGeneration.from_pretrained(final)
+    if args.until == "vpit":
+        return
+
+    painted = [i for i, row in enumerate(rows) if row["vendor"] == "google"]
+    painted += [len(rows) + i for i in painted]  # the crops of visual thinking
+    print("4/4 Visualizer")
+    vae = train_vae(pixels, work / "vae", steps["vae"], quick=args.quick)
+    unet, projector, scheduler = train_unet(
+        pixels[painted], visual_tokens[painted].float(), vae, work / "unet", steps["unet"], quick=args.quick
+    )
+    pipeline = MetaMorphPipeline(
+        model=model, processor=processor, projector=projector, unet=unet, vae=vae, scheduler=scheduler
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(args.out)
+    print(f"saved {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Step 4 of the emoji recipe: a small latent diffusion model that paints visual tokens.
+
+A VAE turns 64x64 pixels into 8x8 latents, then a U-Net learns to denoise such latents while it attends to the visual
+tokens of the same picture. Both are stock diffusers modules, at a size that two CPU cores train in half an hour.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm import trange
+
+from metamorph_hf import VisualTokenProjector
+
+
+CHECKPOINT_EVERY = 100  # steps, about two minutes
+
+
+def build_vae(quick: bool = False) -> AutoencoderKL:
+    """1.5 M parameters, 3x64x64 pixels to 8x8x8 latents."""
+    widths = (8, 8, 8, 8) if quick else (16, 24, 48, 96)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        latent_channels=8,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def build_unet(vae: AutoencoderKL, cross_attention_dim: int, quick: bool = False) -> UNet2DConditionModel:
+    """7.4 M parameters, 8x8 and 4x4 features, cross-attention at both sizes."""
+    return UNet2DConditionModel(
+        sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(16, 16) if quick else (96, 160),
+        layers_per_block=1,
+        norm_num_groups=8 if quick else 16,
+        attention_head_dim=4,  # despite its name, the number of heads
+        cross_attention_dim=cross_attention_dim,
+    )
+
+
+def batch_of(count: int, batch_size: int, step: int, seed: int) -> tuple[torch.Tensor, torch.Generator]:
+    """The pictures of a step and the source of its noise, from the step's number alone: resuming changes nothing."""
+    per_epoch = max(1, count // batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    noise = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
+    return order[place * batch_size : (place + 1) * batch_size], noise
+
+
+def save_state(path: Path, **state) -> None:
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def edge_loss(painted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """How much the differences between neighbouring pixels differ: keeps outlines sharp, which L1 alone blurs."""
+    return sum((painted.diff(dim=dim) - pixels.diff(dim=dim)).abs().mean() for dim in (2, 3))
+
+
+def train_vae(
+    images: torch.Tensor,
+    out: Path,
+    steps: int = 800,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    kl_weight: float = 1e-3,
+    edge_weight: float = 0.5,
+    seed: int = 0,
+    quick: bool = False,
+) -> AutoencoderKL:
+    """Train, or continue from `out/state.pt`, and save the VAE in `out`.
+
+    Args:
+        images: uint8 (I, 3, 64, 64). Every vendor's pictures help, painted later or not.
+    """
+    torch.manual_seed(seed)
+    vae = build_vae(quick).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    first_step, state = 0, out / "state.pt"
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        vae.load_state_dict(saved["vae"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        first_step = saved["step"]
+
+    vae.train()
+    average = None
+    progress = trange(first_step, steps, desc="4/4 VAE", initial=first_step, total=steps, mininterval=2)
+    for step in progress:
+        indices, noise = batch_of(len(images), batch_size, step, seed)
+        pixels = normalise(images[indices])
+        posterior = vae.encode(pixels).latent_dist
+        painted = vae.decode(posterior.sample(generator=noise)).sample
+        difference = F.l1_loss(painted, pixels)
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()  # per latent number
+        loss = difference + edge_weight * edge_loss(painted, pixels) + kl_weight * divergence
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        average = difference.item() if average is None else 0.95 * average + 0.05 * difference.item()
+        if step % 10 == 0:
+            progress.set_postfix(l1=f"{average:.4f}", kl=f"{divergence.item():.2f}", refresh=False)
+        if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+            save_state(
+                state,
+                vae=vae.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(),
+                step=step + 1,
+            )
+
+    vae.eval()
+    vae.register_to_config(scaling_factor=1 / encode_images(images, vae, scaled=False).std().item())
+    vae.save_pretrained(out)
+    state.unlink(missing_ok=True)
+    return vae
+
+
+@torch.no_grad()
+def encode_images(images: torch.Tensor, vae: AutoencoderKL, scaled: bool = True, batch_size: int = 64) -> torch.Tensor:
+    """uint8 pictures to latents, (I, 8, 8, 8), of unit variance if `scaled`."""
+    batches = [vae.encode(normalise(batch)).latent_dist.mode() for batch in images.split(batch_size)]
+    return torch.cat(batches) * (vae.config.scaling_factor if scaled else 1.0)
+
+
+def disturb(visual_tokens: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """Moves every token a little, as an LLM's imperfect prediction does. `strength` is the largest step's length.
+
+    The step's length is drawn per picture: 0.3 turns a token by up to 17 degrees (cosine 0.96).
+    """
+    length = strength * torch.rand(len(visual_tokens), 1, 1, generator=generator)
+    step = F.normalize(torch.randn(visual_tokens.shape, generator=generator), dim=-1)
+    return F.normalize(visual_tokens + length * step, dim=-1)
+
+
+def train_unet(
+    images: torch.Tensor,
+    visual_tokens: torch.Tensor,
+    vae: AutoencoderKL,
+    out: Path,
+    steps: int = 1500,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    dropout: float = 0.1,
+    token_noise: float = 0.3,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    quick: bool = False,
+) -> tuple[UNet2DConditionModel, VisualTokenProjector, DDIMScheduler]:
+    """Train, or continue from `out/state.pt`, and save in `out/unet`, `out/projector` and `out/scheduler`.
+
+    Args:
+        images: uint8 (I, 3, 64, 64).
+        visual_tokens: (I, N, V), L2-normalised: what the model's vision tower makes of the same pictures.
+        dropout: Share of the pictures whose conditioning is zeros, the negative embeddings of guidance.
+        token_noise: See `disturb`.
+        prediction_type: What the U-Net predicts, of the kinds that DDIMScheduler knows.
+    """
+    torch.manual_seed(seed)
+    width = 32 if quick else 192
+    projector = VisualTokenProjector(
+        visual_token_dim=visual_tokens.shape[2],
+        cross_attention_dim=width,
+        hidden_dim=2 * width,
+        num_image_tokens=visual_tokens.shape[1],
+        sequence_length=None,
+    )
+    unet = build_unet(vae, width, quick).to(memory_format=torch.channels_last)
+    noise_scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    parameters = [*projector.parameters(), *unet.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    ema = EMAModel(parameters, decay=0.995, use_ema_warmup=True, power=0.75)
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    first_step, state = 0, out / "state.pt"
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        projector.load_state_dict(saved["projector"])
+        unet.load_state_dict(saved["unet"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        ema.load_state_dict(saved["ema"])
+        first_step = saved["step"]
+
+    latents = encode_images(images, vae)
+    train_timesteps = noise_scheduler.config.num_train_timesteps
+    projector.train()
+    unet.train()
+    average = None
+    progress = trange(first_step, steps, desc="4/4 U-Net", initial=first_step, total=steps, mininterval=2)
+    for step in progress:
+        indices, generator = batch_of(len(images), batch_size, step, seed)
+        clean, tokens = latents[indices], visual_tokens[indices].float()
+        # Evenly spread over the batch, so that its loss does not depend on luck with the noise levels.
+        spread = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
+        timesteps = (spread * train_timesteps).long()
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+        kept = torch.rand(len(clean), 1, 1, generator=generator) >= dropout
+        condition = projector(disturb(tokens, token_noise, generator)) * kept
+        if prediction_type == "v_prediction":
+            target = noise_scheduler.get_velocity(clean, noise, timesteps)
+        else:
+            target = {"epsilon": noise, "sample": clean}[prediction_type]
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        loss = F.mse_loss(unet(noisy, timesteps, encoder_hidden_states=condition).sample, target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
+        if step % 10 == 0:
+            progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+            save_state(
+                state,
+                projector=projector.state_dict(),
+                unet=unet.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(),
+                ema=ema.state_dict(),
+                step=step + 1,
+            )
+
+    ema.copy_to(parameters)
+    projector.eval().save_pretrained(out / "projector")
+    unet.eval().save_pretrained(out / "unet")
+    noise_scheduler.save_pretrained(out / "scheduler")
+    state.unlink(missing_ok=True)
+    return unet, projector, noise_scheduler

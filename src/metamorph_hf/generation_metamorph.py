@@ -1,0 +1,201 @@
+"""What `generate()` needs to mix text steps and visual steps.
+
+The decoding loop is transformers' own. A logits processor keeps each row in step: after `<image_start>` it forces N
+times the placeholder id, then `<image_end>`. Where a placeholder was chosen, the next forward pass reads
+projector(visual token) instead of an embedding; the visual token is the vision head's output of the step before.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, SuppressTokensLogitsProcessor
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+from transformers.utils import ModelOutput, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
+    """
+    [`GenerateDecoderOnlyOutput`] and what was drawn (B rows, N visual tokens per image, V wide).
+
+    Args:
+        visual_tokens (`list[torch.Tensor]`):
+            For each row its finished generated images, (images, N, V), normalised, in reading order.
+        unfinished_images (`torch.Tensor` of shape (B,), bool):
+            Rows that a stopping criterion ended inside an image. Its visual tokens are in `sequences` as placeholders
+            but not in `visual_tokens`. `max_new_tokens` never does this: an image that has begun is finished.
+    """
+
+    visual_tokens: list[torch.FloatTensor] | None = None
+    unfinished_images: torch.BoolTensor | None = None
+
+
+class ImageTokensLogitsProcessor(LogitsProcessor):
+    """Forces exactly `num_image_tokens` placeholders after `<image_start>`, then `<image_end>`."""
+
+    def __init__(self, image_token_id: int, image_start_token_id: int, image_end_token_id: int, num_image_tokens: int):
+        self.image_token_id = image_token_id
+        self.image_start_token_id = image_start_token_id
+        self.image_end_token_id = image_end_token_id
+        self.num_image_tokens = num_image_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        last = input_ids[:, -1]
+        inside = (last == self.image_token_id) | (last == self.image_start_token_id)
+        full = torch.zeros_like(inside)
+        if input_ids.shape[1] >= self.num_image_tokens:
+            full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(dim=-1)
+        forced_id = torch.where(full, self.image_end_token_id, self.image_token_id)
+        vocabulary = torch.arange(scores.shape[-1], device=scores.device)
+        forced = torch.where(vocabulary == forced_id[:, None], 0.0, float("-inf")).to(scores.dtype)
+        return torch.where(inside[:, None], forced, scores)
+
+
+class MaxLengthOutsideImageCriteria(MaxLengthCriteria):
+    """[`MaxLengthCriteria`] that lets a row finish the image it is in, at most N + 1 tokens more."""
+
+    def __init__(self, max_length: int, image_token_id: int, image_start_token_id: int):
+        super().__init__(max_length)
+        self.image_token_id = image_token_id
+        self.image_start_token_id = image_start_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        last = input_ids[:, -1]
+        inside = (last == self.image_token_id) | (last == self.image_start_token_id)
+        return ~inside & (input_ids.shape[1] >= self.max_length)
+
+
+class MetaMorphGenerationMixin(GenerationMixin):
+    """
+    `generate()` for text and images: greedy search and sampling, cached or not, any batch.
+
+    `generate(..., suppress_tokens=[config.image_start_token_id])` gives answers without images; beam search and assisted
+    decoding are possible only then. A prompt that ends with `<image_start>` makes the answer begin with an image.
+    """
+
+    def _can_draw(self, generation_config: GenerationConfig) -> bool:
+        return self.config.image_start_token_id not in (generation_config.suppress_tokens or [])
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        supported = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if generation_mode not in supported and self._can_draw(generation_config):
+            raise ValueError(
+                f"{generation_mode.value.replace('_', ' ')} cannot draw images: visual tokens are regressed one by one, "
+                "so there are no alternatives to rank or to verify. Use greedy search or sampling (num_beams=1, no "
+                f"assistant), or switch images off with suppress_tokens=[{self.config.image_start_token_id}]."
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        config, device = self.config, kwargs.get("device")
+        # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
+        never_text = SuppressTokensLogitsProcessor([config.image_token_id, config.image_end_token_id], device=device)
+        processors.insert(0, never_text)
+        processors.append(
+            ImageTokensLogitsProcessor(
+                config.image_token_id, config.image_start_token_id, config.image_end_token_id, config.num_image_tokens
+            )
+        )
+        return processors
+
+    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
+        def may_finish_image(criterion):
+            if type(criterion) is not MaxLengthCriteria:
+                return criterion
+            return MaxLengthOutsideImageCriteria(
+                criterion.max_length, self.config.image_token_id, self.config.image_start_token_id
+            )
+
+        return StoppingCriteriaList(map(may_finish_image, super()._get_stopping_criteria(*args, **kwargs)))
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        # Room in a static cache for finishing an image that begins just before `max_length`.
+        max_cache_length += self.config.num_image_tokens + 1 if self._can_draw(generation_config) else 0
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        visual_tokens = model_kwargs.pop("visual_tokens", None)
+        if visual_tokens is not None:
+            if model_kwargs.get("pixel_values") is not None:
+                raise ValueError("Give either `pixel_values` or `visual_tokens`, one of the two.")
+            features = self.get_image_features(visual_tokens=visual_tokens, return_dict=True)
+            model_kwargs["mm_encoder_outputs"] = {"image": features}
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        kwargs.pop("visual_token_steps", None)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if (steps := model_kwargs.get("visual_token_steps")) is not None:
+            steps.append(outputs.next_visual_token)
+            # Without a cache the whole answer is read again, so all of its visual tokens are needed.
+            model_kwargs["generated_visual_tokens"] = (
+                outputs.next_visual_token if model_kwargs.get("use_cache", True) else torch.cat(steps, dim=1)
+            )
+        return model_kwargs
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        config, prompt_length = self.config, input_ids.shape[1]
+        if prompt_length and self._can_draw(generation_config):
+            inside = (input_ids[:, -1] == config.image_token_id) & (
+                (input_ids[:, -config.num_image_tokens :] == config.image_token_id).sum(-1) < config.num_image_tokens
+            )
+            if inside.any():  # once per call, before the loop
+                raise ValueError(
+                    f"Prompts {inside.nonzero().flatten().tolist()} end in the middle of an image: an image in the "
+                    f"prompt takes all of its {config.num_image_tokens} placeholders and <image_end>."
+                )
+        steps = []
+        outputs = super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, visual_token_steps=steps, **kwargs
+        )
+        sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
+        is_visual = sequences[:, prompt_length:] == config.image_token_id
+        counts = is_visual.sum(-1)
+        unfinished_images = counts % config.num_image_tokens != 0
+        if unfinished_images.any():
+            logger.warning(
+                "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
+                unfinished_images.nonzero().flatten().tolist(),
+            )
+        if not isinstance(outputs, ModelOutput):
+            return outputs
+        finished = (counts // config.num_image_tokens * config.num_image_tokens).tolist()
+        # A device that stops one step late has computed one visual token more than there are new tokens.
+        drawn = torch.cat(steps, dim=1)[:, : is_visual.shape[1]]
+        visual_tokens = [
+            row[mask.to(row.device)][:count].unflatten(0, (-1, config.num_image_tokens))
+            for row, mask, count in zip(drawn, is_visual, finished)
+        ]
+        return MetaMorphGenerateOutput(**outputs, visual_tokens=visual_tokens, unfinished_images=unfinished_images)
+
+
+__all__ = ["MetaMorphGenerationMixin", "MetaMorphGenerateOutput"]

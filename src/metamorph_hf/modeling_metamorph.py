@@ -1,0 +1,487 @@
+"""MetaMorph: a causal language model that reads and predicts continuous visual tokens (arXiv 2412.14164).
+
+Shapes: B batch, S sequence, I images in the batch, N visual tokens per image, D width of the language model, V width of
+a visual token, P patches per image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+
+from .configuration_metamorph import MetaMorphConfig
+from .generation_metamorph import MetaMorphGenerationMixin
+
+
+PROJECTOR_LAYERS = {"linear": 1, "mlp2x_gelu": 2, "mlp3x_gelu": 3}
+VISION_HEAD_LAYERS = {"linear": 1, "mlp": 2, "mlp2x_gelu": 3}
+
+
+@dataclass
+class MetaMorphImageFeatures(BaseModelOutputWithPooling):
+    """
+    Args:
+        pooler_output (`torch.Tensor` of shape (I, N, D)): Projected visual tokens, the language model's input.
+        visual_tokens (`torch.Tensor` of shape (I, N, V)): Visual tokens, the regression targets.
+    """
+
+    visual_tokens: torch.FloatTensor | None = None
+
+
+@dataclass
+class MetaMorphModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        image_features (`MetaMorphImageFeatures`): What the images of `pixel_values` or `visual_tokens` became.
+    """
+
+    image_features: MetaMorphImageFeatures | None = None
+
+
+@dataclass
+class MetaMorphCausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape ()): `text_loss + visual_loss_weight * visual_loss`; given `labels`.
+        text_loss (`torch.Tensor` of shape ()): Mean cross-entropy over text labels; 0 without any.
+        visual_loss (`torch.Tensor` of shape ()): Mean loss over visual labels; 0 without any.
+        num_text_labels, num_visual_labels (`torch.Tensor` of shape (), int64): What the two means were taken over.
+        logits (`torch.Tensor` of shape (B, S, vocabulary)):
+            None when `labels` are given in training mode, where nobody needs them at every position.
+        next_visual_token (`torch.Tensor` of shape (B, 1, V)):
+            The vision head's prediction at the last position, normalised; without `labels` only.
+        image_hidden_states (`torch.Tensor` of shape (I, N, D)): Projected visual tokens.
+    """
+
+    loss: torch.FloatTensor | None = None
+    text_loss: torch.FloatTensor | None = None
+    visual_loss: torch.FloatTensor | None = None
+    num_text_labels: torch.LongTensor | None = None
+    num_visual_labels: torch.LongTensor | None = None
+    logits: torch.FloatTensor | None = None
+    next_visual_token: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class MetaMorphMLP(nn.Sequential):
+    """`num_layers` linear layers with GELU (erf) between them; all hidden widths are the language model's."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, num_layers: int):
+        widths = [in_features, *[hidden_features] * (num_layers - 1), out_features]
+        layers = []
+        for width, next_width in zip(widths, widths[1:]):
+            layers += [nn.Linear(width, next_width), nn.GELU()]
+        super().__init__(*layers[:-1])
+
+
+class MetaMorphPreTrainedModel(PreTrainedModel):
+    config: MetaMorphConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class MetaMorphModel(MetaMorphPreTrainedModel):
+    """Vision tower, projector and language model, without `lm_head` and vision head."""
+
+    def __init__(self, config: MetaMorphConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.projector = MetaMorphMLP(config.visual_token_dim, width, width, PROJECTOR_LAYERS[config.projector_type])
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def normalize_visual_tokens(self, visual_tokens: torch.Tensor) -> torch.Tensor:
+        """L2-normalise over channels, if the configuration says so. Shape (..., V) to (..., V)."""
+        return F.normalize(visual_tokens, dim=-1) if self.config.normalize_visual_tokens else visual_tokens
+
+    def reduce_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """Resize a square patch grid to N tokens, in float32. Shape (I, P, C) to (I, N, V)."""
+        config, (images, num_patches, channels) = self.config, patches.shape
+        concatenated = config.token_reduction == "concat_interpolation"
+        side, target = round(num_patches**0.5), config.grid_side * (2 if concatenated else 1)
+        if side**2 != num_patches:
+            raise ValueError(f"The vision tower gave {num_patches} patches per image, which is no square grid.")
+        grid = patches.transpose(1, 2).reshape(images, channels, side, side)
+        if side != target:
+            resized = F.interpolate(grid.float(), size=(target, target), mode="bilinear", align_corners=False)
+            grid = resized.to(patches.dtype)
+        if concatenated:  # channels of a token: top-left, top-right, bottom-left, bottom-right
+            grid = grid.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (I, C, side, 2, side, 2)
+            grid = grid.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        return grid.flatten(2).transpose(1, 2)
+
+    def get_visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Encode images to visual tokens: the tower's last layer *before* its final norm, resized on the patch grid and
+        L2-normalised (paper, section 3). They can be kept and passed as `visual_tokens` instead of `pixel_values`.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape (I, 3, height, width)): From the processor.
+
+        Returns:
+            `torch.Tensor` of shape (I, N, V), in the tower's dtype.
+        """
+        return self._encode(pixel_values)[1]
+
+    def _encode(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        patch_size = self.config.vision_config.patch_size
+        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype), output_hidden_states=[-1], return_dict=True
+        )
+        patches = outputs.hidden_states[-1][:, -num_patches:]  # drops class and register tokens, which stand first
+        return outputs, self.normalize_visual_tokens(self.reduce_patches(patches))
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        visual_tokens: torch.Tensor | None = None,
+        noise_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MetaMorphImageFeatures:
+        """
+        Encode images, or take already encoded ones, and project them to the language model's width.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape (I, 3, height, width), *optional*): Images.
+            visual_tokens (`torch.Tensor` of shape (I, N, V), *optional*): Images encoded before. Give one of the two.
+            noise_mask (`torch.Tensor` of shape (I,), bool, *optional*):
+                Images whose projected tokens carry noise (see `visual_token_noise` in the configuration).
+
+        Returns:
+            [`MetaMorphImageFeatures`] with `pooler_output` (I, N, D) and `visual_tokens` (I, N, V).
+
+        Raises:
+            ValueError: if both or none of the inputs are given, or `visual_tokens` has a wrong shape.
+        """
+        if (pixel_values is None) == (visual_tokens is None):
+            raise ValueError("Give either `pixel_values` or `visual_tokens`, one of the two.")
+        outputs = BaseModelOutputWithPooling()
+        if visual_tokens is None:
+            outputs, visual_tokens = self._encode(pixel_values)
+        expected = (self.config.num_image_tokens, self.config.visual_token_dim)
+        if visual_tokens.ndim != 3 or tuple(visual_tokens.shape[1:]) != expected:
+            raise ValueError(
+                f"`visual_tokens` has shape {tuple(visual_tokens.shape)}, expected (images, {expected[0]}, "
+                f"{expected[1]}): {expected[0]} tokens per image, each {expected[1]} wide."
+            )
+        fed_in = visual_tokens
+        if noise_mask is not None:
+            scale = torch.rand(len(fed_in), 1, 1, device=fed_in.device) * self.config.visual_token_noise
+            scale = (scale * noise_mask[:, None, None]).to(fed_in.dtype)
+            norm = fed_in.norm(dim=-1, keepdim=True) / fed_in.shape[-1] ** 0.5
+            fed_in = self.normalize_visual_tokens(fed_in + scale * norm * torch.randn_like(fed_in))
+        projector_dtype = next(self.projector.parameters()).dtype
+        return MetaMorphImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.projector(fed_in.to(projector_dtype)),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            visual_tokens=visual_tokens,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Mask (B, S) of the positions that `image_features` fill, in reading order; their counts must agree."""
+        if input_ids is None:
+            image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_features = image_features.shape[0] * image_features.shape[1]
+        torch_compilable_check(
+            mask.sum() == num_features,
+            lambda: (
+                f"The input has {int(mask.sum())} image token positions, but the images fill {num_features} "
+                f"({image_features.shape[0]} images of {image_features.shape[1]} visual tokens). Image features and "
+                "image tokens do not match: pass one image per placeholder, e.g. through the processor."
+            ),
+        )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        visual_tokens: torch.FloatTensor | None = None,
+        generated_visual_tokens: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MetaMorphModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape (B, S)): Token ids, `image_token_id` where visual tokens stand.
+            pixel_values (`torch.FloatTensor` of shape (I, 3, height, width)): Images in reading order.
+            visual_tokens (`torch.FloatTensor` of shape (I, N, V)): Encoded images, instead of `pixel_values`.
+            generated_visual_tokens (`torch.FloatTensor` of shape (B, G, V)):
+                Set by `generate()`: predictions for the last G positions, used where `image_token_id` stands.
+            mm_encoder_outputs (`dict`): `{"image": MetaMorphImageFeatures}`, instead of `pixel_values`.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or images are given twice.
+            RuntimeError or ValueError: if images and image token positions differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        features = (mm_encoder_outputs or {}).get("image")
+        if features is not None and (pixel_values is not None or visual_tokens is not None):
+            raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
+        if features is None and (pixel_values is not None or visual_tokens is not None):
+            features = self.get_image_features(pixel_values, visual_tokens, return_dict=True)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        prompt_length = inputs_embeds.shape[1]
+        if generated_visual_tokens is not None:
+            prompt_length -= generated_visual_tokens.shape[1]
+            generated = self.projector(generated_visual_tokens).to(inputs_embeds.dtype)
+            is_generated = (input_ids[:, prompt_length:] == self.config.image_token_id).unsqueeze(-1)
+            generated = torch.where(is_generated, generated, inputs_embeds[:, prompt_length:])
+            inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], generated], dim=1)
+        if features is not None:
+            image_embeds = features.pooler_output
+            if not isinstance(image_embeds, torch.Tensor):  # generate() hands over lists when it splits or expands
+                image_embeds = torch.stack(list(image_embeds))
+            prompt_ids = None if input_ids is None else input_ids[:, :prompt_length]
+            mask = self.get_placeholder_mask(prompt_ids, inputs_embeds[:, :prompt_length], image_embeds)
+            mask = F.pad(mask, (0, inputs_embeds.shape[1] - prompt_length)).unsqueeze(-1).to(inputs_embeds.device)
+            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_embeds)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return MetaMorphModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_features=features,
+        )
+
+
+class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
+    """MetaMorph with `lm_head` for text and vision head for visual tokens; `generate()` mixes the two."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    # The loss is a sum of two means over different counts, so Trainer's single `num_items_in_batch` cannot scale it.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MetaMorphConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.model = MetaMorphModel(config)
+        self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
+        head_layers = VISION_HEAD_LAYERS[config.vision_head_type]
+        self.vision_head = MetaMorphMLP(width, width, config.visual_token_dim, head_layers)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        visual_tokens: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MetaMorphImageFeatures:
+        """See [`MetaMorphModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, visual_tokens, **kwargs)
+
+    def get_visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See [`MetaMorphModel.get_visual_tokens`]."""
+        return self.model.get_visual_tokens(pixel_values)
+
+    def visual_loss_function(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss per visual token, in float32. Shapes (M, V) and (M, V) to (M,)."""
+        predictions, targets = self.model.normalize_visual_tokens(predictions.float()), targets.detach().float()
+        if self.config.visual_loss_type == "cosine":
+            return -F.cosine_similarity(predictions, targets, dim=-1)
+        if self.config.visual_loss_type == "l1":
+            return F.l1_loss(predictions, targets, reduction="none").mean(-1)
+        return F.mse_loss(predictions, targets, reduction="none").mean(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        visual_tokens: torch.FloatTensor | None = None,
+        generated_visual_tokens: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
+        num_text_items: torch.Tensor | int | None = None,
+        num_visual_items: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MetaMorphCausalLMOutputWithPast:
+        """
+        See [`MetaMorphModel.forward`] for the inputs.
+
+        Args:
+            labels (`torch.LongTensor` of shape (B, S)):
+                At a text position the token id to predict or -100. At a visual token, `image_token_id` if it is a
+                regression target, -100 if it is only context. Position t - 1 predicts position t.
+            logits_to_keep (`int` or `torch.Tensor`): Compute logits for the last positions only; 0 for all.
+            num_text_items, num_visual_items (`int` or `torch.Tensor` of shape (), *optional*):
+                What to divide each loss's sum by, instead of its count in this batch: the counts of a whole
+                optimisation step (all devices, all accumulation steps).
+
+        Raises:
+            ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
+        """
+        features = (mm_encoder_outputs or {}).get("image")
+        if labels is not None:
+            if input_ids is None:
+                raise ValueError("`labels` need `input_ids`: visual targets are found by their image token ids.")
+            is_target = self._visual_targets(input_ids, labels)
+            if features is None and (pixel_values is not None or visual_tokens is not None):
+                noise_mask = None
+                if self.training and self.config.visual_token_noise > 0:
+                    is_image = input_ids == self.config.image_token_id
+                    noise_mask = is_target[is_image].view(-1, self.config.num_image_tokens).any(-1)
+                features = self.model.get_image_features(
+                    pixel_values, visual_tokens, noise_mask=noise_mask, return_dict=True
+                )
+                pixel_values, visual_tokens, mm_encoder_outputs = None, None, {"image": features}
+
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_tokens=visual_tokens,
+            generated_visual_tokens=generated_visual_tokens,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_states, features = outputs.last_hidden_state, outputs.image_features
+
+        logits = next_visual_token = None
+        losses = {}
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if labels is None:
+            next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -1:]))
+        else:
+            losses = self._losses(hidden_states, labels, input_ids, is_target, features, num_text_items, num_visual_items)
+        return MetaMorphCausalLMOutputWithPast(
+            **losses,
+            logits=logits,
+            next_visual_token=next_visual_token,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=None if features is None else features.pooler_output,
+        )
+
+    def _visual_targets(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""
+        is_target = labels == self.config.image_token_id
+        torch_compilable_check(
+            (input_ids[is_target] == self.config.image_token_id).all(),
+            lambda: (
+                f"`labels` hold the image token id {self.config.image_token_id} where `input_ids` do not: a regression "
+                "target must be a visual token of the input."
+            ),
+        )
+        return F.pad(is_target[:, 1:], (1, 0))
+
+    def _losses(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        input_ids: torch.LongTensor,
+        is_target: torch.Tensor,
+        features: MetaMorphImageFeatures | None,
+        num_text_items: torch.Tensor | int | None,
+        num_visual_items: torch.Tensor | int | None,
+    ) -> dict[str, torch.Tensor]:
+        """The two losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
+        image_token_id = self.config.image_token_id
+        hidden_states, next_labels, next_is_target = hidden_states[:, :-1], labels[:, 1:], is_target[:, 1:]
+        is_text = (next_labels != -100) & (next_labels != image_token_id)
+
+        text_logits = self.lm_head(hidden_states[is_text]).float()
+        if image_token_id < text_logits.shape[-1]:  # never predicted as text, so it takes no probability
+            column = torch.arange(text_logits.shape[-1], device=text_logits.device) == image_token_id
+            text_logits = text_logits.masked_fill(column, float("-inf"))
+        text_sum = F.cross_entropy(text_logits, next_labels[is_text].to(text_logits.device), reduction="sum")
+
+        predictions = self.vision_head(hidden_states[next_is_target])
+        if features is None:
+            if predictions.shape[0]:
+                raise ValueError(
+                    f"`labels` mark {predictions.shape[0]} visual tokens as targets, but no images were given: pass "
+                    "`pixel_values` or `visual_tokens`."
+                )
+            targets = predictions.detach()
+        else:
+            is_image = input_ids == image_token_id
+            targets = features.visual_tokens.flatten(0, 1)[is_target[is_image]].to(predictions.device)
+        visual_sum = self.visual_loss_function(predictions, targets).sum()
+
+        num_text_labels, num_visual_labels = is_text.sum(), next_is_target.sum()
+        text_loss = text_sum / (num_text_labels.clamp(min=1) if num_text_items is None else num_text_items)
+        visual_loss = visual_sum / (num_visual_labels.clamp(min=1) if num_visual_items is None else num_visual_items)
+        return {
+            "loss": text_loss + self.config.visual_loss_weight * visual_loss.to(text_loss.device),
+            "text_loss": text_loss,
+            "visual_loss": visual_loss,
+            "num_text_labels": num_text_labels,
+            "num_visual_labels": num_visual_labels,
+        }
+
+
+__all__ = ["MetaMorphForConditionalGeneration", "MetaMorphModel", "MetaMorphPreTrainedModel"]

@@ -1,0 +1,116 @@
+"""Processor of MetaMorph: chat messages with images to model inputs, and generated ids back to text."""
+
+import re
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
+
+
+# A newline-free format for tokenizers without a chat template of their own; what is learned, the end-of-turn token
+# included, stands between the generation marks.
+DEFAULT_CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content -%}
+{%- if part['type'] == 'image' -%}<image>{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- render(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- else -%}{{- render(message['content']) + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+class MetaMorphProcessor(ProcessorMixin):
+    r"""
+    Joins an image processor and a tokenizer. In the text, each `<image>` becomes `<image_start>`, N times `<image>`,
+    `<image_end>`.
+
+    Args:
+        image_processor: Any image processor of transformers that gives `pixel_values`.
+        tokenizer: A tokenizer that knows the three image tokens; it pads on the left for generation.
+        num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N, as in the model's config.
+        chat_template (`str`, *optional*): Jinja template; defaults to the tokenizer's.
+        image_token, image_start_token, image_end_token (`str`): The three tokens.
+
+    Raises:
+        ValueError: if the tokenizer does not know one of the three image tokens.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int = 64,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        image_start_token: str = "<image_start>",
+        image_end_token: str = "<image_end>",
+        **kwargs,
+    ):
+        self.num_image_tokens = num_image_tokens
+        self.image_token, self.image_start_token, self.image_end_token = image_token, image_start_token, image_end_token
+        vocabulary = tokenizer.get_vocab()
+        unknown = [token for token in (image_token, image_start_token, image_end_token) if token not in vocabulary]
+        if unknown:
+            raise ValueError(
+                f"The tokenizer does not know {', '.join(unknown)}. Add them first: "
+                f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}}), and resize the model's "
+                "embeddings to match."
+            )
+        self.image_token_id = vocabulary[image_token]
+        self.image_start_token_id = vocabulary[image_start_token]
+        self.image_end_token_id = vocabulary[image_end_token]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
+        """What stands for one image in the text."""
+        return self.image_start_token + self.image_token * self.num_image_tokens + self.image_end_token
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+        texts = [text] if isinstance(text, str) else text
+        if images is None and texts is not None and (count := sum(t.count(self.image_token) for t in texts)):
+            raise ValueError(
+                f"The text has {count} {self.image_token} placeholders, but 0 images were passed: pass one image per "
+                "placeholder."
+            )
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens + 2] * count, num_image_patches=[1] * count)
+
+    def _adjust_assistant_masks_indices(self, out: BatchFeature, generation_indices) -> BatchFeature:
+        # Also where images, expanded after the template was rendered, shift the spans.
+        return super()._adjust_assistant_masks_indices(out, generation_indices)
+
+    def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
+        """
+        Text of generated ids, with one `<image>` where a picture stands and without other special tokens.
+
+        Args:
+            ids (`torch.LongTensor` of shape (B, S) or list of lists): Generated ids, without the prompt.
+
+        Returns:
+            `list[str]` of length B.
+        """
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        skipped = {*self.tokenizer.all_special_ids, self.image_start_token_id, self.image_end_token_id}
+        skipped -= {self.image_token_id}
+        texts = self.tokenizer.batch_decode([[token for token in row if token not in skipped] for row in ids])
+        image = re.escape(self.image_token)
+        one_image = re.compile(rf"(?:{image}\s*){{{self.num_image_tokens}}}")
+        return [one_image.sub(self.image_token, text).strip() for text in texts]
+
+
+__all__ = ["MetaMorphProcessor"]

@@ -1,0 +1,160 @@
+import random
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Image
+
+EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
+sys.path.insert(0, str(EMOJI))
+
+import emoji_tasks  # noqa: E402
+from emoji_tasks import CYCLES, EVALUATIONS, HELD_OUT_PHRASINGS, MIXTURE, TONES, UNDERSTANDING, EmojiTasks  # noqa: E402
+
+LOOKING = ("name", "category", "yes_no", "thinking")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    dataset = Dataset.from_parquet(str(EMOJI / "emoji.parquet")).cast_column("image", Image(decode=False))
+    return dataset.remove_columns("image").to_list()
+
+
+@pytest.fixture(scope="module")
+def tasks(rows):
+    return EmojiTasks(rows)
+
+
+@pytest.fixture(scope="module")
+def samples(tasks):
+    rng = random.Random(5)
+    return {task: [tasks.sample(task, rng) for _ in range(5_000)] for task in MIXTURE}
+
+
+def texts(record):
+    return [part["text"] for turn in record["messages"] for part in turn["content"] if part["type"] == "text"]
+
+
+class TestSamples:
+    def test_every_image_part_has_a_picture(self, samples, rows):
+        for record in chain.from_iterable(samples.values()):
+            parts = [part for turn in record["messages"] for part in turn["content"]]
+            assert len(record["images"]) == sum(part["type"] == "image" for part in parts)
+            assert all(0 <= picture < 2 * len(rows) for picture in record["images"])
+
+    def test_linesare_complete(self, samples):
+        for text in chain.from_iterable(texts(record) for record in chain.from_iterable(samples.values())):
+            assert text
+            assert not set("{}<>") & set(text), text
+
+    def test_answers(self, samples, rows):
+        for record in samples["name"]:
+            assert texts(record)[1] == rows[record["images"][0]]["name"]
+        for record in samples["thinking"]:
+            picture, crop = record["images"]
+            assert crop == len(rows) + picture
+            assert texts(record)[1] == rows[picture]["name"]
+        for record in samples["text_to_image"]:
+            assert rows[record["images"][0]]["vendor"] == "google"
+        for record in samples["edit"]:
+            source, target = (rows[picture] for picture in record["images"])
+            assert (source["vendor"], source["base"]) == (target["vendor"], target["base"])
+            assert source["skin_tone"] != target["skin_tone"]
+            request = texts(record)[0].replace("?", "").replace(",", "")
+            named = max((tone for tone in TONES if tone in request.split()), default="")
+            assert named == target["skin_tone"]
+
+    def test_yes_and_no_are_balanced(self, samples):
+        answers = [texts(record)[1] for record in samples["yes_no"]]
+        assert 0.45 < answers.count("yes") / len(answers) < 0.55
+
+    def test_default_phrasing_is_the_most_common(self, samples):
+        prompts = [texts(record)[0] for record in samples["text_to_image"]]
+        assert 0.12 < sum(prompt.startswith("Generate an image of ") for prompt in prompts) / len(prompts) < 0.2
+        assert sum(len(prompt.split()) for prompt in prompts) / len(prompts) < 10
+
+    def test_same_seed_same_record(self, tasks):
+        for task in MIXTURE:
+            assert tasks.sample(task, random.Random(3)) == tasks.sample(task, random.Random(3))
+
+    def test_unknown_task_names_the_known_ones(self, tasks):
+        with pytest.raises(ValueError, match="'poem'.*text_to_image, name, category"):
+            tasks.sample("poem", random.Random(0))
+
+
+class TestNothingLeaks:
+    def test_held_out_phrasings(self):
+        rng = random.Random(7)
+        held_out = [emoji_tasks.normalize(phrasing) for phrasing in HELD_OUT_PHRASINGS]
+        for _ in range(20_000):
+            prompt = emoji_tasks.normalize(emoji_tasks.drawing_request(rng))
+            assert prompt.count("{}") == 1
+            assert not any(phrasing in prompt for phrasing in held_out), prompt
+
+    @pytest.mark.parametrize("phrasing", HELD_OUT_PHRASINGS)
+    def test_held_out_phrasings_are_recognized_in_disguise(self, phrasing):
+        assert emoji_tasks.is_held_out(phrasing)
+        assert emoji_tasks.is_held_out(f"Hello! {phrasing.upper().replace('{}', 'a {}')} Thanks")
+        assert not emoji_tasks.is_held_out(emoji_tasks.DEFAULT_PHRASING)
+
+    def test_twitter_drawings(self, samples, tasks, rows):
+        for record in chain.from_iterable(samples[task] for task in LOOKING):
+            row = rows[record["images"][0]]
+            assert row["vendor"] == "google" or row["base"] not in tasks.held_out_drawings
+
+    def test_pairs(self, samples, tasks, rows):
+        for picture in chain.from_iterable(record["images"] for record in chain.from_iterable(samples.values())):
+            row = rows[picture % len(rows)]
+            assert (row["base"], row["skin_tone"]) not in tasks.held_out_pairs
+
+    def test_sequence_starts(self, samples, tasks, rows):
+        steps = set()
+        for record in samples["sequence"]:
+            bases = [rows[picture]["base"] for picture in record["images"]]
+            cycle = next(cycle for cycle, order in CYCLES.items() if bases[0] in order)
+            places = [CYCLES[cycle].index(base) for base in bases]
+            (step,) = {
+                (after - before) % len(CYCLES[cycle]) for before, after in zip(places, places[1:], strict=False)
+            }
+            steps.add((cycle, step))
+            assert step != 1 or places[0] not in tasks.held_out_starts[cycle]
+        assert steps == {("moon", 1), ("moon", 7), ("clock", 1), ("clock", 23)}
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize(
+        ("kind", "size"), list(zip(EVALUATIONS, (1911, 1911, 1911, 200, 200, 100, 8), strict=True))
+    )
+    def test_size_and_form(self, tasks, kind, size):
+        records = tasks.evaluation(kind)
+        assert len(records) == size
+        for record in records:
+            (turn,) = record["messages"]
+            assert turn["role"] == "user"
+            assert len(record["images"]) == sum(part["type"] == "image" for part in turn["content"])
+
+    def test_held_out_answers(self, tasks, rows):
+        for record in tasks.evaluation("edit_held_out"):
+            answer = rows[record["answer"]]
+            assert (answer["base"], answer["skin_tone"]) in tasks.held_out_pairs
+            assert rows[record["images"][0]]["skin_tone"] == ""
+        for record in tasks.evaluation("name_twitter_held_out"):
+            assert rows[record["images"][0]]["vendor"] == "twitter"
+            assert record["answer"] == rows[record["images"][0]]["name"]
+
+    def test_unknown_kind_names_the_known_ones(self, tasks):
+        with pytest.raises(ValueError, match="'all'.*seen_phrasings"):
+            tasks.evaluation("all")
+
+
+def test_mixtures_add_up():
+    assert sum(MIXTURE.values()) == pytest.approx(1)
+    assert sum(UNDERSTANDING.values()) == pytest.approx(1)
+    assert set(UNDERSTANDING) < set(MIXTURE)
+
+
+def test_corpus_has_names_and_conversations(tasks, rows):
+    lines = list(emoji_tasks.corpus(tasks))
+    assert {row["name"] for row in rows} <= set(lines)
+    assert len(lines) > emoji_tasks.CORPUS_CONVERSATIONS
