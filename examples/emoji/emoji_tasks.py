@@ -25,13 +25,13 @@ DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
 MIXTURE = {
-    "text_to_image": 0.45,
+    "text_to_image": 0.47,
     "name": 0.2,
     "category": 0.06,
     "yes_no": 0.08,
     "edit": 0.1,
     "sequence": 0.06,
-    "thinking": 0.05,
+    "thinking": 0.03,
 }
 EVALUATIONS = (
     "seen_phrasings",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from emoji_pictures import encode_pictures, load_pictures
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
 from evaluate import draw, rank_of_answer
@@ -39,6 +40,7 @@ from metamorph_hf import (
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
     MetaMorphProcessor,
+    VisualTokenProjector,
     VPiTConfig,
     VPiTTrainer,
 )
@@ -120,27 +122,31 @@ def build_model(
     return model
 
 
-def training_stream(tasks: EmojiTasks, mixture: dict, visual_tokens: torch.Tensor, steps: int, batch: int) -> Dataset:
+def training_stream(tasks: EmojiTasks, mixture: dict, visual_tokens: torch.Tensor, size: int, group: int) -> Dataset:
     """
-    `steps * batch` conversations, made when they are read. Each depends on its place alone, so resuming changes
-    nothing, and within one optimisation step they stand in the order of their length, so that little is padding.
+    `size` conversations, made when they are read. Each depends on its place alone, so resuming changes nothing.
+    Conversations of like length stand together in groups of `group`, so that little of a batch is padding.
     """
+    pool = 16 * group
 
     @lru_cache(maxsize=4)
-    def records_of_step(step: int) -> list[dict]:
-        rng = random.Random(f"step {step}")
-        names = rng.choices(list(mixture), weights=mixture.values(), k=batch)
+    def records_of_pool(number: int) -> list[dict]:
+        rng = random.Random(f"pool {number}")
+        names = rng.choices(list(mixture), weights=mixture.values(), k=pool)
         records = [tasks.sample(name, rng) for name in names]
-        return sorted(records, key=lambda record: (len(record["images"]), len(str(record["messages"]))))
+        records.sort(key=lambda record: 4 * 18 * len(record["images"]) + len(str(record["messages"])))  # 4 letters a token
+        groups = [records[start : start + group] for start in range(0, pool, group)]
+        rng.shuffle(groups)
+        return [record for records in groups for record in records]
 
     def read(columns: dict) -> dict:
-        records = [records_of_step(place // batch)[place % batch] for place in columns["place"]]
+        records = [records_of_pool(place // pool)[place % pool] for place in columns["place"]]
         return {
             "messages": [record["messages"] for record in records],
             "visual_tokens": [[visual_tokens[image] for image in record["images"]] for record in records],
         }
 
-    return Dataset.from_dict({"place": range(steps * batch)}).with_transform(read)
+    return Dataset.from_dict({"place": range(size)}).with_transform(read)
 
 
 class FreeRunning(TrainerCallback):
@@ -175,15 +181,16 @@ def train_stage(
     quick: bool,
 ) -> MetaMorphForConditionalGeneration:
     """VPiT stage 1 ("projector") or 2 ("full") with `VPiTTrainer`; resumes from a checkpoint in `out`."""
-    batch, micro_batch = (8, 4) if quick else (64, 16)
+    batch, micro_batch = (8, 4) if quick else (32, 16)
     args = VPiTConfig(
         stage=stage,
         output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=batch // micro_batch,
-        learning_rate=1.5e-3,
-        lr_scheduler_type="cosine",
+        learning_rate=1e-3,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
         warmup_steps=max(1, steps // 25),
         weight_decay=0.05,
         adam_beta2=0.98,
@@ -193,16 +200,16 @@ def train_stage(
         bf16=False,
         use_cpu=True,
         dataloader_pin_memory=False,
-        logging_steps=max(1, min(50, steps // 2)),
+        logging_steps=max(1, min(100, steps // 2)),
         save_steps=200,
         save_total_limit=1,
         report_to="none",
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
-    stream = training_stream(tasks, mixture, visual_tokens, steps, batch)
+    stream = training_stream(tasks, mixture, visual_tokens, steps * batch, micro_batch)
     trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
     if stage == "full":
-        trainer.add_callback(FreeRunning(trainer, tasks, visual_tokens, every=max(1, min(200, steps // 2))))
+        trainer.add_callback(FreeRunning(trainer, tasks, visual_tokens, every=max(1, min(500, steps // 2))))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
     return trainer.model
 
@@ -253,12 +260,21 @@ def main() -> None:
     painted = [i for i, row in enumerate(rows) if row["vendor"] == "google"]
     painted += [len(rows) + i for i in painted]  # the crops of visual thinking
     print("4/4 Visualizer")
-    vae = train_vae(pixels, work / "vae", steps["vae"], quick=args.quick)
-    unet, projector, scheduler = train_unet(
-        pixels[painted], visual_tokens[painted].float(), vae, work / "unet", steps["unet"], quick=args.quick
-    )
+    if not (work / "vae" / "config.json").is_file():
+        train_vae(pixels[: len(rows)], work / "vae", steps["vae"], quick=args.quick)
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    if not (work / "unet" / "scheduler").is_dir():
+        tokens = visual_tokens[painted].float()
+        train_unet(pixels[painted], tokens, vae, work / "unet", steps["unet"], quick=args.quick)
     pipeline = MetaMorphPipeline(
-        model=model, processor=processor, projector=projector, unet=unet, vae=vae, scheduler=scheduler
+        model=model,
+        processor=processor,
+        projector=VisualTokenProjector.from_pretrained(work / "unet" / "projector"),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet" / "unet"),
+        vae=vae,
+        scheduler=DDIMScheduler.from_pretrained(work / "unet" / "scheduler"),
+        default_num_inference_steps=25,
+        default_guidance_scale=2.0,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"saved {args.out}")

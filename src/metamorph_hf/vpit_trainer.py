@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.image_utils import load_image
 from trl import SFTTrainer
 
+from .configuration_metamorph import MetaMorphConfig
 from .processing_metamorph import MetaMorphProcessor
 from .vpit_config import VPiTConfig
 
@@ -117,10 +118,25 @@ class VPiTTrainer(SFTTrainer):
         self.loss_is_scaled_for_ga = True
         self._loss_sums = defaultdict(lambda: torch.zeros(4, device=self.accelerator.device))
         metamorph = self.accelerator.unwrap_model(self.model)
+        self._check_agreement(metamorph.config, processing_class)
         if kwargs.get("peft_config") is None:  # PEFT decides by itself what is trained
             metamorph.requires_grad_(args.stage == "full")
             metamorph.model.projector.requires_grad_(True)
             metamorph.model.vision_tower.requires_grad_(False)
+
+    @staticmethod
+    def _check_agreement(config: MetaMorphConfig, processor: MetaMorphProcessor) -> None:
+        for name in ("image_token_id", "image_start_token_id", "image_end_token_id", "num_image_tokens"):
+            if getattr(config, name) != getattr(processor, name):
+                raise ValueError(
+                    f"The model's {name} is {getattr(config, name)}, but the processor's is {getattr(processor, name)}: "
+                    "they must come from the same checkpoint."
+                )
+        if len(processor.tokenizer) > config.text_config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(processor.tokenizer)} tokens, but the model's vocabulary has "
+                f"{config.text_config.vocab_size}: call model.resize_token_embeddings(len(processor.tokenizer))."
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Text and visual labels of the whole optimisation step, over all processes. Shape (2,)."""
