@@ -110,3 +110,87 @@ def golden_model(golden) -> MetaMorphForConditionalGeneration:
 @pytest.fixture(scope="session")
 def golden_image_processor():
     return AutoImageProcessor.from_pretrained(GOLDEN, backend="pil")
+
+
+SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        extra_special_tokens=list(SPECIAL_TOKENS[2:]),
+        padding_side="left",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_tokenizer) -> MetaMorphProcessor:
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16}, do_convert_rgb=True)
+    return MetaMorphProcessor(
+        image_processor, tiny_tokenizer, num_image_tokens=4, chat_template=DEFAULT_CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer):
+    """Makes a tiny configuration; keyword arguments override."""
+
+    def make(**config) -> MetaMorphConfig:
+        token_id = tiny_tokenizer.convert_tokens_to_ids
+        text_config = LlamaConfig(
+            vocab_size=len(tiny_tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=tiny_tokenizer.eos_token_id,
+            pad_token_id=tiny_tokenizer.pad_token_id,
+        )
+        vision_config = SiglipVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
+        )
+        defaults = {
+            "text_config": text_config,
+            "vision_config": vision_config,
+            "image_token_id": token_id("<image>"),
+            "image_start_token_id": token_id("<image_start>"),
+            "image_end_token_id": token_id("<image_end>"),
+            "num_image_tokens": 4,
+        }
+        return MetaMorphConfig(**{**defaults, **config})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """Makes a fresh tiny model with seeded random weights, in eval mode; keyword arguments override its config."""
+
+    def make(**config) -> MetaMorphForConditionalGeneration:
+        torch.manual_seed(0)
+        model = MetaMorphForConditionalGeneration(tiny_config(**config)).eval()
+        for parameter in model.parameters():  # at initialisation's 0.02 all outputs are nearly alike
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (4, 20, 24, 3), dtype=torch.uint8, generator=generator)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]

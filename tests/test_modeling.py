@@ -1,8 +1,12 @@
 import copy
+import math
 
 import pytest
 import torch
 from conftest import PLACEHOLDER, released_to_ours
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphModel
 
 
 GOLDEN_IMAGES = ("gradient", "shapes", "gray", "rgba")
@@ -185,3 +189,433 @@ class TestReleasedForward:
         row = {key: batch[key][1:2, :10] for key in ("input_ids", "attention_mask", "labels")}
         expected = golden.facts["forward"]["text_only_without_images"]["total"]
         assert golden_model(**row).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+IMAGE, IMAGE_START, IMAGE_END = 4, 5, 6  # ids of the tiny tokenizer
+PAD, END = 0, 1
+
+
+@pytest.fixture
+def batch():
+    """Row 0: an image in the prompt, one in the answer. Row 1: an image in the answer, padded. Row 2: text."""
+    picture = [IMAGE_START, *[IMAGE] * 4, IMAGE_END]
+    rows = [[40, *picture, 41, 42, *picture, 43, END], [44, 45, 46, *picture, END], [47, 48, 49, 50, END]]
+    prompt_lengths = [8, 2, 2]
+    input_ids = torch.tensor([row + [PAD] * (17 - len(row)) for row in rows])
+    labels = input_ids.masked_fill(input_ids == PAD, -100)
+    for row, length in enumerate(prompt_lengths):
+        labels[row, :length] = -100
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != PAD).long(),
+        "labels": labels,
+        "pixel_values": torch.randn(3, 3, 16, 16, generator=generator),
+    }
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class TestLosses:
+    @staticmethod
+    def slow_text_loss(logits, labels):
+        losses = []
+        for row_logits, row_labels in zip(logits.tolist(), labels.tolist()):
+            for scores, label in zip(row_logits, row_labels[1:]):
+                if label in (-100, IMAGE):
+                    continue
+                total = sum(math.exp(score) for token, score in enumerate(scores) if token != IMAGE)
+                losses.append(math.log(total) - scores[label])
+        return sum(losses) / len(losses)
+
+    @staticmethod
+    def slow_visual_loss(predictions, visual_tokens, input_ids, labels, loss_type, normalize):
+        tokens = iter([token for image in visual_tokens.tolist() for token in image])
+        losses = []
+        for row, (ids, row_labels) in enumerate(zip(input_ids.tolist(), labels.tolist())):
+            for position, (token, label) in enumerate(zip(ids, row_labels)):
+                if token != IMAGE:
+                    continue
+                target = next(tokens)
+                if label != IMAGE or position == 0:
+                    continue
+                prediction = predictions[row, position - 1].tolist()
+                length = math.sqrt(sum(p * p for p in prediction))
+                if normalize:
+                    prediction = [p / length for p in prediction]
+                    length = 1.0
+                if loss_type == "cosine":
+                    target_length = math.sqrt(sum(t * t for t in target))
+                    dot = sum(p * t for p, t in zip(prediction, target))
+                    losses.append(-dot / (length * target_length))
+                elif loss_type == "l1":
+                    losses.append(sum(abs(p - t) for p, t in zip(prediction, target)) / len(target))
+                else:
+                    losses.append(sum((p - t) ** 2 for p, t in zip(prediction, target)) / len(target))
+        return sum(losses) / len(losses), len(losses)
+
+    @pytest.mark.parametrize("loss_type", ["cosine", "l1", "mse"])
+    @pytest.mark.parametrize("normalize", [True, False])
+    @torch.no_grad()
+    def test_plain_python_twin(self, tiny_model, batch, loss_type, normalize):
+        model = tiny_model(visual_loss_type=loss_type, normalize_visual_tokens=normalize, visual_loss_weight=0.3)
+        outputs = model(**batch, output_hidden_states=True)
+        predictions = model.vision_head(outputs.hidden_states[-1])
+        visual_tokens = model.get_visual_tokens(batch["pixel_values"])
+        text_loss = self.slow_text_loss(outputs.logits, batch["labels"])
+        visual_loss, count = self.slow_visual_loss(
+            predictions, visual_tokens, batch["input_ids"], batch["labels"], loss_type, normalize
+        )
+        assert outputs.text_loss.item() == pytest.approx(text_loss, rel=1e-5)
+        assert outputs.visual_loss.item() == pytest.approx(visual_loss, rel=1e-4, abs=1e-6)
+        assert outputs.loss.item() == pytest.approx(text_loss + 0.3 * visual_loss, rel=1e-5)
+        assert outputs.num_visual_labels.item() == count == 8
+        assert outputs.num_text_labels.item() == 5 + 4 + 3
+
+    def test_logits_are_left_out_in_training_only(self, tiny_model, batch):
+        model = tiny_model()
+        assert model(**batch).logits.shape == (3, 17, len(model.lm_head.weight))
+        assert model.train()(**batch).logits is None
+        del batch["labels"]
+        assert model(**batch).logits is not None
+
+    def test_halves_sum_to_the_whole(self, tiny_model, batch):
+        model = tiny_model(visual_loss_weight=0.5)
+        whole = gradients(model, **batch)
+        halves = [
+            {**{key: value[:1] for key, value in batch.items()}, "pixel_values": batch["pixel_values"][:2]},
+            {**{key: value[1:] for key, value in batch.items()}, "pixel_values": batch["pixel_values"][2:]},
+        ]
+        counts = {"num_text_items": torch.tensor(12), "num_visual_items": 8}
+        parts = [gradients(model, **half, **counts) for half in halves]
+        for name, gradient in whole.items():
+            torch.testing.assert_close(parts[0][name] + parts[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+    def test_image_start_and_end_are_text_targets(self, tiny_model, batch):
+        labels = batch["labels"]
+        only_marks = labels.masked_fill((labels != IMAGE_START) & (labels != IMAGE_END), -100)
+        outputs = tiny_model()(**{**batch, "labels": only_marks})
+        assert outputs.num_text_labels.item() == 4 and outputs.num_visual_labels.item() == 0
+        assert outputs.text_loss.item() > 0 and outputs.visual_loss.item() == 0
+
+    def test_nothing_to_learn(self, tiny_model, batch):
+        model = tiny_model()
+        labels = torch.full_like(batch["labels"], -100)
+        assert model(**{**batch, "labels": labels}).loss.item() == 0
+        assert all(not gradient.any() for gradient in gradients(model, **{**batch, "labels": labels}).values())
+
+    def test_counts_of_zero(self, tiny_model, batch):
+        labels = torch.full_like(batch["labels"], -100)
+        outputs = tiny_model()(**{**batch, "labels": labels}, num_text_items=torch.tensor(0), num_visual_items=0)
+        assert outputs.loss.item() == 0
+
+    def test_batch_without_images(self, tiny_model, batch):
+        text = {key: batch[key][2:, :5] for key in ("input_ids", "attention_mask", "labels")}
+        model = tiny_model().train()
+        outputs = model(**text)
+        assert outputs.visual_loss.item() == 0 and outputs.loss.item() == outputs.text_loss.item() > 0
+        grads = gradients(model, **text)
+        # zero and not missing: data parallel training waits for every parameter
+        assert all(not grads[name].any() for name in grads if name.startswith("vision_head."))
+        assert any(name.startswith("vision_head.") for name in grads)
+
+    def test_image_label_at_text(self, tiny_model, batch):
+        batch["labels"][2, 3] = IMAGE
+        with pytest.raises(ValueError, match="`labels` hold the image token id 4 where `input_ids` do not"):
+            tiny_model()(**batch)
+
+    def test_image_labels_without_images(self, tiny_model, batch):
+        del batch["pixel_values"]
+        with pytest.raises(ValueError, match="mark 8 visual tokens as targets, but no images were given"):
+            tiny_model()(**batch)
+
+    def test_labels_need_ids(self, tiny_model, batch):
+        model = tiny_model()
+        embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+        with pytest.raises(ValueError, match="`labels` need `input_ids`"):
+            model(inputs_embeds=embeds, **batch)
+
+    def test_image_token_takes_no_probability(self, tiny_model, batch):
+        model = tiny_model()
+        before = model(**batch).text_loss.item()
+        model.lm_head.weight.data[IMAGE] *= 50
+        assert model(**batch).text_loss.item() == before
+
+
+class TestForward:
+    @torch.no_grad()
+    def test_count_mismatch(self, tiny_model, batch):
+        model = tiny_model()
+        for training in (False, True):
+            with pytest.raises(ValueError, match=r"has 12 image token positions, but the images fill 8 \(2 images of 4"):
+                model.train(training)(**{**batch, "pixel_values": batch["pixel_values"][:2]})
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("missing", ["an image", "a placeholder"])
+    def test_count_mismatch_with_noise(self, tiny_model, batch, missing):
+        model = tiny_model(visual_token_noise=1.0).train()
+        if missing == "an image":
+            batch["pixel_values"] = batch["pixel_values"][:2]
+        else:
+            batch["input_ids"][0, 2] = 60
+        with pytest.raises(ValueError, match="image token positions, but the images fill"):
+            model(**batch)
+
+    @torch.no_grad()
+    def test_visual_tokens_stand_for_pixels(self, tiny_model, batch):
+        model = tiny_model()
+        encoded = {**batch, "visual_tokens": model.get_visual_tokens(batch["pixel_values"])}
+        encoded.pop("pixel_values")
+        torch.testing.assert_close(model(**encoded).loss, model(**batch).loss, rtol=0, atol=0)
+        torch.testing.assert_close(model(**encoded).logits, model(**batch).logits, rtol=0, atol=0)
+        with pytest.raises(ValueError, match="Give either `pixel_values` or `visual_tokens`"):
+            model(**encoded, pixel_values=batch["pixel_values"])
+        encoded["visual_tokens"] = encoded["visual_tokens"][:, :3]
+        with pytest.raises(ValueError, match=r"has shape \(3, 3, 16\), expected \(images, 4, 16\)"):
+            model(**encoded)
+
+    @torch.no_grad()
+    def test_inputs_embeds_stand_for_ids(self, tiny_model, batch):
+        model = tiny_model()
+        del batch["labels"]
+        expected = model(**batch).logits
+        embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+        torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, expected, rtol=0, atol=0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("training", [True, False])
+    def test_noise(self, tiny_model, batch, training):
+        """Only on what is fed in, only for images in answers, only in training."""
+        model = tiny_model(visual_token_noise=1.0).train(training)
+        clean = model.get_visual_tokens(batch["pixel_values"])
+        fed_in = []
+        model.model.projector.register_forward_pre_hook(lambda module, args: fed_in.append(args[0]))
+        outputs = model(**batch)
+        changed = ((fed_in[0] - clean).abs() > 1e-6).flatten(1).any(1).tolist()
+        assert changed == [False, training, training]
+        torch.testing.assert_close(fed_in[0].norm(dim=-1), torch.ones(3, 4))
+        without = copy.deepcopy(model)
+        without.config.visual_token_noise = without.model.config.visual_token_noise = 0.0
+        assert (outputs.visual_loss != without(**batch).visual_loss).item() is training
+
+    def test_gradient_checkpointing(self, tiny_model, batch):
+        model = tiny_model().train()
+        plain = gradients(model, **batch)
+        model.gradient_checkpointing_enable()
+        assert model.model.language_model.gradient_checkpointing
+        for name, gradient in gradients(model, **batch).items():
+            torch.testing.assert_close(gradient, plain[name])
+
+    def test_bfloat16(self, tiny_model, batch):
+        model = tiny_model().to(torch.bfloat16).train()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        assert outputs.loss.dtype == torch.float32 and outputs.loss.isfinite()
+        full = tiny_model()(**batch)
+        assert outputs.visual_loss.item() == pytest.approx(full.visual_loss.item(), abs=0.05)
+        assert model.model.get_visual_tokens(batch["pixel_values"]).dtype == torch.bfloat16
+
+    @torch.no_grad()
+    def test_tower_in_another_precision(self, tiny_model, batch):
+        model = tiny_model()
+        model.model.vision_tower.to(torch.bfloat16)
+        assert model(**batch).loss.isfinite()
+
+    @torch.no_grad()
+    def test_quantised_projector(self, tiny_model, batch):
+        """Integer weights, as of QLoRA, must not turn the visual tokens that they multiply into integers."""
+
+        class Int8Linear(torch.nn.Module):
+            def __init__(self, linear):
+                super().__init__()
+                self.scale = linear.weight.abs().max() / 127
+                self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), False)
+                self.bias = linear.bias
+
+            def forward(self, hidden):
+                return torch.nn.functional.linear(hidden, self.weight * self.scale, self.bias)
+
+        model = tiny_model()
+        expected = model.get_image_features(batch["pixel_values"]).pooler_output
+        for place in (0, 2):
+            model.model.projector[place] = Int8Linear(model.model.projector[place])
+        assert_close(model.get_image_features(batch["pixel_values"]).pooler_output, expected, 0.02)
+
+    @torch.no_grad()
+    def test_padding_changes_nothing(self, tiny_model, batch):
+        model = tiny_model()
+        alone = {key: value[1:2, :10] for key, value in batch.items() if key != "pixel_values"}
+        alone["pixel_values"] = batch["pixel_values"][2:]
+        torch.testing.assert_close(model(**alone).logits[0], model(**batch).logits[1, :10], rtol=1e-4, atol=1e-5)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("reduction", ["interpolation", "concat_interpolation"])
+    @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu", "mlp3x_gelu"])
+    @pytest.mark.parametrize("head", ["linear", "mlp", "mlp2x_gelu"])
+    def test_shapes(self, tiny_model, batch, reduction, projector, head):
+        model = tiny_model(token_reduction=reduction, projector_type=projector, vision_head_type=head)
+        width = 64 if reduction == "concat_interpolation" else 16
+        assert model.get_visual_tokens(batch["pixel_values"]).shape == (3, 4, width)
+        assert model(**batch).image_hidden_states.shape == (3, 4, 32)
+        del batch["labels"]
+        assert model(**batch).next_visual_token.shape == (3, 1, width)
+        layers = [type(layer) for layer in model.vision_head]
+        assert layers.count(torch.nn.Linear) == {"linear": 1, "mlp": 2, "mlp2x_gelu": 3}[head]
+
+
+TEXT_CONFIGS = {
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": {},
+}
+VISION_CONFIGS = {
+    "clip_vision_model": {},
+    "dinov2": {"mlp_ratio": 2},
+    "dinov2_with_registers": {"mlp_ratio": 2, "num_register_tokens": 3},
+}
+
+
+class TestOtherParts:
+    """Any causal language model, any vision transformer."""
+
+    @pytest.mark.parametrize("tie", [True, False])
+    @pytest.mark.parametrize("model_type", TEXT_CONFIGS)
+    def test_language_models(self, tiny_model, batch, tmp_path, model_type, tie):
+        text_config = AutoConfig.for_model(
+            model_type,
+            vocab_size=263,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=PAD,
+            eos_token_id=END,
+            bos_token_id=None,
+            tie_word_embeddings=tie,
+            **TEXT_CONFIGS[model_type],
+        )
+        model = tiny_model(text_config=text_config)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) is tie
+        outputs = model(**batch)
+        outputs.loss.backward()
+        assert outputs.loss.isfinite() and model.model.projector[0].weight.grad.any()
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tie
+        torch.testing.assert_close(loaded(**batch).loss, outputs.loss)
+        prompt = torch.tensor([[40, 41, IMAGE_START]])
+        cached, uncached = (
+            model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+        )
+        assert cached.tolist() == uncached.tolist()
+        assert cached[0, 3:8].tolist() == [IMAGE] * 4 + [IMAGE_END]
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("model_type", VISION_CONFIGS)
+    def test_vision_towers(self, tiny_model, batch, model_type):
+        """Class and register tokens are dropped, and the states are those before the final norm."""
+        vision_config = AutoConfig.for_model(
+            model_type,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+            **VISION_CONFIGS[model_type],
+        )
+        model = tiny_model(vision_config=vision_config, num_image_tokens=16, normalize_visual_tokens=False)
+        last_layer = [module for module in model.model.vision_tower.modules() if type(module).__name__.endswith("Layer")]
+        seen = []
+        last_layer[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+        visual_tokens = model.get_visual_tokens(batch["pixel_values"])
+        output = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        torch.testing.assert_close(visual_tokens, output[:, -16:])
+        assert output.shape[1] > 16
+
+    def test_patches_that_are_no_square(self, tiny_model):
+        with pytest.raises(ValueError, match="gave 12 patches per image, which is no square grid"):
+            tiny_model().model.reduce_patches(torch.zeros(1, 12, 16))
+
+    @torch.no_grad()
+    def test_ids_outside_the_vocabulary(self, tiny_model, batch):
+        """A checkpoint of a language model whose embeddings were not resized yet."""
+        model = tiny_model(image_token_id=300)
+        with pytest.raises(ValueError, match="300.*vocabulary of 263.*resize_token_embeddings"):
+            model(input_ids=batch["input_ids"][2:])
+        with pytest.raises(ValueError, match="resize_token_embeddings"):
+            model.generate(torch.tensor([[40, IMAGE_START]]), max_new_tokens=8)
+        model.resize_token_embeddings(301)
+        batch["input_ids"][batch["input_ids"] == IMAGE] = 300
+        batch["labels"][batch["labels"] == IMAGE] = 300
+        assert model(**batch).loss.isfinite()
+        generated = model.generate(torch.tensor([[40, IMAGE_START]]), max_new_tokens=5)
+        assert generated[0].tolist() == [40, IMAGE_START, *[300] * 4, IMAGE_END]
+
+
+class TestSaving:
+    @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
+    def test_auto_classes(self, tiny_model, batch, tmp_path, auto_class):
+        model = tiny_model()
+        model.save_pretrained(tmp_path)
+        loaded = auto_class.from_pretrained(tmp_path)
+        assert type(loaded) is MetaMorphForConditionalGeneration and not loaded.training
+        for name, weight in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], weight), name
+        torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss, rtol=0, atol=0)
+        generated = loaded.generate(torch.tensor([[40, IMAGE_START]]), max_new_tokens=5, return_dict_in_generate=True)
+        assert generated.visual_tokens[0].shape == (1, 4, 16)
+
+    def test_configuration(self, tiny_config, tmp_path):
+        config = tiny_config(visual_loss_type="l1", visual_token_noise=0.5, num_image_tokens=9)
+        config.save_pretrained(tmp_path)
+        loaded = AutoConfig.from_pretrained(tmp_path)
+        loaded._name_or_path = config._name_or_path
+        assert type(loaded) is MetaMorphConfig and loaded.to_dict() == config.to_dict()
+        assert type(loaded.text_config) is type(config.text_config)
+        assert type(loaded.vision_config) is type(config.vision_config)
+
+    def test_base_model(self, tiny_model, batch, tmp_path):
+        model = tiny_model()
+        model.save_pretrained(tmp_path)
+        base = MetaMorphModel.from_pretrained(tmp_path)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+        expected = model.model(**inputs).last_hidden_state
+        torch.testing.assert_close(base(**inputs).last_hidden_state, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("where", ["text_config", "composite"])
+    def test_tied_embeddings(self, tiny_config, tiny_model, tmp_path, where):
+        text_config = tiny_config().text_config
+        text_config.tie_word_embeddings = where == "text_config"
+        model = tiny_model(text_config=text_config, tie_word_embeddings=where == "composite")
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        for tied in (model, loaded):
+            assert tied.lm_head.weight.data_ptr() == tied.get_input_embeddings().weight.data_ptr()
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+class TestConfig:
+    def test_default_is_the_paper(self):
+        config = MetaMorphConfig()
+        assert (config.text_config.model_type, config.text_config.hidden_size) == ("llama", 4096)
+        assert (config.vision_config.model_type, config.vision_config.hidden_size) == ("siglip_vision_model", 1152)
+        assert (config.num_image_tokens, config.grid_side, config.visual_token_dim) == (64, 8, 1152)
+        assert config.text_config.vocab_size == 1 + config.image_token_id
+
+    def test_number_of_tokens_is_a_square(self, tiny_config):
+        with pytest.raises(ValueError, match="num_image_tokens is 60.*square number"):
+            tiny_config(num_image_tokens=60)
+
+    def test_ids_are_distinct(self, tiny_config):
+        with pytest.raises(ValueError, match=r"are \(5, 5, 6\), but must be three distinct ids"):
+            tiny_config(image_token_id=5)
+
+    @pytest.mark.parametrize("name", ["token_reduction", "projector_type", "vision_head_type", "visual_loss_type"])
+    def test_unknown_choice(self, tiny_config, name):
+        with pytest.raises(Exception, match=name):
+            tiny_config(**{name: "poem"})

@@ -22,6 +22,11 @@ def conversation(question, answer, images):
     }
 
 
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model()
+
+
 IMAGE = {"type": "image"}
 
 
@@ -99,14 +104,14 @@ class TestCollator:
         assert torch.equal(batch["input_ids"], inputs["input_ids"])
         assert torch.equal(batch["pixel_values"], inputs["pixel_values"])
 
-    def test_visual_tokens_instead_of_images(self, tiny_processor, tiny_model):
+    def test_visual_tokens_instead_of_images(self, tiny_processor, model):
         collate = DataCollatorForVPiT(tiny_processor)
         batch = collate([EXAMPLES[3]])
-        tokens = tiny_model.eval().get_visual_tokens(batch["pixel_values"])
+        tokens = model.eval().get_visual_tokens(batch["pixel_values"])
         precomputed = collate([{"messages": EXAMPLES[3]["messages"], "visual_tokens": list(tokens)}])
         assert torch.equal(batch["input_ids"], precomputed["input_ids"])
-        loss = tiny_model(**batch).loss
-        assert torch.allclose(loss, tiny_model(**precomputed).loss)
+        loss = model(**batch).loss
+        assert torch.allclose(loss, model(**precomputed).loss)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -131,20 +136,20 @@ class TestCollator:
 
 
 class TestTrainer:
-    def test_accumulation_changes_nothing(self, tiny_processor, tiny_model, tmp_path):
+    def test_accumulation_changes_nothing(self, tiny_processor, model, tmp_path):
         """8x1, 2x4 and 1x8: batches without text, or without any image, among them."""
         trained = []
         for batch_size in (8, 2, 1):
-            model = copy.deepcopy(tiny_model)
+            copied = copy.deepcopy(model)
             args = arguments(
                 tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size
             )
-            trainer = train(model, tiny_processor, args)
+            trainer = train(copied, tiny_processor, args)
             logs = next(log for log in trainer.state.log_history if "text_loss" in log)
-            trained.append((model.state_dict(), logs))
+            trained.append((copied.state_dict(), logs))
         (whole, whole_logs), *others = trained
         batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
-        expected = tiny_model.train()(**batch)
+        expected = model.train()(**batch)
         assert whole_logs["text_loss"] == pytest.approx(expected.text_loss.item(), rel=1e-4)
         assert whole_logs["visual_loss"] == pytest.approx(expected.visual_loss.item(), rel=1e-4)
         for state, logs in others:
@@ -157,24 +162,24 @@ class TestTrainer:
         ("stage", "moves"),
         [("projector", ("model.projector.",)), ("full", ("model.projector.", "model.language_model.", "vision_head."))],
     )
-    def test_stage_decides_what_moves(self, tiny_processor, tiny_model, tmp_path, stage, moves):
-        before = copy.deepcopy(tiny_model.state_dict())
-        train(tiny_model, tiny_processor, arguments(tmp_path, stage=stage, per_device_train_batch_size=8))
+    def test_stage_decides_what_moves(self, tiny_processor, model, tmp_path, stage, moves):
+        before = copy.deepcopy(model.state_dict())
+        train(model, tiny_processor, arguments(tmp_path, stage=stage, per_device_train_batch_size=8))
         moves = moves + (("lm_head.",) if stage == "full" else ())
-        for name, weight in tiny_model.state_dict().items():
+        for name, weight in model.state_dict().items():
             moved = not torch.equal(weight, before[name])
             assert moved == name.startswith(moves), f"{name} moved: {moved}"
 
-    def test_visual_loss_does_not_vanish(self, tiny_processor, tiny_model, tmp_path):
+    def test_visual_loss_does_not_vanish(self, tiny_processor, model, tmp_path):
         """TRL's fused head bypasses the model's own forward, and with it the visual loss."""
-        before = copy.deepcopy(tiny_model.vision_head.state_dict())
+        before = copy.deepcopy(model.vision_head.state_dict())
         drawing = [EXAMPLES[0], EXAMPLES[7]]
-        trainer = train(tiny_model, tiny_processor, arguments(tmp_path), drawing)
+        trainer = train(model, tiny_processor, arguments(tmp_path), drawing)
         assert any(log.get("visual_loss", 0.0) != 0.0 for log in trainer.state.log_history)
-        assert all(not torch.equal(w, before[name]) for name, w in tiny_model.vision_head.state_dict().items())
+        assert all(not torch.equal(w, before[name]) for name, w in model.vision_head.state_dict().items())
 
-    def test_text_only_batches(self, tiny_processor, tiny_model, tmp_path):
-        trainer = train(tiny_model, tiny_processor, arguments(tmp_path), [EXAMPLES[2], EXAMPLES[4]])
+    def test_text_only_batches(self, tiny_processor, model, tmp_path):
+        trainer = train(model, tiny_processor, arguments(tmp_path), [EXAMPLES[2], EXAMPLES[4]])
         logs = trainer.state.log_history[0]
         assert torch.isfinite(torch.tensor(logs["loss"]))
         assert "visual_loss" not in logs
@@ -183,11 +188,11 @@ class TestTrainer:
         with pytest.raises(ValueError, match="stage is 'both'"):
             arguments(tmp_path, stage="both")
 
-    def test_evaluation_logs_both_losses(self, tiny_processor, tiny_model, tmp_path):
-        trainer = train(tiny_model, tiny_processor, arguments(tmp_path))
+    def test_evaluation_logs_both_losses(self, tiny_processor, model, tmp_path):
+        trainer = train(model, tiny_processor, arguments(tmp_path))
         metrics = trainer.evaluate(trainer.train_dataset)
         batches = [DataCollatorForVPiT(tiny_processor)(EXAMPLES)]
-        expected = tiny_model.eval()(**batches[0])
+        expected = model.eval()(**batches[0])
         logged = trainer.state.log_history[-1]
         assert metrics["eval_loss"] > 0
         assert logged["eval_text_loss"] == pytest.approx(expected.text_loss.item(), rel=1e-4)

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from emoji_pictures import encode_pictures, load_pictures
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
 from evaluate import draw, rank_of_answer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from train_siglip import train_siglip
-from train_visualizer import train_unet, train_vae
+from train_visualizer import fit_vae, train_unet
 from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -40,6 +40,7 @@ from metamorph_hf import (
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
     MetaMorphProcessor,
+    PatchVAE,
     VisualTokenProjector,
     VPiTConfig,
     VPiTTrainer,
@@ -51,8 +52,8 @@ HERE = Path(__file__).parent
 NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
-STEPS = {"siglip": 900, "projector": 60, "full": 2400, "vae": 1200, "unet": 2400}
-QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "vae": 3, "unet": 3}
+STEPS = {"siglip": 900, "projector": 60, "full": 8000, "unet": 1600}
+QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
 def build_tokenizer(texts) -> PreTrainedTokenizerFast:
@@ -257,12 +258,13 @@ def main() -> None:
     if args.until == "vpit":
         return
 
-    painted = [i for i, row in enumerate(rows) if row["vendor"] == "google"]
-    painted += [len(rows) + i for i in painted]  # the crops of visual thinking
+    # Mostly the base emoji; their skin-tone variants for edits and their crops for visual thinking.
+    variants = [i for i, row in enumerate(rows) if row["vendor"] == "google" and row["skin_tone"]]
+    painted = 3 * tasks.google + variants + [len(rows) + i for i in tasks.google]
     print("4/4 Visualizer")
     if not (work / "vae" / "config.json").is_file():
-        train_vae(pixels[: len(rows)], work / "vae", steps["vae"], quick=args.quick)
-    vae = AutoencoderKL.from_pretrained(work / "vae")
+        fit_vae(pixels[: len(rows)], work / "vae")
+    vae = PatchVAE.from_pretrained(work / "vae")
     if not (work / "unet" / "scheduler").is_dir():
         tokens = visual_tokens[painted].float()
         train_unet(pixels[painted], tokens, vae, work / "unet", steps["unet"], quick=args.quick)

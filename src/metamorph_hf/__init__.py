@@ -10,6 +10,7 @@ from .processing_metamorph import MetaMorphProcessor
 
 
 if TYPE_CHECKING:
+    from .patch_vae import PatchVAE
     from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
     from .visual_token_projector import VisualTokenProjector
     from .vpit_config import VPiTConfig
@@ -27,6 +28,7 @@ for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimod
 _LAZY = {
     "MetaMorphPipeline": "pipeline_metamorph",
     "MetaMorphPipelineOutput": "pipeline_metamorph",
+    "PatchVAE": "patch_vae",
     "VisualTokenProjector": "visual_token_projector",
     "VPiTConfig": "vpit_config",
     "VPiTTrainer": "vpit_trainer",

@@ -44,6 +44,8 @@ class ImageTokensLogitsProcessor(LogitsProcessor):
         self.num_image_tokens = num_image_tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] == 0:  # the first step after a prompt of `inputs_embeds`
+            return scores
         last = input_ids[:, -1]
         inside = (last == self.image_token_id) | (last == self.image_start_token_id)
         full = torch.zeros_like(inside)
@@ -96,11 +98,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
         # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
         never_text = SuppressTokensLogitsProcessor([config.image_token_id, config.image_end_token_id], device=device)
         processors.insert(0, never_text)
-        processors.append(
-            ImageTokensLogitsProcessor(
-                config.image_token_id, config.image_start_token_id, config.image_end_token_id, config.num_image_tokens
+        if self._can_draw(generation_config):
+            processors.append(
+                ImageTokensLogitsProcessor(
+                    config.image_token_id, config.image_start_token_id, config.image_end_token_id, config.num_image_tokens
+                )
             )
-        )
         return processors
 
     def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
@@ -155,10 +158,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (steps := model_kwargs.get("visual_token_steps")) is not None:
-            steps.append(outputs.next_visual_token)
+            # A copy, since a step compiled to a CUDA graph writes its outputs over those of the step before.
+            steps.append(outputs.next_visual_token.clone())
             # Without a cache the whole answer is read again, so all of its visual tokens are needed.
             model_kwargs["generated_visual_tokens"] = (
-                outputs.next_visual_token if model_kwargs.get("use_cache", True) else torch.cat(steps, dim=1)
+                steps[-1] if model_kwargs.get("use_cache", True) else torch.cat(steps, dim=1)
             )
         return model_kwargs
 
@@ -180,7 +184,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
         is_visual = sequences[:, prompt_length:] == config.image_token_id
         counts = is_visual.sum(-1)
-        unfinished_images = counts % config.num_image_tokens != 0
+        begun = (sequences[:, max(prompt_length - 1, 0) :] == config.image_start_token_id).sum(-1)
+        unfinished_images = self._can_draw(generation_config) & (counts < begun * config.num_image_tokens)
         if unfinished_images.any():
             logger.warning(
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",

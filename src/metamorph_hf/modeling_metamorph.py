@@ -196,7 +196,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             scale = (scale * noise_mask[:, None, None]).to(fed_in.dtype)
             norm = fed_in.norm(dim=-1, keepdim=True) / fed_in.shape[-1] ** 0.5
             fed_in = self.normalize_visual_tokens(fed_in + scale * norm * torch.randn_like(fed_in))
-        projector_dtype = next(self.projector.parameters()).dtype
+        # Quantised weights are integers, but biases are not.
+        projector_dtype = next(p.dtype for p in self.projector.parameters() if p.is_floating_point())
         return MetaMorphImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.projector(fed_in.to(projector_dtype)),
@@ -214,16 +215,19 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        num_features = image_features.shape[0] * image_features.shape[1]
+        self._check_image_count(mask, image_features.shape[0] * image_features.shape[1])
+        return mask
+
+    def _check_image_count(self, mask: torch.Tensor, num_features: int) -> None:
+        num_image_tokens = self.config.num_image_tokens
         torch_compilable_check(
             mask.sum() == num_features,
             lambda: (
                 f"The input has {int(mask.sum())} image token positions, but the images fill {num_features} "
-                f"({image_features.shape[0]} images of {image_features.shape[1]} visual tokens). Image features and "
+                f"({num_features / num_image_tokens:g} images of {num_image_tokens} visual tokens). Image features and "
                 "image tokens do not match: pass one image per placeholder, e.g. through the processor."
             ),
         )
-        return mask
 
     @can_return_tuple
     def forward(
@@ -254,6 +258,13 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        config, vocab_size = self.config, self.config.text_config.vocab_size
+        image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
+        if max(image_ids) >= vocab_size:
+            raise ValueError(
+                f"The image token ids {image_ids} do not all fit in the language model's vocabulary of {vocab_size}: call "
+                "model.resize_token_embeddings(len(tokenizer)) after adding the three tokens."
+            )
         features = (mm_encoder_outputs or {}).get("image")
         if features is not None and (pixel_values is not None or visual_tokens is not None):
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
@@ -298,7 +309,6 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
 class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
     """MetaMorph with `lm_head` for text and vision head for visual tokens; `generate()` mixes the two."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     # The loss is a sum of two means over different counts, so Trainer's single `num_items_in_batch` cannot scale it.
     accepts_loss_kwargs = False
 
@@ -309,6 +319,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
         head_layers = VISION_HEAD_LAYERS[config.vision_head_type]
         self.vision_head = MetaMorphMLP(width, width, config.visual_token_dim, head_layers)
+        embeddings = self.get_input_embeddings()  # language models name them differently
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -387,6 +400,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 noise_mask = None
                 if self.training and self.config.visual_token_noise > 0:
                     is_image = input_ids == self.config.image_token_id
+                    num_images = len(visual_tokens if pixel_values is None else pixel_values)
+                    self.model._check_image_count(is_image, num_images * self.config.num_image_tokens)
                     noise_mask = is_target[is_image].view(-1, self.config.num_image_tokens).any(-1)
                 features = self.model.get_image_features(
                     pixel_values, visual_tokens, noise_mask=noise_mask, return_dict=True
@@ -454,9 +469,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         is_text = (next_labels != -100) & (next_labels != image_token_id)
 
         text_logits = self.lm_head(hidden_states[is_text]).float()
-        if image_token_id < text_logits.shape[-1]:  # never predicted as text, so it takes no probability
-            column = torch.arange(text_logits.shape[-1], device=text_logits.device) == image_token_id
-            text_logits = text_logits.masked_fill(column, float("-inf"))
+        # The placeholder is never predicted as text, so it takes no probability.
+        column = torch.arange(text_logits.shape[-1], device=text_logits.device) == image_token_id
+        text_logits = text_logits.masked_fill(column, float("-inf"))
         text_sum = F.cross_entropy(text_logits, next_labels[is_text].to(text_logits.device), reduction="sum")
 
         predictions = self.vision_head(hidden_states[next_is_target])
@@ -473,8 +488,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         visual_sum = self.visual_loss_function(predictions, targets).sum()
 
         num_text_labels, num_visual_labels = is_text.sum(), next_is_target.sum()
-        text_loss = text_sum / (num_text_labels.clamp(min=1) if num_text_items is None else num_text_items)
-        visual_loss = visual_sum / (num_visual_labels.clamp(min=1) if num_visual_items is None else num_visual_items)
+        text_count = num_text_labels if num_text_items is None else torch.as_tensor(num_text_items)
+        visual_count = num_visual_labels if num_visual_items is None else torch.as_tensor(num_visual_items)
+        text_loss, visual_loss = text_sum / text_count.clamp(min=1), visual_sum / visual_count.clamp(min=1)
         return {
             "loss": text_loss + self.config.visual_loss_weight * visual_loss.to(text_loss.device),
             "text_loss": text_loss,

@@ -55,7 +55,7 @@ class MetaMorphPipeline(DiffusionPipeline):
         processor ([`MetaMorphProcessor`]): Messages to the model's inputs, and ids back to text.
         projector ([`VisualTokenProjector`]): Visual tokens to the U-Net's cross-attention states.
         unet ([`UNet2DConditionModel`]): Its `sample_size` decides the size of the pictures.
-        vae ([`AutoencoderKL`]): Latents to pixels.
+        vae ([`AutoencoderKL`] or alike): Latents to pixels.
         scheduler ([`SchedulerMixin`]): Any that works with a Stable Diffusion U-Net.
         instruction_template (`str`, *optional*, defaults to `"Generate an image of {}."`):
             What a caption is put in, at `{}`. `None` sends captions as they are.
@@ -101,8 +101,7 @@ class MetaMorphPipeline(DiffusionPipeline):
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.image_processor = VaeImageProcessor()
 
     @property
     def guidance_scale(self) -> float:
@@ -120,7 +119,9 @@ class MetaMorphPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def check_inputs(self, prompt, image, messages, generator, output_type, callback_on_step_end_tensor_inputs) -> None:
+    def check_inputs(
+        self, prompt, image, messages, generator, output_type, callback_on_step_end_tensor_inputs
+    ) -> None:
         if (prompt is None) == (messages is None):
             given = "neither" if prompt is None else "both"
             raise ValueError(f"Pass either `prompt` or `messages`, but got {given}.")
@@ -237,6 +238,8 @@ class MetaMorphPipeline(DiffusionPipeline):
         Returns:
             The I images, in the form that `output_type` names.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_paint_inputs(output_type, callback_on_step_end_tensor_inputs)
         images = self._paint(
             visual_tokens,
@@ -281,9 +284,7 @@ class MetaMorphPipeline(DiffusionPipeline):
                     continue
                 latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
                 latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-                noise_pred = self.unet(
-                    latent_model_input, t, encoder_hidden_states=prompt_embeds, return_dict=False
-                )[0]
+                noise_pred = self.unet(latent_model_input, t, encoder_hidden_states=prompt_embeds).sample
                 if self.do_classifier_free_guidance:
                     unconditional, conditional = noise_pred.chunk(2)
                     noise_pred = unconditional + self.guidance_scale * (conditional - unconditional)
@@ -300,12 +301,10 @@ class MetaMorphPipeline(DiffusionPipeline):
         # Decode
         if output_type == "latent":
             return latents
-        if len(visual_tokens):
-            latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-            images = self.vae.decode(latents, return_dict=False)[0]
-        else:
-            height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
-            images = latents.new_zeros(0, self.vae.config.out_channels, height, width)
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        # Not every VAE can decode an empty batch.
+        images = self.vae.decode(latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])).sample
+        images = images[: len(latents)]
         return self.image_processor.postprocess(images, output_type=output_type)
 
     @torch.no_grad()

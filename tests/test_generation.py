@@ -1,0 +1,441 @@
+import copy
+
+import pytest
+import torch
+from conftest import PLACEHOLDER
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+
+N = 16
+IMAGE, IMAGE_START, IMAGE_END = PLACEHOLDER, 222, 223
+EOS = (209, 217)
+PAD = 209
+GREEDY = ("text_after_image_prompt", "one_image", "image_prompt_image_answer", "two_images")
+
+
+def expand(ids):
+    return [token for i in ids for token in ([IMAGE] * N if i == -200 else [i])]
+
+
+def without_placeholders(ids):
+    return [token for token in ids if token != IMAGE]
+
+
+@pytest.fixture(scope="module")
+def prompt(golden, golden_image_processor):
+    """The prompt of a golden greedy run, as generate() takes it."""
+
+    def make(case):
+        facts = golden.facts["greedy"][case]
+        inputs = {"input_ids": torch.tensor([expand(facts["prompt"])])}
+        if facts["image_files"]:
+            images = [golden.images[name] for name in facts["image_files"]]
+            inputs["pixel_values"] = golden_image_processor(images, return_tensors="pt").pixel_values
+        return inputs
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def batch(prompt):
+    """Four prompts of two lengths, padded on the left: text, or an image; answers with 0, 1, 1 and 2 images."""
+    prompts = [prompt(case) for case in GREEDY]
+    return join(prompts)
+
+
+def join(prompts):
+    length = max(inputs["input_ids"].shape[1] for inputs in prompts)
+    rows = [inputs["input_ids"][0].tolist() for inputs in prompts]
+    pixel_values = [inputs["pixel_values"] for inputs in prompts if "pixel_values" in inputs]
+    return {
+        "input_ids": torch.tensor([[PAD] * (length - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+        **({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}),
+    }
+
+
+def generate(model, inputs, **kwargs):
+    defaults = {"do_sample": False, "max_new_tokens": 80, "return_dict_in_generate": True}
+    return model.generate(**inputs, **{**defaults, **kwargs})
+
+
+def answers(outputs, inputs):
+    """New ids of each row, up to its end."""
+    rows = []
+    for row in outputs.sequences[:, inputs["input_ids"].shape[1] :].tolist():
+        ends = [place for place, token in enumerate(row) if token in EOS]
+        rows.append(row[: ends[0] + 1] if ends else row)
+    return rows
+
+
+def assert_same(outputs, expected):
+    assert outputs.sequences.tolist() == expected.sequences.tolist()
+    for tokens, expected_tokens in zip(outputs.visual_tokens, expected.visual_tokens):
+        torch.testing.assert_close(tokens, expected_tokens, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def plain_greedy(model, inputs, max_new_tokens=80):
+    """The released rules in their simplest form, one row, all read again at each step; images forced to their end."""
+    base = model.model
+    embeds = base.language_model.embed_tokens(inputs["input_ids"])
+    if "pixel_values" in inputs:
+        embeds[inputs["input_ids"] == IMAGE] = base.projector(base.get_visual_tokens(inputs["pixel_values"])).flatten(0, 1)
+    ids, visual_tokens, left = [], [], 0
+    while True:
+        hidden = base.language_model(inputs_embeds=embeds).last_hidden_state[:, -1]
+        if left:
+            visual_tokens.append(torch.nn.functional.normalize(model.vision_head(hidden), dim=-1))
+            embeds = torch.cat([embeds, base.projector(visual_tokens[-1])[:, None]], dim=1)
+            ids.append(IMAGE)
+            left -= 1
+            continue
+        if ids and ids[-1] == IMAGE:
+            token = IMAGE_END
+        elif len(ids) >= max_new_tokens:
+            break
+        else:
+            logits = model.lm_head(hidden)[0]
+            logits[[IMAGE, IMAGE_END]] = -torch.inf
+            token = logits.argmax().item()
+        ids.append(token)
+        if token in EOS:
+            break
+        left = N if token == IMAGE_START else 0
+        embeds = torch.cat([embeds, base.language_model.embed_tokens(torch.tensor([[token]]))], dim=1)
+    return ids, torch.cat(visual_tokens).view(-1, N, 32) if visual_tokens else torch.zeros(0, N, 32)
+
+
+class TestReleasedGreedy:
+    """Against the released implementation's own decoding loop."""
+
+    @pytest.mark.parametrize("case", [*GREEDY, "image_end_then_image_again_adjacent"])
+    def test_same_answer(self, golden, golden_model, prompt, case):
+        facts, inputs = golden.facts["greedy"][case], prompt(case)
+        outputs = generate(golden_model, inputs, output_logits=True)
+        (ids,) = answers(outputs, inputs)
+        assert without_placeholders(ids) == facts["generated_ids"]
+        assert ["v" if token == IMAGE else "t" for token in ids] == list(facts["trace"])
+        visual_tokens = golden.tensors[f"greedy.{case}.image_embeds"].view(-1, N, 32)
+        assert outputs.visual_tokens[0].shape == visual_tokens.shape
+        torch.testing.assert_close(outputs.visual_tokens[0], visual_tokens, rtol=0, atol=5e-6)
+        step_logits = golden.tensors.get(f"greedy.{case}.step_logits")
+        if step_logits is not None:
+            for step, kind in enumerate(facts["trace"]):
+                if kind == "t":  # at visual steps the released code stores logits of the token it feeds back
+                    error = (outputs.logits[step][0, :PLACEHOLDER] - step_logits[step]).abs().max()
+                    assert error < 1e-5 * step_logits.abs().max()
+
+    @pytest.mark.parametrize("case", ["stop_inside_image", "stop_at_first_visual_token"])
+    def test_we_finish_an_image_that_has_begun(self, golden, golden_model, prompt, case):
+        """There, `max_new_tokens` ends in the middle of an image, and one step late."""
+        facts, inputs = golden.facts["greedy"][case], prompt(case)
+        outputs = generate(golden_model, inputs, max_new_tokens=facts["max_new_tokens"])
+        released = golden.tensors[f"greedy.{case}.image_embeds"]
+        assert answers(outputs, inputs) == [[*facts["generated_ids"], *[IMAGE] * N, IMAGE_END]]
+        assert outputs.visual_tokens[0].shape == (1, N, 32)
+        torch.testing.assert_close(outputs.visual_tokens[0][0, : len(released)], released, rtol=0, atol=5e-6)
+        assert outputs.unfinished_images.tolist() == [False]
+
+    def test_we_ignore_the_text_head_inside_an_image(self, golden, golden_model, prompt):
+        """There, an end-of-text argmax of the untrained lm_head(projector(v)) ends the answer after 6 visual tokens."""
+        case = "eos_argmax_inside_image"
+        inputs, released = prompt(case), golden.tensors[f"greedy.{case}.image_embeds"]
+        outputs = generate(golden_model, inputs, max_new_tokens=2 + N + 1)
+        assert answers(outputs, inputs) == [[95, IMAGE_START, *[IMAGE] * N, IMAGE_END]]
+        assert len(released) == 6
+        torch.testing.assert_close(outputs.visual_tokens[0][0, :6], released, rtol=0, atol=5e-6)
+
+    def test_we_close_every_image(self, golden, golden_model, prompt):
+        """There, without a predicted <image_end>, the next <image_start> gives no visual token at all."""
+        case = "no_image_end_after_image"
+        inputs, released = prompt(case), golden.tensors[f"greedy.{case}.image_embeds"]
+        outputs = generate(golden_model, inputs, max_new_tokens=2 + N + 1)
+        assert golden.facts["greedy"][case]["generated_ids"][:4] == [92, IMAGE_START, 71, IMAGE_START]
+        assert answers(outputs, inputs) == [[92, IMAGE_START, *[IMAGE] * N, IMAGE_END]]
+        torch.testing.assert_close(outputs.visual_tokens[0][0], released[:N], rtol=0, atol=5e-6)
+
+
+class TestDecoding:
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_against_a_plain_loop(self, golden, golden_model, prompt, use_cache):
+        for case in golden.facts["greedy"]:
+            inputs = prompt(case)
+            ids, visual_tokens = plain_greedy(golden_model, inputs, max_new_tokens=50)
+            outputs = generate(golden_model, inputs, max_new_tokens=50, use_cache=use_cache)
+            assert answers(outputs, inputs) == [ids], case
+            torch.testing.assert_close(outputs.visual_tokens[0], visual_tokens, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+    def test_batch_equals_one_by_one(self, golden_model, prompt, batch, kwargs):
+        outputs = generate(golden_model, batch, **kwargs)
+        alone = [plain_greedy(golden_model, prompt(case)) for case in GREEDY]
+        assert answers(outputs, batch) == [ids for ids, _ in alone]
+        assert [len(tokens) for tokens in outputs.visual_tokens] == [0, 1, 1, 2]
+        for tokens, (_, expected) in zip(outputs.visual_tokens, alone):
+            torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+        assert not outputs.unfinished_images.any()
+
+    def test_batch_that_ends_in_an_image(self, golden_model, prompt, batch):
+        """Rows at `max_new_tokens` wait, padded, for those that finish an image."""
+        for max_new_tokens in (1, 3, 5, 21, 24):
+            outputs = generate(golden_model, batch, max_new_tokens=max_new_tokens)
+            alone = [plain_greedy(golden_model, prompt(case), max_new_tokens) for case in GREEDY]
+            new = outputs.sequences[:, batch["input_ids"].shape[1] :].tolist()
+            for row, (ids, _) in zip(new, alone):
+                assert row == ids + [PAD] * (len(row) - len(ids))
+            for tokens, (_, expected) in zip(outputs.visual_tokens, alone):
+                torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+
+    def test_static_cache_has_room_for_an_image(self, golden_model, prompt):
+        inputs = prompt("one_image")
+        outputs = generate(golden_model, inputs, max_new_tokens=4, cache_implementation="static")
+        assert_same(outputs, generate(golden_model, inputs, max_new_tokens=4))
+        assert len(outputs.visual_tokens[0]) == 1
+
+    def test_chunked_prefill(self, golden_model, prompt):
+        inputs = prompt("two_images")
+        for size in (5, 11):
+            assert_same(generate(golden_model, inputs, prefill_chunk_size=size), generate(golden_model, inputs))
+
+    def test_eager_attention_is_causal(self, golden, prompt, golden_model):
+        """The released code attends to the future under eager attention."""
+        model = golden.build_model()
+        model.set_attn_implementation("eager")
+        assert_same(generate(model, prompt("one_image")), generate(golden_model, prompt("one_image")))
+
+    def test_prompt_ends_with_image_start(self, golden_model, batch):
+        row = torch.tensor([[208, 208, 92, 151, IMAGE_START]])
+        outputs = generate(golden_model, {"input_ids": row}, max_new_tokens=1)
+        assert answers(outputs, {"input_ids": row}) == [[IMAGE] * N + [IMAGE_END]]
+        assert_same(outputs, generate(golden_model, {"input_ids": row}, max_new_tokens=N + 1))
+
+    @pytest.mark.parametrize("length", [1, N - 1])
+    def test_prompt_ends_inside_an_image(self, golden_model, length):
+        row = torch.tensor([[208, 92, IMAGE_START, *[IMAGE] * length]])
+        with pytest.raises(ValueError, match=r"Prompts \[0\] end in the middle of an image.*all of its 16 placeholders"):
+            generate(golden_model, {"input_ids": row})
+
+    def test_prompt_ends_before_image_end(self, golden_model, prompt):
+        """A whole image without <image_end> gets it."""
+        inputs = prompt("image_prompt_image_answer")
+        end = inputs["input_ids"][0].tolist().index(IMAGE_END)
+        cut = {**inputs, "input_ids": inputs["input_ids"][:, :end]}
+        assert generate(golden_model, cut, max_new_tokens=1).sequences[0, -1].item() == IMAGE_END
+
+    def test_visual_tokens_stand_for_pixels(self, golden_model, batch):
+        with torch.no_grad():
+            visual_tokens = golden_model.get_visual_tokens(batch["pixel_values"])
+        encoded = {**batch, "visual_tokens": visual_tokens}
+        with pytest.raises(ValueError, match="Give either `pixel_values` or `visual_tokens`"):
+            generate(golden_model, encoded)
+        encoded.pop("pixel_values")
+        for kwargs in ({}, {"use_cache": False}):
+            assert_same(generate(golden_model, encoded, **kwargs), generate(golden_model, batch))
+
+    @pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}])
+    def test_tower_runs_once(self, golden_model, batch, kwargs):
+        calls = []
+        hook = golden_model.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+        generate(golden_model, batch, **kwargs)
+        hook.remove()
+        assert len(calls) == 1
+
+    def test_embeddings_stand_for_ids(self, golden_model, prompt):
+        inputs = prompt("two_images")
+        embeds = golden_model.get_input_embeddings()(inputs["input_ids"]).detach()
+        outputs = generate(golden_model, {"inputs_embeds": embeds, "pixel_values": inputs["pixel_values"]})
+        expected = generate(golden_model, inputs)
+        assert outputs.sequences.tolist() == expected.sequences[:, embeds.shape[1] :].tolist()
+        torch.testing.assert_close(outputs.visual_tokens[0], expected.visual_tokens[0], rtol=0, atol=1e-5)
+
+    def test_second_turn_on_the_same_cache(self, golden_model, prompt):
+        inputs, cache = prompt("two_images"), DynamicCache()
+        first = generate(golden_model, inputs, past_key_values=cache)
+        question = torch.cat([first.sequences, torch.tensor([[92, 151, 25, IMAGE_START]])], dim=1)
+        continued = generate(golden_model, {"input_ids": question}, past_key_values=cache, max_new_tokens=3)
+        with torch.no_grad():
+            read = golden_model.get_visual_tokens(inputs["pixel_values"])
+        everything = {"input_ids": question, "visual_tokens": torch.cat([read, first.visual_tokens[0]])}
+        assert_same(continued, generate(golden_model, everything, max_new_tokens=3))
+        assert len(continued.visual_tokens[0]) == 1
+
+
+class Script(LogitsProcessor):
+    """Forces the given ids, one per step, whatever the model says."""
+
+    def __init__(self, prompt_length, *ids):
+        self.prompt_length, self.ids = prompt_length, ids
+
+    def __call__(self, input_ids, scores):
+        step = input_ids.shape[1] - self.prompt_length
+        if step < len(self.ids):
+            scores = torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.ids[step]]), 0.0)
+        return scores
+
+
+class StopAfter(StoppingCriteria):
+    def __init__(self, length, row=None):
+        self.length, self.row = length, row
+
+    def __call__(self, input_ids, scores, **kwargs):
+        done = torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+        return done if self.row is None else done & (torch.arange(len(input_ids)) == self.row)
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.ids, self.ended = [], False
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class TestGenerateFeatures:
+    """What people do with `generate()` elsewhere works here, or says why not."""
+
+    def test_sampling(self, golden_model, batch):
+        torch.manual_seed(0)
+        kwargs = {"do_sample": True, "temperature": 3.0, "top_k": 100, "top_p": 0.95, "max_new_tokens": 60}
+        outputs = generate(golden_model, batch, **kwargs)
+        torch.manual_seed(0)
+        assert_same(outputs, generate(golden_model, batch, **kwargs))
+        for row, tokens in zip(answers(outputs, batch), outputs.visual_tokens):
+            assert row.count(IMAGE_START) == row.count(IMAGE_END) == row.count(IMAGE) / N == len(tokens)
+            text = "".join({IMAGE_START: "s", IMAGE: "i", IMAGE_END: "e"}.get(token, "t") for token in row)
+            assert text.replace("s" + "i" * N + "e", "").strip("t") == ""
+        torch.manual_seed(1)
+        assert generate(golden_model, batch, **kwargs).sequences.tolist() != outputs.sequences.tolist()
+
+    def test_num_return_sequences(self, golden_model, prompt):
+        """Prompts with 0, 1 and 2 images, each of which answers with an image first."""
+        prompts = [prompt("one_image"), prompt("text_after_image_prompt"), prompt("two_images")]
+        second = prompt("image_prompt_image_answer")
+        prompts[2] = {key: torch.cat([prompts[2][key], second[key]], dim=int(key == "input_ids")) for key in second}
+        for inputs in prompts:
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[IMAGE_START]])], dim=1)
+        kwargs = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 30}
+        torch.manual_seed(0)
+        outputs = generate(golden_model, join(prompts), num_return_sequences=3, **kwargs)
+        torch.manual_seed(0)
+        repeated = generate(golden_model, join([inputs for inputs in prompts for _ in range(3)]), **kwargs)
+        assert_same(outputs, repeated)
+        rows = outputs.sequences.tolist()
+        assert len(rows) == 9 and rows[0] != rows[1]
+        assert all(len(tokens) >= 1 for tokens in outputs.visual_tokens)
+
+    def test_ids_alone(self, golden_model, batch):
+        ids = golden_model.generate(**batch, do_sample=False, max_new_tokens=80)
+        assert torch.equal(ids, generate(golden_model, batch).sequences)
+
+    def test_all_outputs(self, golden_model, prompt):
+        outputs = generate(
+            golden_model,
+            prompt("one_image"),
+            output_scores=True,
+            output_logits=True,
+            output_hidden_states=True,
+        )
+        steps = outputs.sequences.shape[1] - prompt("one_image")["input_ids"].shape[1]
+        assert len(outputs.scores) == len(outputs.logits) == len(outputs.hidden_states) == steps
+        assert outputs.past_key_values is not None
+
+    def test_streamer(self, golden_model, prompt):
+        streamer = Collector()
+        outputs = generate(golden_model, prompt("two_images"), streamer=streamer)
+        assert streamer.ids == outputs.sequences[0].tolist() and streamer.ended
+
+    def test_logits_processor(self, golden_model, prompt):
+        """It decides about text; inside an image nobody does."""
+        inputs = prompt("text_after_image_prompt")
+        length = inputs["input_ids"].shape[1]
+        script = Script(length, 92, IMAGE_START, *[93] * (N + 1), 94, IMAGE_START)
+        outputs = generate(golden_model, inputs, logits_processor=[script], max_new_tokens=N + 5)
+        picture = [IMAGE_START, *[IMAGE] * N, IMAGE_END]
+        assert answers(outputs, inputs) == [[92, *picture, 94, *picture]]
+        assert outputs.visual_tokens[0].shape == (2, N, 32)
+
+    def test_text_settings_do_not_disturb_images(self, golden_model, prompt):
+        inputs = prompt("one_image")
+        kwargs = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "bad_words_ids": [[IMAGE]], "min_new_tokens": 22}
+        (ids,) = answers(generate(golden_model, inputs, max_new_tokens=22, **kwargs), inputs)
+        assert ids[4 : 5 + N] == [IMAGE] * N + [IMAGE_END]
+
+    def test_image_ids_are_never_chosen_as_text(self, golden, prompt):
+        model = golden.build_model()
+        row = model.lm_head.weight.data[150].clone()  # the first id of the answer
+        model.lm_head.weight.data[[IMAGE, IMAGE_END]] = 5 * row
+        inputs = prompt("one_image")
+        (ids,) = answers(generate(model, inputs, max_new_tokens=1), inputs)
+        assert ids == [150]
+
+    @pytest.mark.parametrize("inside", [0, 1, N - 1])
+    def test_criterion_stops_inside_an_image(self, golden_model, prompt, inside, caplog):
+        inputs = prompt("one_image")
+        length = inputs["input_ids"].shape[1] + 4 + inside
+        outputs = generate(golden_model, inputs, stopping_criteria=[StopAfter(length)])
+        assert outputs.sequences.shape[1] == length
+        assert outputs.visual_tokens[0].shape == (0, N, 32)
+        assert outputs.unfinished_images.tolist() == [True]
+        assert "rows [0] inside an image" in caplog.text
+
+    def test_criterion_stops_one_row(self, golden_model, batch, caplog):
+        length = batch["input_ids"].shape[1] + 10
+        outputs = generate(golden_model, batch, stopping_criteria=[StopAfter(length, row=2)])
+        assert outputs.unfinished_images.tolist() == [False, False, True, False]
+        assert [len(tokens) for tokens in outputs.visual_tokens] == [0, 1, 0, 2]
+        expected = generate(golden_model, batch)
+        for row in (1, 3):
+            torch.testing.assert_close(outputs.visual_tokens[row], expected.visual_tokens[row], rtol=0, atol=1e-5)
+        assert "rows [2] inside an image" in caplog.text
+
+    def test_criterion_after_an_image(self, golden_model, prompt, caplog):
+        inputs = prompt("one_image")
+        for length in (4 + N, 4 + N + 1):  # before and after <image_end>
+            criterion = StopAfter(inputs["input_ids"].shape[1] + length)
+            outputs = generate(golden_model, inputs, stopping_criteria=[criterion])
+            assert outputs.visual_tokens[0].shape == (1, N, 32)
+            assert not outputs.unfinished_images.any() and not caplog.text
+
+    @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}])
+    def test_modes_that_cannot_draw(self, golden_model, prompt, kwargs):
+        with pytest.raises(ValueError, match=r"cannot draw images.*suppress_tokens=\[222\]"):
+            generate(golden_model, prompt("one_image"), **kwargs)
+
+    def test_assistant_cannot_draw(self, golden_model, prompt):
+        with pytest.raises(ValueError, match="assisted generation cannot draw images"):
+            generate(golden_model, prompt("one_image"), assistant_model=copy.deepcopy(golden_model))
+
+    def test_beams_without_images(self, golden_model, batch):
+        kwargs = {"suppress_tokens": [IMAGE_START], "max_new_tokens": 6}
+        outputs = generate(golden_model, batch, num_beams=3, **kwargs)
+        assert not (outputs.sequences[:, batch["input_ids"].shape[1] :] == IMAGE_START).any()
+        greedy = generate(golden_model, batch, **kwargs)
+        assert [len(tokens) for tokens in greedy.visual_tokens] == [0] * 4
+        assert greedy.sequences[0].tolist()[:33] == generate(golden_model, batch, max_new_tokens=6).sequences[0].tolist()[:33]
+
+    @pytest.mark.parametrize("num_beams", [1, 2])
+    def test_image_asked_for_and_switched_off(self, golden_model, num_beams):
+        """`suppress_tokens` wins, also in beam search, which cannot draw."""
+        outputs = generate(
+            golden_model,
+            {"input_ids": torch.tensor([[208, 92, IMAGE_START]])},
+            suppress_tokens=[IMAGE_START],
+            num_beams=num_beams,
+            max_new_tokens=5,
+        )
+        assert not (outputs.sequences[0, 3:] >= IMAGE_START).any()
+        if num_beams == 1:
+            assert len(outputs.visual_tokens[0]) == 0 and not outputs.unfinished_images.any()
+
+    def test_compiled_step_is_one_graph(self, golden, batch):
+        model = golden.build_model()
+        compile_config = CompileConfig(fullgraph=True, backend="eager")
+        compile_config._compile_all_devices = True
+        outputs = generate(model, batch, cache_implementation="static", compile_config=compile_config)
+        assert hasattr(model, "_compiled_call")
+        assert_same(outputs, generate(golden.build_model(), batch))

@@ -1,0 +1,370 @@
+import json
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.utils import logging
+from PIL import Image
+
+from metamorph_hf import MetaMorphPipeline, MetaMorphPipelineOutput, VisualTokenProjector
+
+
+@pytest.fixture
+def components(tiny_model, tiny_processor):
+    """Everything a pipeline is made of: 4 visual tokens 16 wide, 4x4 latents, 8x8 pixels."""
+    model = tiny_model()
+    torch.manual_seed(0)
+    projector = VisualTokenProjector(
+        visual_token_dim=16, cross_attention_dim=8, hidden_dim=12, num_image_tokens=4, sequence_length=6
+    )
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        latent_channels=3,
+        norm_num_groups=2,
+        sample_size=8,
+        scaling_factor=0.7,
+    )
+    return {
+        "model": model,
+        "processor": tiny_processor,
+        "projector": projector.eval(),
+        "unet": unet.eval(),
+        "vae": vae.eval(),
+        "scheduler": DDIMScheduler(clip_sample=False),
+    }
+
+
+@pytest.fixture
+def pipe(components):
+    """Its model answers every prompt with one picture and nothing else."""
+    config = components["model"].config
+    start, end = config.image_start_token_id, config.image_end_token_id
+    stop = config.text_config.eos_token_id
+    components["model"].generation_config.sequence_bias = [[[start], 100.0], [[end, stop], 200.0]]
+    return build(components)
+
+
+def build(components, **kwargs) -> MetaMorphPipeline:
+    settings = {"default_num_inference_steps": 2, "default_guidance_scale": 2.0}
+    pipe = MetaMorphPipeline(**components, **{**settings, **kwargs})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def prompts_seen(pipe, monkeypatch):
+    """The prompts' text as the model gets it, and their pixels."""
+    seen = []
+    generate = type(pipe.model).generate
+
+    def spy(model, **inputs):
+        seen.append((pipe.processor.decode_generated(inputs["input_ids"]), inputs.get("pixel_values")))
+        return generate(model, **inputs)
+
+    monkeypatch.setattr(type(pipe.model), "generate", spy)
+    return seen
+
+
+@pytest.fixture
+def warnings_of_pipeline(caplog):
+    logging.enable_propagation()
+    yield caplog
+    logging.disable_propagation()
+
+
+class TestPrompts:
+    def test_caption_is_wrapped_in_the_template(self, pipe, prompts_seen):
+        output = pipe("a {red} apple", generator=seeded())
+        assert isinstance(output, MetaMorphPipelineOutput)
+        assert prompts_seen == [(["Generate an image of a {red} apple."], None)]
+        assert [image.size for image in output.images] == [(8, 8)]
+        assert output.text == ["<image>"]
+        assert output.image_counts == [1]
+
+    def test_no_template_sends_the_caption_as_it_is(self, pipe, prompts_seen):
+        pipe.register_to_config(instruction_template=None)
+        pipe("Draw an apple!")
+        assert prompts_seen[0][0] == ["Draw an apple!"]
+
+    def test_prompts_are_a_batch(self, pipe, prompts_seen):
+        output = pipe(["a red apple", "a dog"])
+        assert prompts_seen[0][0] == ["Generate an image of a red apple.", "Generate an image of a dog."]
+        assert len(output.images) == 2
+        assert output.image_counts == [1, 1]
+
+    def test_image_comes_before_the_prompt_which_is_sent_as_it_is(self, pipe, prompts_seen, tiny_images):
+        pipe("Make it red.", image=tiny_images[0])
+        ((text, pixels),) = prompts_seen
+        assert text == ["<image>Make it red."]
+        assert pixels.shape == (1, 3, 16, 16)
+
+    def test_one_entry_of_images_per_prompt(self, pipe, prompts_seen, tiny_images):
+        pipe(["Make it red.", "Mix them."], image=[tiny_images[0], tiny_images[1:3]])
+        ((text, pixels),) = prompts_seen
+        assert text == ["<image>Make it red.", "<image><image>Mix them."]
+        assert len(pixels) == 3
+
+    def test_a_list_of_images_for_one_prompt(self, pipe, prompts_seen, tiny_images):
+        pipe("Mix them.", image=tiny_images[:2])
+        assert prompts_seen[0][0] == ["<image><image>Mix them."]
+
+    def test_one_image_for_all_prompts(self, pipe, prompts_seen, tiny_images):
+        pipe(["Make it red.", "Make it blue."], image=tiny_images[0])
+        assert prompts_seen[0][0] == ["<image>Make it red.", "<image>Make it blue."]
+
+    def test_messages_are_one_conversation_or_several(self, pipe, prompts_seen, tiny_images):
+        image = {"type": "image", "image": tiny_images[0]}
+        conversation = [{"role": "user", "content": [{"type": "text", "text": "Look: "}, image]}]
+        assert pipe(messages=conversation).image_counts == [1]
+        assert pipe(messages=[conversation, [{"role": "user", "content": "Hello"}]]).image_counts == [1, 1]
+        assert [text for text, _ in prompts_seen] == [["Look: <image>"], ["Look: <image>", "Hello"]]
+
+    def test_messages_are_left_as_they_were(self, pipe, tiny_images):
+        content = [{"type": "image", "image": tiny_images[0]}, {"type": "text", "text": "What?"}]
+        messages = [{"role": "user", "content": content}]
+        pipe(messages=messages)
+        assert messages == [{"role": "user", "content": content}] and len(content) == 2
+
+
+class TestAnswers:
+    def test_several_pictures_in_one_answer(self, pipe):
+        start = pipe.model.config.image_start_token_id
+        again_and_again = {"sequence_bias": [[[start], 100.0]]}
+        # An image takes 4 + 2 tokens, so the second one begins just in time.
+        output = pipe(["a dog", "a cat"], max_new_tokens=7, generation_kwargs=again_and_again)
+        assert output.image_counts == [2, 2]
+        assert output.text == ["<image><image>"] * 2
+        assert len(output.images) == 4
+
+    @pytest.mark.parametrize("output_type, empty", [("pil", []), ("np", (0, 8, 8, 3)), ("pt", (0, 3, 8, 8))])
+    def test_no_picture_warns_with_the_answer(self, components, warnings_of_pipeline, output_type, empty):
+        pipe = build(components)
+        start = components["model"].config.image_start_token_id
+        kwargs = {"suppress_tokens": [start]}
+        output = pipe("a dog", max_new_tokens=3, generation_kwargs=kwargs, output_type=output_type)
+        assert output.image_counts == [0]
+        assert (output.images if output_type == "pil" else output.images.shape) == empty
+        (record,) = warnings_of_pipeline.records
+        assert record.getMessage() == f"Prompt 0 was answered without a picture: {output.text[0]!r}"
+
+    def test_a_tuple_on_request(self, pipe):
+        images, text, image_counts = pipe("a dog", return_dict=False)
+        assert (len(images), text, image_counts) == (1, ["<image>"], [1])
+
+    def test_output_types(self, pipe):
+        outputs = {kind: pipe("a dog", generator=seeded(), output_type=kind).images for kind in ("pil", "np", "pt")}
+        assert outputs["np"].shape == (1, 8, 8, 3) and outputs["pt"].shape == (1, 3, 8, 8)
+        np.testing.assert_array_equal(np.asarray(outputs["pil"][0]), (outputs["np"][0] * 255).round().astype("uint8"))
+        np.testing.assert_array_equal(outputs["pt"].permute(0, 2, 3, 1).numpy(), outputs["np"])
+        assert pipe("a dog", output_type="latent").images.shape == (1, 3, 4, 4)
+
+
+class TestPainting:
+    def test_paints_the_models_visual_tokens(self, pipe):
+        messages = [{"role": "user", "content": "Generate an image of a dog."}]
+        conversation = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = pipe.processor(text=conversation, return_tensors="pt")
+        answer = pipe.model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)
+        tokens = torch.cat(answer.visual_tokens)
+        painted = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="np")
+        np.testing.assert_allclose(pipe("a dog", generator=seeded(), output_type="np").images, painted, atol=1e-6)
+
+    def test_guidance_starts_from_zeros(self, pipe, components):
+        """One step, written out: the negative embeddings are zeros, as in the released code."""
+        tokens = torch.nn.functional.normalize(torch.randn(2, 4, 16), dim=-1)
+        settings = {"num_inference_steps": 1, "output_type": "latent"}
+        latents = pipe.decode_visual_tokens(tokens, guidance_scale=3.0, generator=seeded(), **settings)
+        scheduler, unet = components["scheduler"], components["unet"]
+        scheduler.set_timesteps(1)
+        noise = torch.randn(2, 3, 4, 4, generator=seeded())
+        with torch.no_grad():
+            states = components["projector"](tokens)
+            assert states.shape == (2, 6, 8)
+            with_tokens = unet(noise, scheduler.timesteps[0], states).sample
+            without = unet(noise, scheduler.timesteps[0], torch.zeros(2, 6, 8)).sample
+        prediction = without + 3.0 * (with_tokens - without)
+        expected = scheduler.step(prediction, scheduler.timesteps[0], noise).prev_sample
+        torch.testing.assert_close(latents, expected)
+
+    def test_scale_one_does_not_run_the_unet_twice(self, pipe, monkeypatch):
+        batches = []
+        forward = pipe.unet.forward
+        monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: batches.append(len(x)) or forward(x, *a, **k))
+        pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=1.0)
+        pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=1.5)
+        assert batches == [3, 3, 6, 6]  # all images in one batch, two steps
+
+    def test_scaling_factor_is_undone(self, pipe):
+        tokens = torch.randn(1, 4, 16)
+        latents = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="latent")
+        with torch.no_grad():
+            pixels = pipe.vae.decode(latents / 0.7).sample
+        painted = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="pt")
+        torch.testing.assert_close(painted, (pixels / 2 + 0.5).clamp(0, 1))
+
+    @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+    def test_a_generator_per_prompt_makes_pictures_independent_of_the_batch(self, pipe, scheduler):
+        pipe.scheduler = scheduler(clip_sample=False)
+        generators = [seeded(1), seeded(2)]
+        together = pipe(["a dog", "a cat"], generator=generators, output_type="pt").images
+        alone = pipe("a cat", generator=seeded(2), output_type="pt").images
+        torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
+        assert not torch.allclose(together[0], together[1])
+
+    def test_same_seed_same_picture(self, pipe):
+        first, second, other = (pipe("a dog", generator=seeded(s), output_type="np").images for s in (0, 0, 1))
+        np.testing.assert_array_equal(first, second)
+        assert not np.allclose(first, other)
+
+    def test_callback_sees_and_changes_latents(self, pipe):
+        steps = []
+
+        def callback(pipeline, step, timestep, tensors):
+            steps.append((step, sorted(tensors)))
+            return {"latents": torch.zeros_like(tensors["latents"])}
+
+        names = ["latents", "prompt_embeds"]
+        latents = pipe(
+            "a dog",
+            output_type="latent",
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=names,
+        ).images
+        assert steps == [(0, names), (1, names)]
+        assert not latents.any()
+
+    def test_diffusers_own_callbacks_work(self, pipe):
+        cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+        tokens = torch.randn(1, 4, 16)
+        settings = {"num_inference_steps": 4, "output_type": "latent"}
+        guided = pipe.decode_visual_tokens(tokens, generator=seeded(), **settings)
+        cut = pipe.decode_visual_tokens(tokens, generator=seeded(), callback_on_step_end=cutoff, **settings)
+        assert not torch.allclose(guided, cut)
+
+    def test_half_precision(self, pipe):
+        pipe.unet.to(torch.bfloat16)
+        pipe.vae.to(torch.bfloat16)
+        assert pipe("a dog").images[0].size == (8, 8)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "kwargs, message",
+        [
+            ({}, "either `prompt` or `messages`, but got neither"),
+            ({"prompt": "a dog", "messages": [{"role": "user", "content": "hi"}]}, "but got both"),
+            ({"prompt": []}, "must be a string or a list of strings"),
+            ({"prompt": 3}, "must be a string or a list of strings"),
+            ({"messages": []}, "none may be empty"),
+            ({"messages": [[]]}, "none may be empty"),
+            ({"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}, "`image` goes with `prompt`"),
+            ({"prompt": ["a", "b"], "image": ["x.png"]}, "Got 2 prompts but 1 entries in `image`"),
+            ({"prompt": ["a", "b"], "generator": [seeded()]}, "Got 2 prompts but 1 generators"),
+            ({"prompt": "a dog", "output_type": "jpg"}, "must be one of pil, np, pt, latent"),
+            (
+                {"prompt": "a dog", "callback_on_step_end_tensor_inputs": ["noise"]},
+                r"has \['noise'\], but must be from",
+            ),
+        ],
+    )
+    def test_inputs_are_checked_before_anything_runs(self, components, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            build(components)(**kwargs)
+
+    def test_one_generator_per_image(self, pipe):
+        with pytest.raises(ValueError, match="Got 3 images but 2 generators"):
+            pipe.decode_visual_tokens(torch.randn(3, 4, 16), generator=[seeded(), seeded()])
+
+    def test_template_without_a_place(self, components):
+        with pytest.raises(ValueError, match="needs a {} where the caption goes"):
+            build(components, instruction_template="Draw it.")
+
+
+class TestSaving:
+    @pytest.mark.parametrize("template", ["Draw {}!", None])
+    @pytest.mark.parametrize("loader", [MetaMorphPipeline, DiffusionPipeline])
+    def test_round_trip(self, components, tmp_path, loader, template):
+        pipe = build(components, instruction_template=template)
+        pipe.save_pretrained(tmp_path)
+        again = loader.from_pretrained(tmp_path)
+        assert type(again) is MetaMorphPipeline
+        assert again.config.instruction_template == template
+        assert again.config.default_num_inference_steps == 2
+        assert {name: type(c) for name, c in again.components.items()} == {
+            name: type(c) for name, c in pipe.components.items()
+        }
+        for name in ("model", "projector", "unet", "vae"):
+            saved = getattr(again, name).state_dict()
+            assert all(torch.equal(saved[key], value) for key, value in getattr(pipe, name).state_dict().items())
+        tokens = torch.randn(1, 4, 16)
+        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
+        assert torch.equal(*images)
+
+    def test_loads_in_half_precision(self, components, tmp_path):
+        build(components).save_pretrained(tmp_path)
+        pipe = MetaMorphPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+        assert {c.dtype for c in (pipe.model, pipe.projector, pipe.unet, pipe.vae)} == {torch.bfloat16}
+        pipe.set_progress_bar_config(disable=True)
+        assert len(pipe("a dog", max_new_tokens=4).text) == 1
+
+    def test_module_paths_in_the_index_are_frozen(self, components, tmp_path):
+        build(components).save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["_class_name"] == "MetaMorphPipeline"
+        assert index["model"] == ["metamorph_hf.modeling_metamorph", "MetaMorphForConditionalGeneration"]
+        assert index["processor"] == ["metamorph_hf.processing_metamorph", "MetaMorphProcessor"]
+        assert index["projector"] == ["metamorph_hf.visual_token_projector", "VisualTokenProjector"]
+
+    def test_fresh_process(self, components, tmp_path):
+        build(components).save_pretrained(tmp_path)
+        code = (
+            "import metamorph_hf\nfrom diffusers import DiffusionPipeline\n"
+            f"print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__name__)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.stdout.strip() == "MetaMorphPipeline", run.stderr
+
+    def test_class_is_known_to_diffusers(self):
+        assert diffusers.MetaMorphPipeline is MetaMorphPipeline
+
+
+class TestOffloading:
+    def test_the_models_move_in_before_they_run(self, pipe):
+        """Hooks as `enable_model_cpu_offload` attaches them, with the CPU in the accelerator's place."""
+        from accelerate import cpu_offload_with_hook
+
+        order, hook = [], None
+        for name in pipe.model_cpu_offload_seq.split("->"):
+            _, hook = cpu_offload_with_hook(getattr(pipe, name), "cpu", prev_module_hook=hook)
+            original = hook.hook.pre_forward
+
+            def recorded(module, *args, name=name, original=original, **kwargs):
+                order.append(name)
+                return original(module, *args, **kwargs)
+
+            hook.hook.pre_forward = recorded
+        assert isinstance(pipe("a dog").images[0], Image.Image)
+        assert list(dict.fromkeys(order)) == ["model", "projector", "unet", "vae"]
