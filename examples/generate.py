@@ -4,8 +4,8 @@
     python examples/generate.py "What is this?" --image picture.png             # a question about an image
     python examples/generate.py "make the skin tone dark" --image hand.png      # an edit
 
-Without --model it uses the small emoji model in this repository, which knows emoji and nothing else. It runs on the CPU
-in seconds.
+Without --model it uses the small emoji model in this repository, which knows emoji and nothing else. It runs on the
+CPU in seconds.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def load_pipeline(path_or_repo: str) -> MetaMorphPipeline:
         return MetaMorphPipeline.from_pretrained(path_or_repo, torch_dtype=dtype).to(device)
     # Hub, safetensors, JSON and torch each have their own way to say that files are missing or cut off.
     except Exception as error:
-        sys.exit(f"{path_or_repo} could not be loaded; it is missing or only half written. {type(error).__name__}: {error}")
+        sys.exit(
+            f"{path_or_repo} could not be loaded; it is missing or only half written. {type(error).__name__}: {error}"
+        )
 
 
 def load_picture(path: str) -> Image.Image:

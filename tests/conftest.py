@@ -68,7 +68,12 @@ class Golden:
             pad_token_id=209,
         )
         vision_config = SiglipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=42, patch_size=7
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=42,
+            patch_size=7,
         )
         defaults = {
             "text_config": text_config,
@@ -135,9 +140,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_processor(tiny_tokenizer) -> MetaMorphProcessor:
     image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16}, do_convert_rgb=True)
-    return MetaMorphProcessor(
-        image_processor, tiny_tokenizer, num_image_tokens=4, chat_template=DEFAULT_CHAT_TEMPLATE
-    )
+    return MetaMorphProcessor(image_processor, tiny_tokenizer, num_image_tokens=4, chat_template=DEFAULT_CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +162,12 @@ def tiny_config(tiny_tokenizer):
             pad_token_id=tiny_tokenizer.pad_token_id,
         )
         vision_config = SiglipVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
         )
         defaults = {
             "text_config": text_config,

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Image
 
+
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 sys.path.insert(0, str(EMOJI))
 
 import emoji_tasks  # noqa: E402
 from emoji_tasks import CYCLES, EVALUATIONS, HELD_OUT_PHRASINGS, MIXTURE, TONES, UNDERSTANDING, EmojiTasks  # noqa: E402
+
 
 LOOKING = ("name", "category", "yes_no", "thinking")
 

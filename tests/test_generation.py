@@ -81,7 +81,9 @@ def plain_greedy(model, inputs, max_new_tokens=80):
     base = model.model
     embeds = base.language_model.embed_tokens(inputs["input_ids"])
     if "pixel_values" in inputs:
-        embeds[inputs["input_ids"] == IMAGE] = base.projector(base.get_visual_tokens(inputs["pixel_values"])).flatten(0, 1)
+        embeds[inputs["input_ids"] == IMAGE] = base.projector(base.get_visual_tokens(inputs["pixel_values"])).flatten(
+            0, 1
+        )
     ids, visual_tokens, left = [], [], 0
     while True:
         hidden = base.language_model(inputs_embeds=embeds).last_hidden_state[:, -1]
@@ -214,7 +216,9 @@ class TestDecoding:
     @pytest.mark.parametrize("length", [1, N - 1])
     def test_prompt_ends_inside_an_image(self, golden_model, length):
         row = torch.tensor([[208, 92, IMAGE_START, *[IMAGE] * length]])
-        with pytest.raises(ValueError, match=r"Prompts \[0\] end in the middle of an image.*all of its 16 placeholders"):
+        with pytest.raises(
+            ValueError, match=r"Prompts \[0\] end in the middle of an image.*all of its 16 placeholders"
+        ):
             generate(golden_model, {"input_ids": row})
 
     def test_prompt_ends_before_image_end(self, golden_model, prompt):
@@ -361,7 +365,12 @@ class TestGenerateFeatures:
 
     def test_text_settings_do_not_disturb_images(self, golden_model, prompt):
         inputs = prompt("one_image")
-        kwargs = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "bad_words_ids": [[IMAGE]], "min_new_tokens": 22}
+        kwargs = {
+            "repetition_penalty": 5.0,
+            "no_repeat_ngram_size": 2,
+            "bad_words_ids": [[IMAGE]],
+            "min_new_tokens": 22,
+        }
         (ids,) = answers(generate(golden_model, inputs, max_new_tokens=22, **kwargs), inputs)
         assert ids[4 : 5 + N] == [IMAGE] * N + [IMAGE_END]
 
@@ -401,7 +410,9 @@ class TestGenerateFeatures:
             assert outputs.visual_tokens[0].shape == (1, N, 32)
             assert not outputs.unfinished_images.any() and not caplog.text
 
-    @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}])
+    @pytest.mark.parametrize(
+        "kwargs", [{"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}]
+    )
     def test_modes_that_cannot_draw(self, golden_model, prompt, kwargs):
         with pytest.raises(ValueError, match=r"cannot draw images.*suppress_tokens=\[222\]"):
             generate(golden_model, prompt("one_image"), **kwargs)
@@ -416,7 +427,10 @@ class TestGenerateFeatures:
         assert not (outputs.sequences[:, batch["input_ids"].shape[1] :] == IMAGE_START).any()
         greedy = generate(golden_model, batch, **kwargs)
         assert [len(tokens) for tokens in greedy.visual_tokens] == [0] * 4
-        assert greedy.sequences[0].tolist()[:33] == generate(golden_model, batch, max_new_tokens=6).sequences[0].tolist()[:33]
+        assert (
+            greedy.sequences[0].tolist()[:33]
+            == generate(golden_model, batch, max_new_tokens=6).sequences[0].tolist()[:33]
+        )
 
     @pytest.mark.parametrize("num_beams", [1, 2])
     def test_image_asked_for_and_switched_off(self, golden_model, num_beams):

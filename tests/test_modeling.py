@@ -121,7 +121,9 @@ class TestReleasedForward:
 
     def build(self, golden, case, **config):
         model = golden.build_model(**config)
-        head = {k.removeprefix(f"{case}."): v for k, v in golden.tensors.items() if k.startswith(f"{case}.vision_head")}
+        head = {
+            k.removeprefix(f"{case}."): v for k, v in golden.tensors.items() if k.startswith(f"{case}.vision_head")
+        }
         model.load_state_dict({released_to_ours(key): value for key, value in head.items()}, strict=False)
         return model
 
@@ -351,7 +353,9 @@ class TestForward:
     def test_count_mismatch(self, tiny_model, batch):
         model = tiny_model()
         for training in (False, True):
-            with pytest.raises(ValueError, match=r"has 12 image token positions, but the images fill 8 \(2 images of 4"):
+            with pytest.raises(
+                ValueError, match=r"has 12 image token positions, but the images fill 8 \(2 images of 4"
+            ):
                 model.train(training)(**{**batch, "pixel_values": batch["pixel_values"][:2]})
 
     @torch.no_grad()
@@ -509,7 +513,8 @@ class TestOtherParts:
         torch.testing.assert_close(loaded(**batch).loss, outputs.loss)
         prompt = torch.tensor([[40, 41, IMAGE_START]])
         cached, uncached = (
-            model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+            model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=use_cache)
+            for use_cache in (True, False)
         )
         assert cached.tolist() == uncached.tolist()
         assert cached[0, 3:8].tolist() == [IMAGE] * 4 + [IMAGE_END]
@@ -529,7 +534,9 @@ class TestOtherParts:
             **VISION_CONFIGS[model_type],
         )
         model = tiny_model(vision_config=vision_config, num_image_tokens=16, normalize_visual_tokens=False)
-        last_layer = [module for module in model.model.vision_tower.modules() if type(module).__name__.endswith("Layer")]
+        last_layer = [
+            module for module in model.model.vision_tower.modules() if type(module).__name__.endswith("Layer")
+        ]
         seen = []
         last_layer[-1].register_forward_hook(lambda module, args, output: seen.append(output))
         visual_tokens = model.get_visual_tokens(batch["pixel_values"])

@@ -38,7 +38,9 @@ EXAMPLES = [
     conversation([text("draw a cat")], [IMAGE], [picture(0)]),
     conversation([IMAGE, text("what is this?")], [text("a cat")], [picture(1)]),
     conversation([text("hello")], [text("hello to you, a long answer of many words")], []),
-    conversation([IMAGE, text("make it red")], [text("here"), IMAGE, text("done"), IMAGE], [picture(n) for n in range(3)]),
+    conversation(
+        [IMAGE, text("make it red")], [text("here"), IMAGE, text("done"), IMAGE], [picture(n) for n in range(3)]
+    ),
     conversation([text("say yes")], [text("yes")], []),
     conversation([text("two cats")], [IMAGE, IMAGE], [picture(4), picture(5)]),
     conversation([IMAGE, IMAGE, text("same?")], [text("no")], [picture(6), picture(7)]),
@@ -156,11 +158,16 @@ class TestTrainer:
             assert logs["text_loss"] == pytest.approx(whole_logs["text_loss"], rel=1e-4)
             assert logs["visual_loss"] == pytest.approx(whole_logs["visual_loss"], rel=1e-4)
             for name, weight in whole.items():
-                torch.testing.assert_close(state[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    state[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
     @pytest.mark.parametrize(
         ("stage", "moves"),
-        [("projector", ("model.projector.",)), ("full", ("model.projector.", "model.language_model.", "vision_head."))],
+        [
+            ("projector", ("model.projector.",)),
+            ("full", ("model.projector.", "model.language_model.", "vision_head.")),
+        ],
     )
     def test_stage_decides_what_moves(self, tiny_processor, model, tmp_path, stage, moves):
         before = copy.deepcopy(model.state_dict())

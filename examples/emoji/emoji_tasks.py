@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+
 HELD_OUT_PHRASINGS = (
     "Could you sketch {} for me?",
     "I want to see {}.",

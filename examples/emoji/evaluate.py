@@ -3,9 +3,9 @@
     python examples/emoji/evaluate.py                       # about ten minutes on 2 CPU cores
     python examples/emoji/evaluate.py --limit 100           # fewer questions of each kind
 
-Retrieval ranks an answer among all base Google pictures (or, for edits, all of Google's skin-tone variants) by the cosine
-of their flattened visual tokens. Pictures that are identical to the byte, as the flags of Norway and Svalbard, cannot be
-told apart and count as one.
+Retrieval ranks an answer among all base Google pictures (or, for edits, all of Google's skin-tone variants) by the
+cosine of their flattened visual tokens. Pictures that are identical to the byte, as the flags of Norway and Svalbard,
+cannot be told apart and count as one.
 """
 
 import argparse
@@ -183,7 +183,11 @@ def main() -> None:
 
     shown = random.Random(2).sample(range(len(records)), min(36, len(records)))
     cells = [
-        (records[i]["messages"][0]["content"][-1]["text"], painted[i], to_pil_image(pixels[records[i]["answer"]].numpy()))
+        (
+            records[i]["messages"][0]["content"][-1]["text"],
+            painted[i],
+            to_pil_image(pixels[records[i]["answer"]].numpy()),
+        )
         for i in shown
     ]
     contact_sheet(cells).save(args.sheet)

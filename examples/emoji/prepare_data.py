@@ -3,8 +3,8 @@
     python examples/emoji/prepare_data.py                 # needs npm, downloads 160 MB
     python examples/emoji/prepare_data.py --packages DIR  # reads *.tgz files that `npm pack` left in DIR
 
-One row per picture: every emoji as drawn by Google (Noto) and by Twitter (Twemoji), every skin-tone variant of Google's
-and three tones of Twitter's.
+One row per picture: every emoji as drawn by Google (Noto) and by Twitter (Twemoji), every skin-tone variant of
+Google's and three tones of Twitter's.
 Columns: `vendor`, `unified` (code points), `base` (code points of the emoji that this one is a variant of, or its
 own), `name`, `aliases`, `category`, `subcategory`, `skin_tone` ("" for a base emoji), `image` (64x64 lossless WebP on
 white). Licences: see DATA_LICENSE.md.
@@ -24,6 +24,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm import tqdm
+
 
 VERSION = "16.0.0"
 PACKAGES = {vendor: f"emoji-datasource-{vendor}-{VERSION}.tgz" for vendor in ("google", "twitter")}
@@ -62,9 +63,7 @@ def read_metadata(packages: Path) -> list[dict]:
         rows.append({**common, "unified": entry["unified"], "skin_tone": "", "file": entry["image"]})
         for tones, variant in entry.get("skin_variations", {}).items():
             skin_tone = " and ".join(SKIN_TONES[tone] for tone in tones.split("-"))
-            rows.append(
-                {**common, "unified": variant["unified"], "skin_tone": skin_tone, "file": variant["image"]}
-            )
+            rows.append({**common, "unified": variant["unified"], "skin_tone": skin_tone, "file": variant["image"]})
     return rows
 
 
@@ -95,7 +94,9 @@ def build(packages: Path) -> Dataset:
             png = {m.name.removeprefix(folder): tar.extractfile(m).read() for m in members}
         missing = [row["file"] for row in metadata if row["file"] not in png]
         if missing:
-            raise ValueError(f"{package} lacks {len(missing)} pictures that {METADATA} names, the first: {missing[0]}.")
+            raise ValueError(
+                f"{package} lacks {len(missing)} pictures that {METADATA} names, the first: {missing[0]}."
+            )
         kept = [row for row in metadata if TONES_KEPT[vendor] is None or row["skin_tone"] in TONES_KEPT[vendor]]
         with ProcessPoolExecutor() as pool:
             webp = pool.map(to_webp, (png[row["file"]] for row in kept), chunksize=16)

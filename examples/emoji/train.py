@@ -8,7 +8,7 @@
 3. VPiT stage 2: projector, language model and vision head, on all tasks.
 4. Visualizer: a VAE, and a U-Net that paints visual tokens.
 
-A step that is finished is not run again; one that was interrupted goes on from its last checkpoint. `--work` holds them.
+A step that is finished is not run again; one that was interrupted goes on from its last checkpoint in `--work`.
 """
 
 import argparse
@@ -113,8 +113,8 @@ def build_model(
         image_token_id=processor.image_token_id,
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
-        # Half of the time the picture so far says little, so that what to draw is learned from the words.
-        visual_token_noise=6.0,
+        # Most of the time the picture so far says nothing, so that what to draw is learned from the words.
+        visual_token_noise=2.5,
     )
     model = MetaMorphForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict(), strict=not tower.use_head)
@@ -135,7 +135,9 @@ def training_stream(tasks: EmojiTasks, mixture: dict, visual_tokens: torch.Tenso
         rng = random.Random(f"pool {number}")
         names = rng.choices(list(mixture), weights=mixture.values(), k=pool)
         records = [tasks.sample(name, rng) for name in names]
-        records.sort(key=lambda record: 4 * 18 * len(record["images"]) + len(str(record["messages"])))  # 4 letters a token
+        records.sort(
+            key=lambda record: 4 * 18 * len(record["images"]) + len(str(record["messages"]))
+        )  # 4 letters a token
         groups = [records[start : start + group] for start in range(0, pool, group)]
         rng.shuffle(groups)
         return [record for records in groups for record in records]

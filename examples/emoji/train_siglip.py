@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, get_cosine_schedule_with_warmup
 
+
 MAX_CAPTION_TOKENS = 16
 
 

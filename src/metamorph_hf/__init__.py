@@ -38,9 +38,14 @@ __all__ = [
     "MetaMorphConfig",
     "MetaMorphForConditionalGeneration",
     "MetaMorphModel",
+    "MetaMorphPipeline",
+    "MetaMorphPipelineOutput",
     "MetaMorphPreTrainedModel",
     "MetaMorphProcessor",
-    *_LAZY,
+    "PatchVAE",
+    "VPiTConfig",
+    "VPiTTrainer",
+    "VisualTokenProjector",
 ]
 
 

@@ -92,6 +92,15 @@ class MetaMorphGenerationMixin(GenerationMixin):
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        context = self.config.text_config.max_position_embeddings
+        if input_ids_length >= context:
+            raise ValueError(
+                f"The prompt has {input_ids_length} tokens, visual tokens included, longer than the model's "
+                f"context of {context} tokens. Shorten it or leave out images."
+            )
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         config, device = self.config, kwargs.get("device")
@@ -101,7 +110,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if self._can_draw(generation_config):
             processors.append(
                 ImageTokensLogitsProcessor(
-                    config.image_token_id, config.image_start_token_id, config.image_end_token_id, config.num_image_tokens
+                    config.image_token_id,
+                    config.image_start_token_id,
+                    config.image_end_token_id,
+                    config.num_image_tokens,
                 )
             )
         return processors
@@ -168,11 +180,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         config, prompt_length = self.config, input_ids.shape[1]
+        if prompt_length:  # two looks at the prompt, before the loop
+            vocab_size = config.text_config.vocab_size
+            unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+            if unknown.numel():
+                raise ValueError(
+                    f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the ids come "
+                    "from another tokenizer."
+                )
         if prompt_length and self._can_draw(generation_config):
             inside = (input_ids[:, -1] == config.image_token_id) & (
                 (input_ids[:, -config.num_image_tokens :] == config.image_token_id).sum(-1) < config.num_image_tokens
             )
-            if inside.any():  # once per call, before the loop
+            if inside.any():
                 raise ValueError(
                     f"Prompts {inside.nonzero().flatten().tolist()} end in the middle of an image: an image in the "
                     f"prompt takes all of its {config.num_image_tokens} placeholders and <image_end>."

@@ -192,11 +192,10 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             )
         fed_in = visual_tokens
         if noise_mask is not None:
-            scale = torch.rand(len(fed_in), 1, 1, device=fed_in.device) * self.config.visual_token_noise
-            scale = (scale * noise_mask[:, None, None]).to(fed_in.dtype)
-            norm = fed_in.norm(dim=-1, keepdim=True) / fed_in.shape[-1] ** 0.5
-            fed_in = self.normalize_visual_tokens(fed_in + scale * norm * torch.randn_like(fed_in))
-        # Quantised weights are integers, but biases are not.
+            share = torch.rand(len(fed_in), 1, 1, device=fed_in.device) * self.config.visual_token_noise
+            share = (share.clamp(max=1) * noise_mask[:, None, None]).to(fed_in.dtype)
+            noise = F.normalize(torch.randn_like(fed_in), dim=-1) * fed_in.norm(dim=-1, keepdim=True)
+            fed_in = self.normalize_visual_tokens(torch.lerp(fed_in, noise, share))
         projector_dtype = next(p.dtype for p in self.projector.parameters() if p.is_floating_point())
         return MetaMorphImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
@@ -430,7 +429,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         if labels is None:
             next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -1:]))
         else:
-            losses = self._losses(hidden_states, labels, input_ids, is_target, features, num_text_items, num_visual_items)
+            losses = self._losses(
+                hidden_states, labels, input_ids, is_target, features, num_text_items, num_visual_items
+            )
         return MetaMorphCausalLMOutputWithPast(
             **losses,
             logits=logits,

@@ -1,9 +1,7 @@
 """Processor of MetaMorph: chat messages with images to model inputs, and generated ids back to text."""
 
-import re
-
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 
@@ -45,6 +43,8 @@ class MetaMorphProcessor(ProcessorMixin):
         ValueError: if the tokenizer does not know one of the three image tokens.
     """
 
+    images_kwargs = {"do_convert_rgb": True}  # grey and transparent pictures too, whatever the tower's own file says
+
     def __init__(
         self,
         image_processor=None,
@@ -57,7 +57,11 @@ class MetaMorphProcessor(ProcessorMixin):
         **kwargs,
     ):
         self.num_image_tokens = num_image_tokens
-        self.image_token, self.image_start_token, self.image_end_token = image_token, image_start_token, image_end_token
+        self.image_token, self.image_start_token, self.image_end_token = (
+            image_token,
+            image_start_token,
+            image_end_token,
+        )
         vocabulary = tokenizer.get_vocab()
         unknown = [token for token in (image_token, image_start_token, image_end_token) if token not in vocabulary]
         if unknown:
@@ -75,8 +79,20 @@ class MetaMorphProcessor(ProcessorMixin):
         """What stands for one image in the text."""
         return self.image_start_token + self.image_token * self.num_image_tokens + self.image_end_token
 
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) and not row for row in images):
+            images = None  # [] and [[], []] say that a batch has no images
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
         texts = [text] if isinstance(text, str) else text
+        if texts is not None and isinstance(images, (list, tuple)) and all(isinstance(row, list) for row in images):
+            placeholders, counts = [t.count(self.image_token) for t in texts], [len(row) for row in images]
+            if placeholders != counts:
+                raise ValueError(
+                    f"The texts have {placeholders} {self.image_token} placeholders, but their lists of images have "
+                    f"{counts} images: pass one image per placeholder, in a list per text."
+                )
         if images is None and texts is not None and (count := sum(t.count(self.image_token) for t in texts)):
             raise ValueError(
                 f"The text has {count} {self.image_token} placeholders, but 0 images were passed: pass one image per "
@@ -90,13 +106,10 @@ class MetaMorphProcessor(ProcessorMixin):
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens + 2] * count, num_image_patches=[1] * count)
 
-    def _adjust_assistant_masks_indices(self, out: BatchFeature, generation_indices) -> BatchFeature:
-        # Also where images, expanded after the template was rendered, shift the spans.
-        return super()._adjust_assistant_masks_indices(out, generation_indices)
-
     def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
         """
-        Text of generated ids, with one `<image>` where a picture stands and without other special tokens.
+        Text of generated ids, with one `<image>` where a picture stands and without other special tokens. An unfinished
+        picture leaves nothing.
 
         Args:
             ids (`torch.LongTensor` of shape (B, S) or list of lists): Generated ids, without the prompt.
@@ -106,11 +119,16 @@ class MetaMorphProcessor(ProcessorMixin):
         """
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
         skipped = {*self.tokenizer.all_special_ids, self.image_start_token_id, self.image_end_token_id}
-        skipped -= {self.image_token_id}
-        texts = self.tokenizer.batch_decode([[token for token in row if token not in skipped] for row in ids])
-        image = re.escape(self.image_token)
-        one_image = re.compile(rf"(?:{image}\s*){{{self.num_image_tokens}}}")
-        return [one_image.sub(self.image_token, text).strip() for text in texts]
+        kept_ids = []
+        for row in ids:
+            kept, placeholders = [], 0
+            for token in row:
+                placeholders = placeholders + 1 if token == self.image_token_id else 0
+                whole_image = placeholders and placeholders % self.num_image_tokens == 0
+                if whole_image or not (placeholders or token in skipped):
+                    kept.append(token)
+            kept_ids.append(kept)
+        return [text.strip() for text in self.tokenizer.batch_decode(kept_ids)]
 
 
 __all__ = ["MetaMorphProcessor"]

@@ -92,7 +92,9 @@ class DataCollatorForVPiT:
         try:
             return load_image(image).convert("RGB")
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{name} cannot be read ({image if isinstance(image, str) else type(image)}): {error}") from error
+            raise ValueError(
+                f"{name} cannot be read ({image if isinstance(image, str) else type(image)}): {error}"
+            ) from error
 
 
 class VPiTTrainer(SFTTrainer):
