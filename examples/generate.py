@@ -27,8 +27,8 @@ def load_pipeline(path_or_repo: str) -> MetaMorphPipeline:
     path = Path(path_or_repo)
     if path.exists() and not (path / "model_index.json").is_file():
         sys.exit(
-            f"{path} is no pipeline folder: it has no model_index.json. A MetaMorphPipeline folder holds model, processor, "
-            "projector, unet, vae and scheduler, as pipeline.save_pretrained writes them."
+            f"{path} is no pipeline folder: it has no model_index.json. A MetaMorphPipeline folder holds model, "
+            "processor, projector, unet, vae and scheduler, as pipeline.save_pretrained writes them."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

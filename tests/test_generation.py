@@ -141,7 +141,7 @@ class TestReleasedGreedy:
         assert outputs.unfinished_images.tolist() == [False]
 
     def test_we_ignore_the_text_head_inside_an_image(self, golden, golden_model, prompt):
-        """There, an end-of-text argmax of the untrained lm_head(projector(v)) ends the answer after 6 visual tokens."""
+        """There, an end-of-text argmax of the untrained lm_head(projector(v)) ends it after 6 visual tokens."""
         case = "eos_argmax_inside_image"
         inputs, released = prompt(case), golden.tensors[f"greedy.{case}.image_embeds"]
         outputs = generate(golden_model, inputs, max_new_tokens=2 + N + 1)

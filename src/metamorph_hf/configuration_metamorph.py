@@ -35,9 +35,10 @@ class MetaMorphConfig(PreTrainedConfig):
         visual_loss_type (`str`, *optional*, defaults to `"cosine"`): `"cosine"` (the paper), `"l1"` or `"mse"`.
         visual_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the visual loss beside the text loss.
         visual_token_noise (`float`, *optional*, defaults to 0.0):
-            How much of the visual tokens *fed in* for answer images is replaced by noise in training (the targets never
-            are). Each image draws its share from [0, this], cut at 1: with 2.0 half of the images are all noise. The
-            paper has none; a small model without it copies what it is fed and never learns to draw from words.
+            How much of the visual tokens *fed in* for answer images is replaced by noise in training (the targets
+            never are). Each image draws its share from [0, this], cut at 1: with 2.0 half of the images are all
+            noise. The paper has none; a small model without it copies what it is fed and never learns to draw from
+            words.
 
     Raises:
         ValueError: if `num_image_tokens` is not a square number, or the three image token ids are not distinct.
@@ -111,7 +112,7 @@ class MetaMorphConfig(PreTrainedConfig):
         ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
         if len(set(ids)) != 3:
             raise ValueError(
-                f"image_token_id, image_start_token_id and image_end_token_id are {ids}, but must be three distinct ids."
+                f"image_token_id, image_start_token_id and image_end_token_id are {ids}, but must be distinct."
             )
 
     @property

@@ -75,8 +75,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
     """
     `generate()` for text and images: greedy search and sampling, cached or not, any batch.
 
-    `generate(..., suppress_tokens=[config.image_start_token_id])` gives answers without images; beam search and assisted
-    decoding are possible only then. A prompt that ends with `<image_start>` makes the answer begin with an image.
+    `generate(..., suppress_tokens=[config.image_start_token_id])` gives answers without images; beam search and
+    assisted decoding are possible only then. A prompt that ends with `<image_start>` makes the answer begin with an
+    image.
     """
 
     def _can_draw(self, generation_config: GenerationConfig) -> bool:
@@ -185,8 +186,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
             if unknown.numel():
                 raise ValueError(
-                    f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the ids come "
-                    "from another tokenizer."
+                    f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the "
+                    "ids come from another tokenizer."
                 )
         if prompt_length and self._can_draw(generation_config):
             inside = (input_ids[:, -1] == config.image_token_id) & (

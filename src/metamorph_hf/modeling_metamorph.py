@@ -1,7 +1,7 @@
 """MetaMorph: a causal language model that reads and predicts continuous visual tokens (arXiv 2412.14164).
 
-Shapes: B batch, S sequence, I images in the batch, N visual tokens per image, D width of the language model, V width of
-a visual token, P patches per image.
+Shapes: B batch, S sequence, I images in the batch, N visual tokens per image, D width of the language model, V width
+of a visual token, P patches per image.
 """
 
 from dataclasses import dataclass
@@ -223,7 +223,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             mask.sum() == num_features,
             lambda: (
                 f"The input has {int(mask.sum())} image token positions, but the images fill {num_features} "
-                f"({num_features / num_image_tokens:g} images of {num_image_tokens} visual tokens). Image features and "
+                f"({num_features / num_image_tokens:g} images of {num_image_tokens} visual tokens). Image features "
+                "and "
                 "image tokens do not match: pass one image per placeholder, e.g. through the processor."
             ),
         )
@@ -261,8 +262,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
         if max(image_ids) >= vocab_size:
             raise ValueError(
-                f"The image token ids {image_ids} do not all fit in the language model's vocabulary of {vocab_size}: call "
-                "model.resize_token_embeddings(len(tokenizer)) after adding the three tokens."
+                f"The image token ids {image_ids} do not all fit in the language model's vocabulary of {vocab_size}: "
+                "call model.resize_token_embeddings(len(tokenizer)) after adding the three tokens."
             )
         features = (mm_encoder_outputs or {}).get("image")
         if features is not None and (pixel_values is not None or visual_tokens is not None):
@@ -448,8 +449,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         torch_compilable_check(
             (input_ids[is_target] == self.config.image_token_id).all(),
             lambda: (
-                f"`labels` hold the image token id {self.config.image_token_id} where `input_ids` do not: a regression "
-                "target must be a visual token of the input."
+                f"`labels` hold the image token id {self.config.image_token_id} where `input_ids` do not: a "
+                "regression target must be a visual token of the input."
             ),
         )
         return F.pad(is_target[:, 1:], (1, 0))

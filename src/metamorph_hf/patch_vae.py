@@ -1,4 +1,4 @@
-"""A linear variational autoencoder on patches, for pictures so small that a convolutional one is not worth its training."""
+"""A linear variational autoencoder on patches, for pictures too small to be worth a convolutional one's training."""
 
 import torch
 import torch.nn.functional as F

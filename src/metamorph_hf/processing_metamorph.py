@@ -108,8 +108,8 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
         """
-        Text of generated ids, with one `<image>` where a picture stands and without other special tokens. An unfinished
-        picture leaves nothing.
+        Text of generated ids, with one `<image>` where a picture stands and without other special tokens. An
+        unfinished picture leaves nothing.
 
         Args:
             ids (`torch.LongTensor` of shape (B, S) or list of lists): Generated ids, without the prompt.

@@ -30,8 +30,8 @@ class DataCollatorForVPiT:
 
     Raises:
         ValueError: if images and image parts differ in number, an image cannot be read, a conversation is longer than
-            `max_length`, or some examples of a batch bring pixels and others visual tokens. The example is named by its
-            `id`, else by its place in the batch.
+            `max_length`, or some examples of a batch bring pixels and others visual tokens. The example is named by
+            its `id`, else by its place in the batch.
     """
 
     processor: MetaMorphProcessor
@@ -63,8 +63,8 @@ class DataCollatorForVPiT:
                 raise ValueError(f"{name} has {placeholders} image parts in its messages, but {len(given)} images.")
             if self.max_length is not None and len(expanded_ids) > self.max_length:
                 raise ValueError(
-                    f"{name} has {len(expanded_ids)} tokens, more than max_length={self.max_length}. Shorten it, leave it "
-                    "out, or raise max_length: cutting it could cut through an image."
+                    f"{name} has {len(expanded_ids)} tokens, more than max_length={self.max_length}. Shorten it, "
+                    "leave it out, or raise max_length: cutting it could cut through an image."
                 )
             if "visual_tokens" in example:
                 visual_tokens += [torch.as_tensor(tokens) for tokens in given]
