@@ -131,8 +131,8 @@ class VPiTTrainer(SFTTrainer):
         for name in ("image_token_id", "image_start_token_id", "image_end_token_id", "num_image_tokens"):
             if getattr(config, name) != getattr(processor, name):
                 raise ValueError(
-                    f"The model's {name} is {getattr(config, name)}, but the processor's is {getattr(processor, name)}: "
-                    "they must come from the same checkpoint."
+                    f"The model's {name} is {getattr(config, name)}, but the processor's is "
+                    f"{getattr(processor, name)}: they must come from the same checkpoint."
                 )
         if len(processor.tokenizer) > config.text_config.vocab_size:
             raise ValueError(
