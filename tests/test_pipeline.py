@@ -11,7 +11,13 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import logging
 from PIL import Image
 
-from metamorph_hf import MetaMorphPipeline, MetaMorphPipelineOutput, VisualTokenProjector
+from metamorph_hf import (
+    GridUNet2DConditionModel,
+    MetaMorphPipeline,
+    MetaMorphPipelineOutput,
+    PatchVAE,
+    VisualTokenProjector,
+)
 
 
 @pytest.fixture
@@ -321,6 +327,29 @@ class TestSaving:
             assert all(torch.equal(saved[key], value) for key, value in getattr(pipe, name).state_dict().items())
         tokens = torch.randn(1, 4, 16)
         images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
+        assert torch.equal(*images)
+
+    def test_small_visualizer(self, components, tmp_path):
+        """The parts of the emoji checkpoint: a linear VAE, and a U-Net that needs the tokens as an unpadded grid."""
+        components["vae"] = PatchVAE(latent_channels=3, patch_size=2, scaling_factor=0.5)
+        projector = dict(components["projector"].config, sequence_length=None)
+        components["projector"] = VisualTokenProjector.from_config(projector)
+        components["unet"] = GridUNet2DConditionModel(
+            sample_size=4,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(8, 8),
+            norm_num_groups=2,
+            attention_head_dim=2,
+            cross_attention_dim=8,
+            grid_channels=4,
+        )
+        pipe = build(components)
+        pipe.save_pretrained(tmp_path)
+        again = DiffusionPipeline.from_pretrained(tmp_path)
+        tokens = torch.randn(2, 4, 16)
+        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
+        assert images[0].shape == (2, 3, 8, 8)
         assert torch.equal(*images)
 
     def test_loads_in_half_precision(self, components, tmp_path):

@@ -26,12 +26,12 @@ DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
 MIXTURE = {
-    "text_to_image": 0.47,
-    "name": 0.2,
-    "category": 0.06,
-    "yes_no": 0.08,
-    "edit": 0.1,
-    "sequence": 0.06,
+    "text_to_image": 0.54,
+    "name": 0.27,
+    "category": 0.03,
+    "yes_no": 0.04,
+    "edit": 0.06,
+    "sequence": 0.03,
     "thinking": 0.03,
 }
 EVALUATIONS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from emoji_pictures import encode_pictures, load_pictures
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
 from evaluate import draw, rank_of_answer
@@ -36,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from metamorph_hf import (
+    GridUNet2DConditionModel,
     MetaMorphConfig,
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
@@ -52,7 +53,7 @@ HERE = Path(__file__).parent
 NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
-STEPS = {"siglip": 900, "projector": 60, "full": 8000, "unet": 1600}
+STEPS = {"siglip": 900, "projector": 60, "full": 6400, "unet": 1200}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
@@ -274,7 +275,7 @@ def main() -> None:
         model=model,
         processor=processor,
         projector=VisualTokenProjector.from_pretrained(work / "unet" / "projector"),
-        unet=UNet2DConditionModel.from_pretrained(work / "unet" / "unet"),
+        unet=GridUNet2DConditionModel.from_pretrained(work / "unet" / "unet"),
         vae=vae,
         scheduler=DDIMScheduler.from_pretrained(work / "unet" / "scheduler"),
         default_num_inference_steps=25,

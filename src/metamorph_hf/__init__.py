@@ -10,6 +10,7 @@ from .processing_metamorph import MetaMorphProcessor
 
 
 if TYPE_CHECKING:
+    from .grid_unet import GridUNet2DConditionModel
     from .patch_vae import PatchVAE
     from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
     from .visual_token_projector import VisualTokenProjector
@@ -28,6 +29,7 @@ for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimod
 _LAZY = {
     "MetaMorphPipeline": "pipeline_metamorph",
     "MetaMorphPipelineOutput": "pipeline_metamorph",
+    "GridUNet2DConditionModel": "grid_unet",
     "PatchVAE": "patch_vae",
     "VisualTokenProjector": "visual_token_projector",
     "VPiTConfig": "vpit_config",
@@ -42,6 +44,7 @@ __all__ = [
     "MetaMorphPipelineOutput",
     "MetaMorphPreTrainedModel",
     "MetaMorphProcessor",
+    "GridUNet2DConditionModel",
     "PatchVAE",
     "VPiTConfig",
     "VPiTTrainer",

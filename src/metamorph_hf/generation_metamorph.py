@@ -88,7 +88,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if generation_mode not in supported and self._can_draw(generation_config):
             raise ValueError(
                 f"{generation_mode.value.replace('_', ' ')} cannot draw images: visual tokens are regressed one by "
-                "one, so there are no alternatives to rank or to verify. Use greedy search or sampling (num_beams=1, no "
+                "one, so there are no alternatives to rank or verify. Use greedy search or sampling (num_beams=1, no "
                 f"assistant), or switch images off with suppress_tokens=[{self.config.image_start_token_id}]."
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
