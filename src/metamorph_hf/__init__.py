@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_metamorph import MetaMorphConfig
+from .grid_unet import GridUNet2DConditionModel
 from .modeling_metamorph import MetaMorphForConditionalGeneration, MetaMorphModel, MetaMorphPreTrainedModel
+from .patch_vae import PatchVAE
+from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
 from .processing_metamorph import MetaMorphProcessor
+from .visual_token_projector import VisualTokenProjector
 
 
 if TYPE_CHECKING:
-    from .grid_unet import GridUNet2DConditionModel
-    from .patch_vae import PatchVAE
-    from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
-    from .visual_token_projector import VisualTokenProjector
     from .vpit_config import VPiTConfig
     from .vpit_trainer import VPiTTrainer
 
@@ -25,16 +25,8 @@ AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
 
-# diffusers and TRL take seconds to import and are extras for some users, so they load on first use.
-_LAZY = {
-    "MetaMorphPipeline": "pipeline_metamorph",
-    "MetaMorphPipelineOutput": "pipeline_metamorph",
-    "GridUNet2DConditionModel": "grid_unet",
-    "PatchVAE": "patch_vae",
-    "VisualTokenProjector": "visual_token_projector",
-    "VPiTConfig": "vpit_config",
-    "VPiTTrainer": "vpit_trainer",
-}
+# TRL takes seconds to import and is an extra, so it loads on first use.
+_LAZY = {"VPiTConfig": "vpit_config", "VPiTTrainer": "vpit_trainer"}
 
 __all__ = [
     "MetaMorphConfig",

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401 (from_pretrained looks ModelMixin up here)
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
