@@ -619,7 +619,7 @@ class TestConfig:
             tiny_config(num_image_tokens=60)
 
     def test_ids_are_distinct(self, tiny_config):
-        with pytest.raises(ValueError, match=r"are \(5, 5, 6\), but must be three distinct ids"):
+        with pytest.raises(ValueError, match=r"are \(5, 5, 6\), but must be distinct"):
             tiny_config(image_token_id=5)
 
     @pytest.mark.parametrize("name", ["token_reduction", "projector_type", "vision_head_type", "visual_loss_type"])
