@@ -53,7 +53,7 @@ HERE = Path(__file__).parent
 NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
-STEPS = {"siglip": 900, "projector": 60, "full": 6400, "unet": 1200}
+STEPS = {"siglip": 900, "projector": 60, "full": 6400, "unet": 920}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
@@ -278,7 +278,7 @@ def main() -> None:
         unet=GridUNet2DConditionModel.from_pretrained(work / "unet" / "unet"),
         vae=vae,
         scheduler=DDIMScheduler.from_pretrained(work / "unet" / "scheduler"),
-        default_num_inference_steps=25,
+        default_num_inference_steps=15,
         default_guidance_scale=2.0,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)
