@@ -87,9 +87,10 @@ class TestEmojiRecipe:
         assert "U-Net" not in again.stderr and "SigLIP" not in again.stderr
 
     def test_evaluate(self, tmp_path):
-        done = run("emoji/evaluate.py", "--limit", "8", "--sheet", tmp_path / "sheet.png", cwd=tmp_path)
+        done = run("emoji/evaluate.py", "--limit", "32", "--sheet", tmp_path / "sheet.png", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         numbers = json.loads(done.stdout)
-        assert numbers["seen_phrasings_top1"] > 50  # of 8; chance is 0.05 %
+        assert numbers["category_twitter_held_out"] > 30  # chance is about 15 %
+        assert numbers["seen_phrasings_top5"] >= numbers["seen_phrasings_top1"]
         assert numbers["generate_seconds"] > 0
         assert (tmp_path / "sheet.png").is_file()
