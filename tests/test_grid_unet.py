@@ -19,7 +19,7 @@ def unet() -> GridUNet2DConditionModel:
 
 @torch.no_grad()
 def test_each_token_lies_where_its_quarter_of_the_picture_is(unet):
-    """Seen at `conv_in`, before anything mixes places: a changed token changes its block of 2x2 and a border of one."""
+    """Seen at `conv_in`, before anything mixes places: a token reaches its block of 2x2 and a border of one."""
     seen = []
     unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output))
     sample, states = torch.randn(1, 6, 8, 8), torch.randn(1, 16, 8)

@@ -172,6 +172,10 @@ def main() -> None:
     results["painted_and_encoded_again_top1"] = share(
         rank_of_answer(encoded, records, visual_tokens[bases], bases) < 1
     )
+    real = bases[::10]  # what the visualizer alone can do
+    encoded = encode_pictures(model, to_pixels(paint(pipe, visual_tokens[real])))
+    ranks = rank_of_answer(encoded, [{"answer": picture} for picture in real], visual_tokens[bases], bases)
+    results["painted_from_real_tokens_top1"] = share(ranks < 1)
     _, _, ranks = retrieve("unseen_phrasings", bases)
     results["unseen_phrasings_top1"], results["unseen_phrasings_top5"] = share(ranks < 1), share(ranks < 5)
     for kind in ("name_google", "name_twitter_held_out", "category_twitter_held_out"):
