@@ -126,7 +126,7 @@ class TestNothingLeaks:
 
 class TestEvaluation:
     @pytest.mark.parametrize(
-        ("kind", "size"), list(zip(EVALUATIONS, (1911, 1911, 1911, 200, 200, 100, 8), strict=True))
+        ("kind", "size"), list(zip(EVALUATIONS, (1911, 1911, 1911, 200, 200, 100, 24), strict=True))
     )
     def test_size_and_form(self, tasks, kind, size):
         records = tasks.evaluation(kind)
