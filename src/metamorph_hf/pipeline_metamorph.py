@@ -19,6 +19,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 from .modeling_metamorph import MetaMorphForConditionalGeneration
+from .patch_vae import PatchVAE
 from .processing_metamorph import MetaMorphProcessor
 from .visual_token_projector import VisualTokenProjector
 
@@ -55,7 +56,7 @@ class MetaMorphPipeline(DiffusionPipeline):
         processor ([`MetaMorphProcessor`]): Messages to the model's inputs, and ids back to text.
         projector ([`VisualTokenProjector`]): Visual tokens to the U-Net's cross-attention states.
         unet ([`UNet2DConditionModel`]): Its `sample_size` decides the size of the pictures.
-        vae ([`AutoencoderKL`] or alike): Latents to pixels.
+        vae ([`AutoencoderKL`] or [`PatchVAE`]): Latents to pixels.
         scheduler ([`SchedulerMixin`]): Any that works with a Stable Diffusion U-Net.
         instruction_template (`str`, *optional*, defaults to `"Generate an image of {}."`):
             What a caption is put in, at `{}`. `None` sends captions as they are.
@@ -81,7 +82,7 @@ class MetaMorphPipeline(DiffusionPipeline):
         processor: MetaMorphProcessor,
         projector: VisualTokenProjector,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | PatchVAE,
         scheduler: SchedulerMixin,
         instruction_template: str | None = "Generate an image of {}.",
         default_num_inference_steps: int = 50,
