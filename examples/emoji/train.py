@@ -1,7 +1,7 @@
-"""Train the emoji model from nothing: four steps, about 2.5 hours on 2 CPU cores.
+"""Train the emoji model from nothing: four steps, about two hours on 2 CPU cores.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
-    python examples/emoji/train.py --quick --out /tmp/tiny --work /tmp/work    # all four steps, tiny, in minutes
+    python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
 
 1. SigLIP: contrastive learning of names and pictures; its vision tower gives the visual tokens.
 2. VPiT stage 1: the projector alone, on understanding data.
