@@ -281,6 +281,8 @@ def main() -> None:
         default_num_inference_steps=15,
         default_guidance_scale=2.0,
     )
+    for component in (pipeline.projector, pipeline.unet, pipeline.vae):
+        component.register_to_config(_name_or_path="emoji")  # it would name a folder of this machine
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"saved {args.out}")
 

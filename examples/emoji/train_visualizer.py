@@ -65,10 +65,10 @@ def fit_vae(images: torch.Tensor, out: Path, latent_channels: int = 32) -> Patch
 
 
 @torch.no_grad()
-def encode_images(images: torch.Tensor, vae: PatchVAE, scaled: bool = True, batch_size: int = 64) -> torch.Tensor:
-    """uint8 pictures to latents, (I, 32, 8, 8), of unit variance if `scaled`."""
+def encode_images(images: torch.Tensor, vae: PatchVAE, batch_size: int = 64) -> torch.Tensor:
+    """uint8 pictures to latents of unit variance, (I, 32, 8, 8)."""
     batches = [vae.encode(normalise(batch)).latent_dist.mode() for batch in images.split(batch_size)]
-    return torch.cat(batches) * (vae.config.scaling_factor if scaled else 1.0)
+    return torch.cat(batches) * vae.config.scaling_factor
 
 
 def disturb(visual_tokens: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
