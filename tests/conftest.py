@@ -1,6 +1,7 @@
 """Small real objects for every test: the released implementation's golden numbers, and a tiny model of our own."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +17,11 @@ from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, Met
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
 
+sys.path.append(str(Path(__file__).parents[1] / "conversion"))
+from convert_metamorph_to_hf import convert  # noqa: E402
+
+
 GOLDEN = Path(__file__).parent / "golden"
-PLACEHOLDER = 224  # the released code has -200 in the ids and 224 rows; ours is one id more
-RELEASED_KEYS = {  # prefix in the released checkpoint -> in ours
-    "model.vision_tower.vision_tower.": "model.vision_tower.",
-    "model.mm_projector.": "model.projector.",
-    "model.": "model.language_model.",
-    "vision_head.": "vision_head.",
-    "lm_head.": "lm_head.",
-}
-
-
-def released_to_ours(key: str) -> str:
-    if key in ("vision_head.weight", "vision_head.bias"):  # a head of one layer is no Sequential there
-        return key.replace("vision_head.", "vision_head.0.")
-    prefix = next(prefix for prefix in RELEASED_KEYS if key.startswith(prefix))
-    return RELEASED_KEYS[prefix] + key.removeprefix(prefix)
 
 
 @dataclass
@@ -41,68 +31,25 @@ class Golden:
     tensors: dict[str, torch.Tensor]
     facts: dict
     images: dict[str, Image.Image]
-    weights: dict[str, torch.Tensor]
+    converted: Path
 
     def build_model(self, **config) -> MetaMorphForConditionalGeneration:
-        """The released weights in our model; `config` overrides. A head of another shape needs weights of its own."""
-        text_config = LlamaConfig(
-            vocab_size=PLACEHOLDER + 1,
-            hidden_size=48,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=12,
-            max_position_embeddings=1024,
-            rms_norm_eps=1e-5,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-            bos_token_id=208,
-            eos_token_id=[209, 217],
-            pad_token_id=209,
+        """The converted checkpoint; `config` overrides. A head of another shape gets random weights."""
+        stored = MetaMorphConfig.from_pretrained(self.converted).to_dict()
+        return MetaMorphForConditionalGeneration.from_pretrained(
+            self.converted, config=MetaMorphConfig(**{**stored, **config}), ignore_mismatched_sizes=True
         )
-        vision_config = SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=42,
-            patch_size=7,
-        )
-        defaults = {
-            "text_config": text_config,
-            "vision_config": vision_config,
-            "image_token_id": PLACEHOLDER,
-            "image_start_token_id": 222,
-            "image_end_token_id": 223,
-            "num_image_tokens": 16,
-        }
-        model = MetaMorphForConditionalGeneration(MetaMorphConfig(**{**defaults, **config})).eval()
-        # `vision_proj` is dead in the released code; the row of our placeholder id is new.
-        weights = {released_to_ours(key): value for key, value in self.weights.items() if "vision_proj" not in key}
-        for key in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
-            weights[key] = torch.cat([weights[key], torch.zeros(1, 48)])
-        own_head = model.config.vision_head_type != "mlp"
-        if own_head:
-            weights = {key: value for key, value in weights.items() if not key.startswith("vision_head.")}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert not unexpected and all(own_head and key.startswith("vision_head.") for key in missing)
-        return model
 
 
 @pytest.fixture(scope="session")
-def golden() -> Golden:
+def golden(tmp_path_factory) -> Golden:
+    converted = tmp_path_factory.mktemp("golden") / "converted"
+    convert(GOLDEN / "checkpoint", converted, vision_tower=str(GOLDEN / "siglip"))
     return Golden(
         tensors=load_file(GOLDEN / "golden.safetensors"),
         facts=json.loads((GOLDEN / "golden.json").read_text()),
         images={path.stem: Image.open(path).convert("RGB") for path in sorted((GOLDEN / "images").glob("*.png"))},
-        weights=load_file(GOLDEN / "model.safetensors"),
+        converted=converted,
     )
 
 
@@ -114,7 +61,7 @@ def golden_model(golden) -> MetaMorphForConditionalGeneration:
 
 @pytest.fixture(scope="session")
 def golden_image_processor():
-    return AutoImageProcessor.from_pretrained(GOLDEN, backend="pil")
+    return AutoImageProcessor.from_pretrained(GOLDEN / "siglip", backend="pil")
 
 
 SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")

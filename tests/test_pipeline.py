@@ -362,10 +362,23 @@ class TestSaving:
     def test_module_paths_in_the_index_are_frozen(self, components, tmp_path):
         build(components).save_pretrained(tmp_path)
         index = json.loads((tmp_path / "model_index.json").read_text())
-        assert index["_class_name"] == "MetaMorphPipeline"
-        assert index["model"] == ["metamorph_hf.modeling_metamorph", "MetaMorphForConditionalGeneration"]
-        assert index["processor"] == ["metamorph_hf.processing_metamorph", "MetaMorphProcessor"]
-        assert index["projector"] == ["metamorph_hf.visual_token_projector", "VisualTokenProjector"]
+        assert index["_class_name"] == ["pipeline_metamorph", "MetaMorphPipeline"]
+        assert index["model"] == ["modeling_metamorph", "MetaMorphForConditionalGeneration"]
+        assert index["processor"] == ["processing_metamorph", "MetaMorphProcessor"]
+        assert index["projector"] == ["visual_token_projector", "VisualTokenProjector"]
+
+    def test_folders_of_before_there_was_code_in_them(self, components, tmp_path):
+        pipe = build(components)
+        pipe.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        for name, value in index.items():
+            if isinstance(value, list) and (tmp_path / name / f"{value[0]}.py").is_file():
+                index[name] = [f"metamorph_hf.{value[0]}", value[1]]
+        index["_class_name"] = "MetaMorphPipeline"
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        for file in tmp_path.rglob("*.py"):
+            file.unlink()
+        assert type(MetaMorphPipeline.from_pretrained(tmp_path).projector) is VisualTokenProjector
 
     def test_fresh_process(self, components, tmp_path):
         build(components).save_pretrained(tmp_path)

@@ -18,13 +18,13 @@ MAX_CAPTION_TOKENS = 16
 
 
 def build_siglip(tokenizer: PreTrainedTokenizerFast, quick: bool = False) -> SiglipModel:
-    """A SigLIP with 8x8 patches on 64x64 pixels (2 M parameters in the vision tower)."""
+    """A SigLIP with 16x16 patches on 64x64 pixels (2 M parameters in the vision tower)."""
     width, depth = (32, 1) if quick else (192, 4)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32}
     text = {**sizes, "num_hidden_layers": min(depth, 2), "vocab_size": len(tokenizer), "projection_size": width}
     text |= {"max_position_embeddings": MAX_CAPTION_TOKENS, "bos_token_id": None, "eos_token_id": None}
     text["pad_token_id"] = tokenizer.pad_token_id
-    vision = {**sizes, "num_hidden_layers": depth, "image_size": 64, "patch_size": 8}
+    vision = {**sizes, "num_hidden_layers": depth, "image_size": 64, "patch_size": 16}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     # Sigmoid loss starts at scale 10 and bias -10 (SigLIP paper, section 3.2); transformers leaves both at 0.
     model.logit_scale.data.fill_(math.log(10.0))

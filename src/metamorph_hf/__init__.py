@@ -8,7 +8,7 @@ from .configuration_metamorph import MetaMorphConfig
 from .grid_unet import GridUNet2DConditionModel
 from .modeling_metamorph import MetaMorphForConditionalGeneration, MetaMorphModel, MetaMorphPreTrainedModel
 from .patch_vae import PatchVAE
-from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
+from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput, register_in_diffusers
 from .processing_metamorph import MetaMorphProcessor
 from .visual_token_projector import VisualTokenProjector
 
@@ -24,6 +24,12 @@ AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor, exist_ok=True)
 # AutoModel gives the class that can generate: a checkpoint saved from it is what people load.
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
+register_in_diffusers()
+
+# What is saved carries its code, so that `trust_remote_code=True` loads it where this package is not installed.
+MetaMorphConfig.register_for_auto_class()
+MetaMorphForConditionalGeneration.register_for_auto_class("AutoModel")
+MetaMorphProcessor.register_for_auto_class()
 
 # TRL takes seconds to import and is an extra, so it loads on first use.
 _LAZY = {"VPiTConfig": "vpit_config", "VPiTTrainer": "vpit_trainer"}

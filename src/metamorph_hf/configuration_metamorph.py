@@ -1,5 +1,6 @@
 """Configuration of MetaMorph (arXiv 2412.14164)."""
 
+import re
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -28,7 +29,7 @@ class MetaMorphConfig(PreTrainedConfig):
             How the patch grid becomes N visual tokens: `"interpolation"` (bilinear to sqrt(N) x sqrt(N)) or
             `"concat_interpolation"` (bilinear to twice that side, each 2x2 block concatenated to 4 V channels).
         projector_type (`str`, *optional*, defaults to `"mlp2x_gelu"`):
-            `"linear"`, `"mlp2x_gelu"` (the paper) or `"mlp3x_gelu"`: one, two or three linear layers.
+            `"linear"`, or `"mlp2x_gelu"` (the paper), `"mlp3x_gelu"` and so on for that many linear layers.
         vision_head_type (`str`, *optional*, defaults to `"mlp"`):
             `"linear"`, `"mlp"` (the paper) or `"mlp2x_gelu"`: one, two or three linear layers.
         normalize_visual_tokens (`bool`, *optional*, defaults to `True`): L2-normalise visual tokens over channels.
@@ -41,7 +42,8 @@ class MetaMorphConfig(PreTrainedConfig):
             words.
 
     Raises:
-        ValueError: if `num_image_tokens` is not a square number, or the three image token ids are not distinct.
+        ValueError: if `num_image_tokens` is not a square number, `projector_type` is unknown, or the three image token
+            ids are not distinct.
     """
 
     model_type = "metamorph"
@@ -91,7 +93,7 @@ class MetaMorphConfig(PreTrainedConfig):
     image_end_token_id: int = 128257
     num_image_tokens: int = 64
     token_reduction: Literal["interpolation", "concat_interpolation"] = "interpolation"
-    projector_type: Literal["linear", "mlp2x_gelu", "mlp3x_gelu"] = "mlp2x_gelu"
+    projector_type: str = "mlp2x_gelu"
     vision_head_type: Literal["linear", "mlp", "mlp2x_gelu"] = "mlp"
     normalize_visual_tokens: bool = True
     visual_loss_type: Literal["cosine", "l1", "mse"] = "cosine"
@@ -101,6 +103,9 @@ class MetaMorphConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if getattr(self, "auto_map", None) is None:  # saving adds AutoConfig and AutoModel
+            model_class = "modeling_metamorph.MetaMorphForConditionalGeneration"
+            self.auto_map = {"AutoModelForImageTextToText": model_class, "AutoModelForMultimodalLM": model_class}
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         # Visual tokens are what the tower's last layer gives; tied, its hidden state would be the one after the norm.
         self.vision_config.tie_last_hidden_states = False
@@ -108,6 +113,10 @@ class MetaMorphConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_image_tokens is {self.num_image_tokens}, but visual tokens form a square grid: use a square "
                 "number such as 16, 64 or 256."
+            )
+        if self.projector_type != "linear" and not re.fullmatch(r"mlp[1-9]\d*x_gelu", self.projector_type):
+            raise ValueError(
+                f'projector_type is "{self.projector_type}", but must be "linear", or "mlp2x_gelu" or the like.'
             )
         ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
         if len(set(ids)) != 3:
@@ -119,6 +128,16 @@ class MetaMorphConfig(PreTrainedConfig):
     def grid_side(self) -> int:
         """Side of the square grid that the visual tokens of one image form."""
         return round(self.num_image_tokens**0.5)
+
+    @property
+    def projector_layers(self) -> int:
+        """Number of linear layers of the projector."""
+        return 1 if self.projector_type == "linear" else int(self.projector_type[len("mlp") : -len("x_gelu")])
+
+    @property
+    def vision_head_layers(self) -> int:
+        """Number of linear layers of the vision head."""
+        return {"linear": 1, "mlp": 2, "mlp2x_gelu": 3}[self.vision_head_type]
 
     @property
     def visual_token_dim(self) -> int:

@@ -19,10 +19,6 @@ from .configuration_metamorph import MetaMorphConfig
 from .generation_metamorph import MetaMorphGenerationMixin
 
 
-PROJECTOR_LAYERS = {"linear": 1, "mlp2x_gelu": 2, "mlp3x_gelu": 3}
-VISION_HEAD_LAYERS = {"linear": 1, "mlp": 2, "mlp2x_gelu": 3}
-
-
 @dataclass
 class MetaMorphImageFeatures(BaseModelOutputWithPooling):
     """
@@ -104,7 +100,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         super().__init__(config)
         width = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.projector = MetaMorphMLP(config.visual_token_dim, width, width, PROJECTOR_LAYERS[config.projector_type])
+        self.projector = MetaMorphMLP(config.visual_token_dim, width, width, config.projector_layers)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -317,8 +313,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         width = config.text_config.hidden_size
         self.model = MetaMorphModel(config)
         self.lm_head = nn.Linear(width, config.text_config.vocab_size, bias=False)
-        head_layers = VISION_HEAD_LAYERS[config.vision_head_type]
-        self.vision_head = MetaMorphMLP(width, width, config.visual_token_dim, head_layers)
+        self.vision_head = MetaMorphMLP(width, width, config.visual_token_dim, config.vision_head_layers)
         embeddings = self.get_input_embeddings()  # language models name them differently
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}

@@ -4,29 +4,39 @@ Shapes: B prompts, I generated images of all prompts together, N visual tokens p
 """
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-
-from .modeling_metamorph import MetaMorphForConditionalGeneration
-from .patch_vae import PatchVAE
-from .processing_metamorph import MetaMorphProcessor
-from .visual_token_projector import VisualTokenProjector
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# Modules of this package whose classes a saved pipeline may hold. Their code is saved with it.
+OWN_MODULES = (
+    "grid_unet",
+    "modeling_metamorph",
+    "patch_vae",
+    "pipeline_metamorph",
+    "processing_metamorph",
+    "visual_token_projector",
+)
 
 Conversation = list[dict]
 
@@ -52,8 +62,9 @@ class MetaMorphPipeline(DiffusionPipeline):
     attends to the visual tokens paints them.
 
     Args:
-        model ([`MetaMorphForConditionalGeneration`]): Writes the answer.
-        processor ([`MetaMorphProcessor`]): Messages to the model's inputs, and ids back to text.
+        model ([`MetaMorphForConditionalGeneration`], *optional*):
+            Writes the answer. Without it the pipeline can only paint, [`~MetaMorphPipeline.decode_visual_tokens`].
+        processor ([`MetaMorphProcessor`], *optional*): Messages to the model's inputs, and ids back to text.
         projector ([`VisualTokenProjector`]): Visual tokens to the U-Net's cross-attention states.
         unet ([`UNet2DConditionModel`]): Its `sample_size` decides the size of the pictures.
         vae ([`AutoencoderKL`] or [`PatchVAE`]): Latents to pixels.
@@ -75,14 +86,15 @@ class MetaMorphPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "model->projector->unet->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _optional_components = ["model", "processor"]
 
     def __init__(
         self,
-        model: MetaMorphForConditionalGeneration,
-        processor: MetaMorphProcessor,
-        projector: VisualTokenProjector,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL | PatchVAE,
+        model: PreTrainedModel | None,
+        processor: ProcessorMixin | None,
+        projector: ModelMixin,
+        unet: ModelMixin,
+        vae: ModelMixin,
         scheduler: SchedulerMixin,
         instruction_template: str | None = "Generate an image of {}.",
         default_num_inference_steps: int = 50,
@@ -104,6 +116,18 @@ class MetaMorphPipeline(DiffusionPipeline):
         )
         self.image_processor = VaeImageProcessor()
 
+    def save_config(self, save_directory, **kwargs) -> None:
+        """Writes `model_index.json`, and beside it and the components the code that `trust_remote_code` needs."""
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        for name, part in {"_class_name": self, **self.components}.items():
+            module = type(part).__module__.rpartition(".")[2]
+            if module in OWN_MODULES:
+                custom_object_save(part, folder if part is self else folder / name)
+                index[name] = [module, type(part).__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
@@ -123,6 +147,11 @@ class MetaMorphPipeline(DiffusionPipeline):
     def check_inputs(
         self, prompt, image, messages, generator, output_type, callback_on_step_end_tensor_inputs
     ) -> None:
+        if self.model is None or self.processor is None:
+            raise ValueError(
+                "This pipeline was saved without a model or its processor, so it can only paint: use "
+                "`decode_visual_tokens`, or pass `model=` and `processor=` to `from_pretrained`."
+            )
         if (prompt is None) == (messages is None):
             given = "neither" if prompt is None else "both"
             raise ValueError(f"Pass either `prompt` or `messages`, but got {given}.")
@@ -393,5 +422,27 @@ class MetaMorphPipeline(DiffusionPipeline):
         return MetaMorphPipelineOutput(images=images, text=text, image_counts=image_counts)
 
 
-# `DiffusionPipeline.from_pretrained` looks a pipeline's class up by name in diffusers.
-diffusers.MetaMorphPipeline = MetaMorphPipeline
+def register_in_diffusers() -> None:
+    """Let `DiffusionPipeline.from_pretrained` load a saved [`MetaMorphPipeline`] by this package's classes.
+
+    diffusers has no registry for that: it looks a class up by its name in its own module, and one that comes with code
+    beside its weights it loads from there alone, if it is trusted. The package is, so it goes first.
+    """
+    diffusers.MetaMorphPipeline = MetaMorphPipeline
+    package = __name__.rpartition(".")[0]
+    original = ConfigMixin.load_config.__func__
+
+    def load_config(cls, *args, **kwargs):
+        loaded = original(cls, *args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if config.get("_class_name") == ["pipeline_metamorph", MetaMorphPipeline.__name__]:
+            config["_class_name"] = MetaMorphPipeline.__name__
+            for name, value in config.items():
+                if isinstance(value, list) and value[0] in OWN_MODULES:
+                    config[name] = [f"{package}.{value[0]}", value[1]]
+        return loaded
+
+    DiffusionPipeline.load_config = classmethod(load_config)
+
+
+__all__ = ["MetaMorphPipeline", "MetaMorphPipelineOutput"]

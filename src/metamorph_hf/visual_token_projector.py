@@ -1,6 +1,7 @@
 """What a U-Net made for text embeddings needs to be conditioned on visual tokens instead.
 
-Shapes: B images, N visual tokens per image, V vision width, L sequence length and C width of the cross-attention.
+Shapes: B images, N visual tokens per image, V vision width, T states and C width of the cross-attention, L length that
+the states are padded to.
 """
 
 import torch
@@ -10,28 +11,98 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
-PROJECTOR_TYPES = ("mlp",)
+PROJECTOR_TYPES = ("mlp", "xattn", "xattnffn", "transformer")
+
+
+class MLPProjection(nn.Module):
+    """Linear layers, each with a layer norm, and a ReLU between them. (B, N, V) to (B, N, C)."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.LayerNorm(o) for o in widths[1:])
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        for index, (linear, norm) in enumerate(zip(self.linears, self.norms)):
+            states = norm(linear(states if index == 0 else F.relu(states)))
+        return states
+
+
+class CrossAttentionLayer(nn.Module):
+    """Queries attend to the visual tokens; post-norm, with or without a feed-forward part."""
+
+    def __init__(self, width: int, num_heads: int, feed_forward: bool):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.norm1 = nn.LayerNorm(width)
+        self.feed_forward = self.norm2 = None
+        if feed_forward:
+            self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+            self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, queries: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        queries = self.norm1(queries + self.attention(queries, visual, visual, need_weights=False)[0])
+        return queries if self.norm2 is None else self.norm2(queries + self.feed_forward(queries))
+
+
+class CrossAttentionProjection(nn.Module):
+    """Learned queries read the visual tokens, layer by layer. (B, N, V) to (B, T, C)."""
+
+    def __init__(self, visual_dim: int, width: int, num_queries: int, num_layers: int, num_heads: int, ffn: bool):
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, width))
+        self.input = nn.Linear(visual_dim, width)
+        self.input_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(CrossAttentionLayer(width, num_heads, ffn) for _ in range(num_layers))
+
+    def forward(self, visual_tokens: torch.Tensor) -> torch.Tensor:
+        visual = self.input_norm(self.input(visual_tokens))
+        queries = self.queries.expand(len(visual), -1, -1)
+        for layer in self.layers:
+            queries = layer(queries, visual)
+        return queries
+
+
+class TransformerProjection(nn.Module):
+    """A pre-norm encoder over the visual tokens and a decoder of learned queries. (B, N, V) to (B, T, C)."""
+
+    def __init__(self, visual_dim: int, hidden: int, width: int, num_queries: int, num_layers: int, num_heads: int):
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, hidden))
+        self.input = nn.Linear(visual_dim, hidden)
+        self.transformer = nn.Transformer(
+            hidden, num_heads, num_layers, num_layers, 4 * hidden, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.output = nn.Linear(hidden, width)
+
+    def forward(self, visual_tokens: torch.Tensor) -> torch.Tensor:
+        queries = self.queries.expand(len(visual_tokens), -1, -1)
+        return self.output(self.transformer(self.input(visual_tokens), queries))
 
 
 class VisualTokenProjector(ModelMixin, ConfigMixin):
-    """Maps the visual tokens of an image to the states a U-Net attends to.
-
-    Every layer is a linear map and a layer norm, with a ReLU between layers: the adapter that MetaMorph's authors put
-    in front of Stable Diffusion 1.5.
+    """Maps the visual tokens of an image to the states a U-Net attends to: the released visualizer's adapters.
 
     Args:
         visual_token_dim (`int`, defaults to 1152): Width V of a visual token.
         cross_attention_dim (`int`, defaults to 768): Width C of the states, `unet.config.cross_attention_dim`.
-        projector_type (`str`, defaults to `"mlp"`): Only `"mlp"` exists.
-        num_layers (`int`, defaults to 2): Number of linear layers.
-        hidden_dim (`int`, defaults to 2048): Width between the layers.
-        num_image_tokens (`int`, defaults to 64): Visual tokens per image, N.
+        projector_type (`str`, defaults to `"mlp"`):
+            `"mlp"` maps each visual token by itself (linear layers with layer norms; what the authors used);
+            `"xattn"` and `"xattnffn"` let learned queries attend to them (the second with feed-forward parts);
+            `"transformer"` is an encoder and decoder with learned queries.
+        num_layers (`int`, defaults to 2): Number of linear, cross-attention, or encoder and decoder layers.
+        hidden_dim (`int`, defaults to 2048): Width between the layers of `"mlp"`, width of `"transformer"`.
+        num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N; `None` takes any number.
         sequence_length (`int`, *optional*, defaults to 77):
             The states are padded on the right with zeros to this length, that of the text embeddings a pretrained
-            U-Net has seen. `None` leaves them N long.
+            U-Net has seen. `None` leaves them T long.
+        num_queries (`int`, *optional*):
+            Learned queries, T; needed by all types but `"mlp"`, which has one state per visual token.
+        num_heads (`int`, defaults to 4): Attention heads of all types but `"mlp"`.
 
     Raises:
-        ValueError: If `projector_type` is unknown, or N tokens do not fit in `sequence_length`.
+        ValueError: If `projector_type` is unknown, `num_queries` is missing or not wanted, or the states do not fit in
+            `sequence_length`.
     """
 
     @register_to_config
@@ -42,24 +113,40 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         projector_type: str = "mlp",
         num_layers: int = 2,
         hidden_dim: int = 2048,
-        num_image_tokens: int = 64,
+        num_image_tokens: int | None = 64,
         sequence_length: int | None = 77,
+        num_queries: int | None = None,
+        num_heads: int = 4,
     ):
         super().__init__()
         if projector_type not in PROJECTOR_TYPES:
             raise ValueError(
-                f"`projector_type` is {projector_type!r}, but only {', '.join(map(repr, PROJECTOR_TYPES))} is known."
+                f"`projector_type` is {projector_type!r}, but must be one of {', '.join(map(repr, PROJECTOR_TYPES))}."
             )
         if num_layers < 1:
             raise ValueError(f"`num_layers` must be at least 1, but is {num_layers}.")
-        if sequence_length is not None and num_image_tokens > sequence_length:
+        if (num_queries is None) != (projector_type == "mlp"):
             raise ValueError(
-                f"`num_image_tokens` is {num_image_tokens}, which does not fit in a `sequence_length` of "
-                f"{sequence_length}. Set `sequence_length=None` for no padding."
+                f"`num_queries` is {num_queries}, but a projector of type {projector_type!r} "
+                + ("has one state per visual token." if projector_type == "mlp" else "needs a number of queries.")
             )
-        widths = [visual_token_dim, *[hidden_dim] * (num_layers - 1), cross_attention_dim]
-        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.LayerNorm(o) for o in widths[1:])
+        self._check_length((num_image_tokens or 0) if projector_type == "mlp" else num_queries)
+        shape = (num_queries, num_layers, num_heads)
+        if projector_type == "mlp":
+            self.projection = MLPProjection([visual_token_dim, *[hidden_dim] * (num_layers - 1), cross_attention_dim])
+        elif projector_type == "transformer":
+            self.projection = TransformerProjection(visual_token_dim, hidden_dim, cross_attention_dim, *shape)
+        else:
+            ffn = projector_type == "xattnffn"
+            self.projection = CrossAttentionProjection(visual_token_dim, cross_attention_dim, *shape, ffn)
+
+    def _check_length(self, num_states: int) -> None:
+        length = self.config.sequence_length
+        if length is not None and num_states > length:
+            raise ValueError(
+                f"The projector gives {num_states} states per image, which do not fit in a `sequence_length` of "
+                f"{length}. Set `sequence_length=None` for no padding."
+            )
 
     def forward(self, visual_tokens: torch.Tensor) -> torch.Tensor:
         """
@@ -67,17 +154,16 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
             visual_tokens (`torch.Tensor` of shape `(B, N, V)`): As `model.generate` returns them (L2-normalised).
 
         Returns:
-            `torch.Tensor` of shape `(B, L, C)`, where L is `sequence_length`, or N if that is `None`.
+            `torch.Tensor` of shape `(B, L, C)`, where L is `sequence_length`, or T if that is `None`.
         """
-        expected = (self.config.num_image_tokens, self.config.visual_token_dim)
-        if visual_tokens.ndim != 3 or visual_tokens.shape[1:] != expected:
+        count, width = self.config.num_image_tokens, self.config.visual_token_dim
+        if visual_tokens.ndim != 3 or visual_tokens.shape[1:] != (count or visual_tokens.shape[1], width):
             raise ValueError(
-                f"Expected visual tokens of shape (images, {expected[0]}, {expected[1]}), "
+                f"Expected visual tokens of shape (images, {count or 'tokens'}, {width}), "
                 f"but got {tuple(visual_tokens.shape)}."
             )
-        states = visual_tokens
-        for index, (linear, norm) in enumerate(zip(self.linears, self.norms)):
-            states = norm(linear(states if index == 0 else F.relu(states)))
+        states = self.projection(visual_tokens)
+        self._check_length(states.shape[1])
         if self.config.sequence_length is not None:
             states = F.pad(states, (0, 0, 0, self.config.sequence_length - states.shape[1]))
         return states

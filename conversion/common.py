@@ -1,0 +1,235 @@
+"""What the conversion scripts share: weights read tensor by tensor, a folder written whole or not at all, a table."""
+
+import errno
+import json
+import pickle
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoModel, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class ConversionError(Exception):
+    """A sentence for the person who runs the script."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what went wrong is printed as a sentence, with a non-zero exit."""
+    try:
+        main()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            sys.exit(f"error: The disk is full ({error}). Nothing was left behind; make room and run this again.")
+        sys.exit(f"error: {error}")
+    except (ConversionError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def check_target(target: Path) -> None:
+    """Before any work: the target must not exist."""
+    if target.exists():
+        raise ConversionError(f"{target} exists already: name a folder that does not, or remove it first.")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that gets its name at the end, or vanishes if anything fails before."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        yield folder
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def load_pickle(path: Path) -> dict:
+    """A `torch.save`d dictionary of tensors and plain values, its tensors left on disk where the format allows."""
+    if not path.is_file():
+        raise ConversionError(f"{path} does not exist.")
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} holds more than tensors, and unpickling such a file can run any code: it is refused. Save it "
+            f"again as a plain state dict or as safetensors. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ConversionError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
+
+
+class Weights:
+    """The weights of a checkpoint folder, in safetensors or pickles, in one file or in shards.
+
+    Args:
+        folder (`Path`): Where `model.safetensors`, `pytorch_model.bin` or one of their indices lies.
+
+    Attributes:
+        shapes (`dict[Path, dict[str, tuple[int, ...]]]`): Per file, the tensors in it and their shapes.
+
+    Raises:
+        ConversionError: if there are no weights, a shard is missing or damaged, or an index and its shards differ.
+    """
+
+    @staticmethod
+    def in_folder(folder: Path) -> bool:
+        names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        return any((folder / name).is_file() for name in names)
+
+    def __init__(self, folder: Path):
+        self.shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
+        for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+            if (folder / index_name).is_file():
+                weight_map = read_json(folder / index_name)["weight_map"]
+                files = sorted({folder / file for file in weight_map.values()})
+                break
+            if (folder / name).is_file():
+                weight_map, files = None, [folder / name]
+                break
+        else:
+            raise ConversionError(
+                f"{folder} has no weights: expected {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME}, or one of their indices."
+            )
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ConversionError(
+                f"{folder} lacks {', '.join(missing)}, which {index_name} names: copy the rest of it."
+            )
+        for file in files:
+            self.shapes[file] = self._read_shapes(file)
+        held = [name for shapes in self.shapes.values() for name in shapes]
+        if weight_map is not None and set(held) != set(weight_map):
+            differing = sorted(set(held) ^ set(weight_map))
+            raise ConversionError(
+                f"{index_name} and the shards beside it differ in {len(differing)} tensors, e.g. {differing[0]}."
+            )
+        if len(held) != len(set(held)):
+            raise ConversionError(f"A tensor of {folder} stands in two of its shards.")
+
+    @staticmethod
+    def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+        if file.suffix != ".safetensors":
+            return {name: tuple(tensor.shape) for name, tensor in load_pickle(file).items()}
+        try:
+            with safe_open(file, "pt") as tensors:
+                return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        except SafetensorError as error:
+            raise ConversionError(f"{file} cannot be read, it is cut off or damaged: {error}") from error
+
+    @property
+    def all_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for shapes in self.shapes.values() for name, shape in shapes.items()}
+
+    def tensors(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of one file, each read when it is asked for and checked for NaN and infinity."""
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():
+                    yield name, self.checked(name, opened.get_tensor(name), file)
+        else:
+            for name, tensor in load_pickle(file).items():
+                yield name, self.checked(name, tensor, file)
+
+    @staticmethod
+    def checked(name: str, tensor: torch.Tensor, file: Path) -> torch.Tensor:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ConversionError(f"{name} in {file} holds NaN or infinity: this checkpoint is broken.")
+        return tensor
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConversionError(f"{path} is missing.") from None
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{path} is no valid JSON: {error}") from error
+
+
+def empty_model(config: MetaMorphConfig) -> MetaMorphForConditionalGeneration:
+    """The model without memory for its weights: names and shapes only."""
+    with torch.device("meta"):
+        return MetaMorphForConditionalGeneration(config)
+
+
+def write_shards(folder: Path, shards: Iterator[dict[str, torch.Tensor]], count: int, desc: str) -> int:
+    """Write `count` shards and, if there are several, their index. Returns the number of bytes.
+
+    Only one shard is in memory at a time.
+    """
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(tqdm(shards, desc=desc, total=count, unit="shard"), start=1):
+        file = SAFE_WEIGHTS_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ConversionError(f"{file} could not be written, is the disk full? {error}") from error
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
+    return total
+
+
+def save_description(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Configuration, generation defaults and the code that `trust_remote_code` needs, beside weights already there."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def check_forward(folder: Path) -> str:
+    """Load a finished model through `AutoModel` and run an image and two tokens through it. Returns what was seen.
+
+    Raises:
+        ConversionError: if an output is not finite.
+    """
+    model = AutoModel.from_pretrained(folder, dtype="auto")
+    config = model.config
+    ids = [config.image_start_token_id, *[config.image_token_id] * config.num_image_tokens, config.image_end_token_id]
+    side = config.vision_config.image_size
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([ids]), pixel_values=torch.zeros(1, 3, side, side, dtype=model.dtype))
+    if not (torch.isfinite(output.logits).all() and torch.isfinite(output.next_visual_token).all()):
+        raise ConversionError(f"The converted model in {folder} gives NaN or infinity for a grey picture.")
+    return f"logits {tuple(output.logits.shape)}, next visual token {tuple(output.next_visual_token.shape)}"
+
+
+def print_table(rows: dict[str, object]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def size_of(folder: Path) -> str:
+    return f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:,.1f} MB"

