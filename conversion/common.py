@@ -214,7 +214,13 @@ def check_forward(folder: Path) -> str:
     Raises:
         ConversionError: if an output is not finite.
     """
-    model = AutoModel.from_pretrained(folder, dtype="auto")
+    # The weights stay on disk until a layer needs them, so that this takes no more memory than the conversion.
+    with tempfile.TemporaryDirectory() as offload:
+        model = AutoModel.from_pretrained(folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload)
+        return _check_outputs(model, folder)
+
+
+def _check_outputs(model: PreTrainedModel, folder: Path) -> str:
     config = model.config
     ids = [config.image_start_token_id, *[config.image_token_id] * config.num_image_tokens, config.image_end_token_id]
     side = config.vision_config.image_size

@@ -55,6 +55,7 @@ from metamorph_hf import MetaMorphConfig, MetaMorphProcessor
 # Released name -> our name; the first pattern that matches a whole name decides. None: dead in the released code too.
 KEY_TABLE = (
     (r"model\.vision_proj\..+", None),
+    (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?head\..+", None),
     (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)", r"model.vision_tower.\1"),
     (r"model\.mm_projector\.(weight|bias)", r"model.projector.0.\1"),
     (r"model\.mm_projector\.(\d+\.(?:weight|bias))", r"model.projector.\1"),
@@ -107,7 +108,6 @@ def tower_config_from(shapes: dict[str, tuple[int, ...]]) -> SiglipVisionConfig:
         num_attention_heads=SIGLIP_HEADS[width],
         image_size=math.isqrt(positions) * patch_size,
         patch_size=patch_size,
-        vision_use_head=any(name.startswith(f"{TOWER_PREFIX}head.") for name in shapes),
     )
 
 
@@ -284,8 +284,9 @@ def convert(
             raise ConversionError(f"{vision_tower} is a {tower.model_type}, but the released code knows SigLIP only.")
         if not any(name.startswith(TOWER_PREFIX) for name in shapes):
             loaded = SiglipVisionModel.from_pretrained(vision_tower, dtype="auto").state_dict()
-            tower_weights = {TOWER_PREFIX + name: tensor for name, tensor in loaded.items()}
+            tower_weights = {TOWER_PREFIX + k: tensor for k, tensor in loaded.items() if not k.startswith("head.")}
             shapes |= {name: tuple(tensor.shape) for name, tensor in tower_weights.items()}
+    tower.vision_use_head = False  # nobody reads what it pools
     config = convert_config(source_config, shapes, tower)
 
     model = empty_model(config)
@@ -334,11 +335,12 @@ def convert(
             processor.save_pretrained(folder)
         seen = check_forward(folder)
     dead = [name for name, ours in names.items() if ours is None]
+    dead_modules = sorted({re.match(r".*?(?:vision_proj|\.head)(?=\.)", name)[0] for name in dead})
     print_table(
         {
             "tensors": len(expected),
             "parameters": f"{sum(math.prod(shape) for shape in expected.values()):,}",
-            "dead tensors left out": f"{len(dead)} ({', '.join(sorted(dead)) or 'none'})",
+            "dead tensors left out": f"{len(dead)} ({', '.join(dead_modules) or 'none'})",
             "vision tower": f"from {vision_tower}" if tower_weights else "the checkpoint's own",
             "image token ids": f"<image_start> {config.image_start_token_id}, <image_end> {config.image_end_token_id},"
             f" <image> {config.image_token_id}",

@@ -189,7 +189,9 @@ class TestReleasedCheckpoint:
     def test_prints_what_it_did(self, tmp_path, capsys):
         convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
         table = capsys.readouterr().out
-        assert "2 (model.vision_proj.bias, model.vision_proj.weight)" in table and "logits (1, 18, 225)" in table
+        assert (
+            "13 (model.vision_proj, model.vision_tower.vision_tower.head)" in table and "logits (1, 18, 225)" in table
+        )
 
     def test_stage1(self, golden, tmp_path):
         convert_stage1(STAGE1, tmp_path / "ours", golden.converted)

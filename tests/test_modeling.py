@@ -3,7 +3,8 @@ import math
 
 import pytest
 import torch
-from conftest import PLACEHOLDER, released_to_ours
+from conftest import PLACEHOLDER
+from convert_metamorph_to_hf import our_name
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphModel
@@ -124,7 +125,7 @@ class TestReleasedForward:
         head = {
             k.removeprefix(f"{case}."): v for k, v in golden.tensors.items() if k.startswith(f"{case}.vision_head")
         }
-        model.load_state_dict({released_to_ours(key): value for key, value in head.items()}, strict=False)
+        model.load_state_dict({our_name(key): value for key, value in head.items()}, strict=False)
         return model
 
     @pytest.mark.parametrize("case", FORWARD)
@@ -170,7 +171,7 @@ class TestReleasedForward:
         stored = [key for key in golden.tensors if key.startswith(f"{case}.grad.")]
         assert stored
         for key in stored:
-            gradient = ours[released_to_ours(key.removeprefix(f"{case}.grad."))].grad
+            gradient = ours[our_name(key.removeprefix(f"{case}.grad."))].grad
             assert_close(gradient[: golden.tensors[key].shape[0]], golden.tensors[key])
 
     def test_understanding(self, golden, golden_image_processor):
