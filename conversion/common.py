@@ -208,24 +208,25 @@ def save_description(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -
     model.generation_config.save_pretrained(folder)
 
 
-def check_forward(folder: Path) -> str:
+def check_forward(folder: Path, on_disk: bool) -> str:
     """Load a finished model through `AutoModel` and run an image and two tokens through it. Returns what was seen.
+
+    Args:
+        on_disk (`bool`):
+            Leave the weights there until a layer needs them, so that the check takes no more memory than writing them
+            did. Not every vision encoder of transformers can do that; SigLIP can.
 
     Raises:
         ConversionError: if an output is not finite.
     """
-    # The weights stay on disk until a layer needs them, so that this takes no more memory than the conversion.
-    with tempfile.TemporaryDirectory() as offload:
-        model = AutoModel.from_pretrained(folder, dtype="auto", device_map={"": "disk"}, offload_folder=offload)
-        return _check_outputs(model, folder)
-
-
-def _check_outputs(model: PreTrainedModel, folder: Path) -> str:
-    config = model.config
-    ids = [config.image_start_token_id, *[config.image_token_id] * config.num_image_tokens, config.image_end_token_id]
-    side = config.vision_config.image_size
-    with torch.no_grad():
-        output = model(input_ids=torch.tensor([ids]), pixel_values=torch.zeros(1, 3, side, side, dtype=model.dtype))
+    with tempfile.TemporaryDirectory() as offload_folder:
+        placement = {"device_map": {"": "disk"}, "offload_folder": offload_folder} if on_disk else {}
+        model = AutoModel.from_pretrained(folder, dtype="auto", **placement)
+        config, side = model.config, model.config.vision_config.image_size
+        image = [config.image_token_id] * config.num_image_tokens
+        ids = torch.tensor([[config.image_start_token_id, *image, config.image_end_token_id]])
+        with torch.no_grad():
+            output = model(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side, dtype=model.dtype))
     if not (torch.isfinite(output.logits).all() and torch.isfinite(output.next_visual_token).all()):
         raise ConversionError(f"The converted model in {folder} gives NaN or infinity for a grey picture.")
     return f"logits {tuple(output.logits.shape)}, next visual token {tuple(output.next_visual_token.shape)}"

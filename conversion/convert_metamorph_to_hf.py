@@ -333,7 +333,7 @@ def convert(
         save_description(model, folder, saved_dtype)
         if processor is not None:
             processor.save_pretrained(folder)
-        seen = check_forward(folder)
+        seen = check_forward(folder, on_disk=True)
     dead = [name for name, ours in names.items() if ours is None]
     dead_modules = sorted({re.match(r".*?(?:vision_proj|\.head)(?=\.)", name)[0] for name in dead})
     print_table(
@@ -400,7 +400,7 @@ def convert_stage1(source: Path, target: Path, base: Path, dtype: torch.dtype | 
         if dtype is not None:
             config.dtype = dtype
             config.save_pretrained(folder)
-        seen = check_forward(folder)
+        seen = check_forward(folder, on_disk=True)
     print_table(
         {
             "projector tensors": len(trained),

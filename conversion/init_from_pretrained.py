@@ -74,6 +74,8 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
                 "with a square patch grid, such as SigLIP, SigLIP 2 of a fixed resolution, CLIP or DINOv2."
             )
     config.tie_last_hidden_states = False
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False  # nobody reads what it pools
     return type(AutoModel.from_config(config)).from_pretrained(name, config=config, dtype=dtype)
 
 
@@ -199,7 +201,7 @@ def main() -> None:
         model.get_visual_tokens(pixels)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        seen = check_forward(folder)
+        seen = check_forward(folder, on_disk=False)
     counts = {
         "language model": model.model.language_model,
         "vision tower": model.model.vision_tower,
