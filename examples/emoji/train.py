@@ -53,7 +53,7 @@ HERE = Path(__file__).parent
 NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
-STEPS = {"siglip": 3600, "projector": 60, "full": 10000, "unet": 2000}
+STEPS = {"siglip": 3600, "projector": 60, "full": 9000, "unet": 1200}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
