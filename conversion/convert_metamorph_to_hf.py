@@ -203,7 +203,7 @@ def convert_config(source: dict, shapes: dict[str, tuple[int, ...]], tower: Sigl
 
 
 def converted_shards(
-    weights: Weights, tower: dict[str, torch.Tensor], dtype: torch.dtype | None
+    weights: Weights, names: dict[str, str | None], tower: dict[str, torch.Tensor], dtype: torch.dtype | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """One dictionary per source file, and one for a vision tower from elsewhere."""
 
@@ -213,7 +213,7 @@ def converted_shards(
     for file in weights.shapes:
         shard = {}
         for name, tensor in weights.tensors(file):
-            if (target := our_name(name)) is None:
+            if (target := names.get(name)) is None:
                 continue
             if target in VOCABULARY_KEYS:  # the placeholder's row is never read
                 tensor = torch.cat([tensor, torch.zeros_like(tensor[:1])])
@@ -272,6 +272,8 @@ def convert(
     weights = Weights(source)
     source_config = read_json(source / "config.json")
     names = {name: our_name(name) for name in weights.all_shapes}
+    if source_config.get("tie_word_embeddings"):
+        names.pop("lm_head.weight", None)  # pickles hold both names of the one tensor
     shapes = {ours: weights.all_shapes[name] for name, ours in names.items() if ours is not None}
 
     tower_weights: dict[str, torch.Tensor] = {}
@@ -326,10 +328,10 @@ def convert(
         )
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
 
-    count = sum(any(names[name] for name in held) for held in weights.shapes.values()) + bool(tower_weights)
+    count = sum(any(names.get(name) for name in held) for held in weights.shapes.values()) + bool(tower_weights)
     saved_dtype = dtype or DTYPES[source_config.get("torch_dtype") or source_config.get("dtype") or "float32"]
     with whole_folder(target) as folder:
-        write_shards(folder, converted_shards(weights, tower_weights, dtype), count, "Converting")
+        write_shards(folder, converted_shards(weights, names, tower_weights, dtype), count, "Converting")
         save_description(model, folder, saved_dtype)
         if processor is not None:
             processor.save_pretrained(folder)

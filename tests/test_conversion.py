@@ -186,6 +186,20 @@ class TestReleasedCheckpoint:
         config = MetaMorphConfig.from_pretrained(tmp_path / "ours")
         assert (config.normalize_visual_tokens, config.visual_loss_type) == (False, "l1")
 
+    @pytest.mark.parametrize("stored_twice", [False, True])
+    def test_tied_embeddings(self, checkpoint, tmp_path, stored_twice):
+        def tie(weights):
+            if stored_twice:
+                weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+            else:
+                del weights["lm_head.weight"]
+
+        edit_weights(checkpoint, tie)
+        edit_json(checkpoint / "config.json", tie_word_embeddings=True)
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        model = AutoModel.from_pretrained(tmp_path / "ours")
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+
     def test_prints_what_it_did(self, tmp_path, capsys):
         convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
         table = capsys.readouterr().out
