@@ -58,8 +58,6 @@ MARK_ASSISTANT_TURNS = """\
 {%- endif -%}
 {{- whole[metamorph.text | length:] -}}
 {%- endmacro -%}
-{%- for message in messages if message['role'] == 'assistant' -%}
-{%- endfor -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {%- set prompt = metamorph_render(messages[:loop.index0], true) -%}

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -35,13 +37,18 @@ class ConversionError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; what went wrong is printed as a sentence, with a non-zero exit."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, it takes temporary folders along
     try:
         main()
     except OSError as error:
         if error.errno == errno.ENOSPC:
             sys.exit(f"error: The disk is full ({error}). Nothing was left behind; make room and run this again.")
         sys.exit(f"error: {error}")
-    except (ConversionError, ValueError) as error:
+    except SafetensorError as error:
+        sys.exit(
+            f"error: A safetensors file could not be read or written (cut off, damaged, or the disk full): {error}"
+        )
+    except (ConversionError, ValueError, RuntimeError, ImportError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -171,6 +178,20 @@ def read_json(path: Path) -> dict:
         raise ConversionError(f"{path} is missing.") from None
     except json.JSONDecodeError as error:
         raise ConversionError(f"{path} is no valid JSON: {error}") from error
+
+
+def load_whole(model_class, name: str, **kwargs) -> PreTrainedModel:
+    """`model_class.from_pretrained`, but without random weights where the source has none, or NaN.
+
+    Raises:
+        ConversionError: if a tensor other than those of a pooling head is missing or broken.
+    """
+    model, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    if missing := sorted(k for k in info["missing_keys"] if "pooler" not in k and not k.startswith("head.")):
+        raise ConversionError(f"{name} lacks {len(missing)} tensors of a {type(model).__name__}, e.g. {missing[0]}.")
+    for key, tensor in model.state_dict().items():
+        Weights.checked(key, tensor, Path(name))
+    return model
 
 
 def empty_model(config: MetaMorphConfig) -> MetaMorphForConditionalGeneration:

@@ -29,6 +29,7 @@ from common import (
     check_target,
     empty_model,
     load_pickle,
+    load_whole,
     print_table,
     read_json,
     run,
@@ -224,6 +225,22 @@ def converted_shards(
         yield {name: cast(tensor) for name, tensor in tower.items()}
 
 
+def without_second_copy(weights: Weights, names: dict[str, str | None]) -> dict[str, str | None]:
+    """`names` without `lm_head`, which pickles of tied models hold beside the embeddings.
+
+    Raises:
+        ConversionError: if it is another matrix than the embeddings.
+    """
+    if "lm_head.weight" not in names:
+        return names
+    pair = {}
+    for file in weights.shapes:
+        pair |= {name: tensor for name, tensor in weights.tensors(file) if names[name] in VOCABULARY_KEYS}
+    if len({tuple(tensor.shape) for tensor in pair.values()}) != 1 or not torch.equal(*pair.values()):
+        raise ConversionError("config.json says tie_word_embeddings, but lm_head.weight differs from the embeddings.")
+    return {name: ours for name, ours in names.items() if name != "lm_head.weight"}
+
+
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, image_processor, config: MetaMorphConfig
 ) -> MetaMorphProcessor:
@@ -246,7 +263,8 @@ def build_processor(
                 f"{config.image_token_id} rows it must be {wanted}: this is not the tokenizer it was trained with."
             )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        known = "<|end_of_text|>" in tokenizer.get_vocab()
+        tokenizer.pad_token = "<|end_of_text|>" if known else tokenizer.eos_token
     tokenizer.padding_side = "left"
     return MetaMorphProcessor(
         image_processor,
@@ -273,7 +291,7 @@ def convert(
     source_config = read_json(source / "config.json")
     names = {name: our_name(name) for name in weights.all_shapes}
     if source_config.get("tie_word_embeddings"):
-        names.pop("lm_head.weight", None)  # pickles hold both names of the one tensor
+        names = without_second_copy(weights, names)
     shapes = {ours: weights.all_shapes[name] for name, ours in names.items() if ours is not None}
 
     tower_weights: dict[str, torch.Tensor] = {}
@@ -285,7 +303,7 @@ def convert(
         if tower.model_type != "siglip_vision_model":
             raise ConversionError(f"{vision_tower} is a {tower.model_type}, but the released code knows SigLIP only.")
         if not any(name.startswith(TOWER_PREFIX) for name in shapes):
-            loaded = SiglipVisionModel.from_pretrained(vision_tower, dtype="auto").state_dict()
+            loaded = load_whole(SiglipVisionModel, vision_tower, dtype="auto").state_dict()
             tower_weights = {TOWER_PREFIX + k: tensor for k, tensor in loaded.items() if not k.startswith("head.")}
             shapes |= {name: tuple(tensor.shape) for name, tensor in tower_weights.items()}
     tower.vision_use_head = False  # nobody reads what it pools
@@ -311,7 +329,9 @@ def convert(
 
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
-    model.generation_config.eos_token_id = config.text_config.eos_token_id
+    # The released code stops at either id of Llama 3's, whatever one file or the other says.
+    stops = [model.generation_config.eos_token_id, config.text_config.eos_token_id]
+    stops = {id for ids in stops if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
     tokenizer_source = tokenizer or (source if (source / "tokenizer_config.json").is_file() else None)
     processor = None
     if tokenizer_source is not None:
@@ -327,6 +347,13 @@ def convert(
             config,
         )
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+        vocabulary = processor.tokenizer.get_vocab()
+        stops |= {vocabulary[token] for token in ("<|end_of_text|>", "<|eot_id|>") if token in vocabulary}
+    if not stops:
+        raise ConversionError(
+            "Neither config.json nor generation_config.json names an eos_token_id: no answer would end."
+        )
+    model.generation_config.eos_token_id = sorted(stops)
 
     count = sum(any(names.get(name) for name in held) for held in weights.shapes.values()) + bool(tower_weights)
     saved_dtype = dtype or DTYPES[source_config.get("torch_dtype") or source_config.get("dtype") or "float32"]

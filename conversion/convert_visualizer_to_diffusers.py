@@ -107,7 +107,8 @@ def convert_projector(
         visual_token_dim=source["input_dim"],
         cross_attention_dim=source["output_dim"],
         projector_type=mode,
-        num_layers=source["num_layers"],
+        # The released "mlp" has a first and a last layer at least.
+        num_layers=max(2, source["num_layers"]) if mode == "mlp" else source["num_layers"],
         hidden_dim=source["hidden_dim"],
         num_image_tokens=num_image_tokens,
         sequence_length=sequence_length,
@@ -121,12 +122,12 @@ def convert_projector(
 def text_length(base: str) -> int:
     """How many text tokens the U-Net of `base` attended to: its text encoder's positions, 77 in Stable Diffusion."""
     file = cached_file(base, "config.json", subfolder="text_encoder", _raise_exceptions_for_missing_entries=False)
-    return 77 if file is None else read_json(Path(file))["max_position_embeddings"]
+    return 77 if file is None else read_json(Path(file)).get("max_position_embeddings", 77)
 
 
 def part_of(base: str, kind: type, subfolder: str):
     """VAE or scheduler of `base`, of whatever class it is; `kind` knows where such a part's configuration lies."""
-    name = kind.load_config(base, subfolder=subfolder)["_class_name"]
+    name = kind.load_config(base, subfolder=subfolder).get("_class_name", kind.__name__)
     return getattr(diffusers, name).from_pretrained(base, subfolder=subfolder)
 
 
@@ -135,7 +136,9 @@ def check_painting(folder: Path, dtype: torch.dtype) -> str:
     pipeline = MetaMorphPipeline.from_pretrained(folder, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.projector.config
-    tokens = F.normalize(torch.randn(1, config.num_image_tokens or 64, config.visual_token_dim), dim=-1)
+    tokens = F.normalize(
+        torch.randn(1, config.num_image_tokens or min(64, config.sequence_length), config.visual_token_dim), dim=-1
+    )
     picture = pipeline.decode_visual_tokens(tokens, num_inference_steps=2, output_type="pt")
     if not torch.isfinite(picture).all():
         raise ConversionError(f"The converted pipeline paints NaN or infinity in {dtype}.")
@@ -161,7 +164,8 @@ def main() -> None:
         model = AutoModel.from_pretrained(args.model, dtype="auto")
         if not isinstance(model, MetaMorphForConditionalGeneration):
             raise ConversionError(f"{args.model} is a {type(model).__name__}, but must be a MetaMorph.")
-        processor = AutoProcessor.from_pretrained(args.model)
+        if not Path(args.model).is_dir() or (Path(args.model) / "processor_config.json").is_file():
+            processor = AutoProcessor.from_pretrained(args.model)
         if model.config.visual_token_dim != adapter_config["input_dim"]:
             raise ConversionError(
                 f"The model's visual tokens are {model.config.visual_token_dim} wide, but the adapter takes "
@@ -196,7 +200,9 @@ def main() -> None:
             "parameters": f"{sum(weight.numel() for weight in weights):,}",
             "dead keys": "0",
             "VAE, scheduler": f"from {args.base}",
-            "model": args.model or "none: the pipeline can only decode_visual_tokens(...)",
+            "model": f"{args.model}{'' if processor else ', which has no processor: the pipeline can only paint'}"
+            if args.model
+            else "none: the pipeline can only decode_visual_tokens(...)",
             "dtype": args.dtype,
             "loaded again": seen,
             "target": f"{args.target}, {size_of(args.target)}",

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import torch
 from chat_formats import METAMORPH_CHAT_TEMPLATE, METAMORPH_TOKENS, extend_chat_template
-from common import DTYPES, ConversionError, check_forward, check_target, print_table, run, size_of, whole_folder
+from common import (
+    DTYPES,
+    ConversionError,
+    check_forward,
+    check_target,
+    load_whole,
+    print_table,
+    run,
+    size_of,
+    whole_folder,
+)
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -52,7 +62,7 @@ def add_image_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
-    llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source).eval()
+    llm = load_whole(AutoModelForCausalLM, name, dtype=dtype, **source).eval()
     head = llm.get_output_embeddings()
     if head is None:
         raise ConversionError(f"{name} is a {type(llm).__name__} without output embeddings: it cannot predict tokens.")
@@ -76,7 +86,7 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
     config.tie_last_hidden_states = False
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False  # nobody reads what it pools
-    return type(AutoModel.from_config(config)).from_pretrained(name, config=config, dtype=dtype)
+    return load_whole(type(AutoModel.from_config(config)), name, config=config, dtype=dtype)
 
 
 def build_processor(
@@ -122,7 +132,8 @@ def join(
         tie_word_embeddings=llm.config.tie_word_embeddings,
         **config,
     )
-    model = MetaMorphForConditionalGeneration(config).to(llm.dtype).eval()
+    # Not `.to(dtype)`, which would round the rotary frequencies, too.
+    model = MetaMorphForConditionalGeneration._from_config(config, dtype=llm.dtype).eval()
     model.model.language_model.load_state_dict(llm.base_model.state_dict())
     model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict())
     model.model.vision_tower.load_state_dict(tower.state_dict())
@@ -178,7 +189,6 @@ def main() -> None:
         llm, tokenizer = load_llm(args.llm, args.gguf_file, dtype)
         tower = load_tower(args.vision_tower, dtype)
         image_ids = add_image_tokens(llm, tokenizer)
-        # Before the long part, so that a tokenizer or a number that does not fit is noticed at once.
         processor = build_processor(
             AutoImageProcessor.from_pretrained(args.vision_tower), tokenizer, args.num_image_tokens, args.chat_format
         )
@@ -193,10 +203,10 @@ def main() -> None:
         )
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         pixels = processor.image_processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values
-        if pixels.shape[-1] != pixels.shape[-2] or pixels.shape[-1] % tower.config.patch_size:
+        if pixels.shape[-1] != pixels.shape[-2]:
             raise ConversionError(
                 f"The image processor of {args.vision_tower} gives pictures of {tuple(pixels.shape[-2:])} pixels, "
-                f"which patches of {tower.config.patch_size} do not tile to a square grid."
+                "which is no square: choose one whose pictures are."
             )
         model.get_visual_tokens(pixels)
         model.save_pretrained(folder)

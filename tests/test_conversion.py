@@ -200,6 +200,16 @@ class TestReleasedCheckpoint:
         model = AutoModel.from_pretrained(tmp_path / "ours")
         assert model.lm_head.weight is model.get_input_embeddings().weight
 
+    def test_tied_by_name_only(self, checkpoint, tmp_path):
+        edit_json(checkpoint / "config.json", tie_word_embeddings=True)
+        with pytest.raises(ConversionError, match="differs from the embeddings"):
+            convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+
+    def test_stop_tokens_of_both_files(self, checkpoint, tmp_path):
+        edit_json(checkpoint / "config.json", eos_token_id=5)
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        assert AutoModel.from_pretrained(tmp_path / "ours").generation_config.eos_token_id == [5, 209, 217]
+
     def test_prints_what_it_did(self, tmp_path, capsys):
         convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
         table = capsys.readouterr().out
@@ -510,18 +520,7 @@ def make_llm(tiny_tokenizer, tmp_path):
 
 class TestInitFromPretrained:
     def make(self, monkeypatch, llm: Path, tower: Path, target: Path, *more) -> Path:
-        arguments = (
-            target,
-            "--llm",
-            llm,
-            "--vision-tower",
-            tower,
-            "--num-image-tokens",
-            4,
-            "--dtype",
-            "float32",
-            *more,
-        )
+        arguments = (target, "--llm", llm, "--vision-tower", tower, "--num-image-tokens", 4, *more)
         command(monkeypatch, init_from_pretrained, *arguments)
         return target
 
@@ -532,7 +531,7 @@ class TestInitFromPretrained:
         self, make_llm, towers, tmp_path, monkeypatch, model_type, tied, spare_rows
     ):
         llm_folder = make_llm(model_type, spare_rows, tie_word_embeddings=tied)
-        folder = self.make(monkeypatch, llm_folder, towers["siglip"], tmp_path / "ours")
+        folder = self.make(monkeypatch, llm_folder, towers["siglip"], tmp_path / "ours", "--dtype", "float32")
         model, llm = AutoModel.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(llm_folder)
         ids = AutoTokenizer.from_pretrained(llm_folder)("Who is there?", return_tensors="pt").input_ids
         with torch.no_grad():
@@ -552,7 +551,9 @@ class TestInitFromPretrained:
 
     @pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
     def test_towers(self, make_llm, towers, tiny_images, tmp_path, monkeypatch, name):
-        folder = self.make(monkeypatch, make_llm(), towers[name], tmp_path / "ours", "--vision-head", "linear")
+        folder = self.make(
+            monkeypatch, make_llm(), towers[name], tmp_path / "ours", "--vision-head", "linear", "--dtype", "float32"
+        )
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         pixels = processor.image_processor(tiny_images[:1], return_tensors="pt").pixel_values
         states = (
@@ -634,8 +635,34 @@ class TestInitFromPretrained:
         with pytest.raises(ValueError, match="changes earlier turns"):
             extend_chat_template(tokenizer)
 
+    def test_half_precision(self, make_llm, towers, tmp_path, monkeypatch):
+        """The default, and rotary frequencies that stay in full precision."""
+        folder = self.make(monkeypatch, make_llm(), towers["siglip"], tmp_path / "ours")
+        ids = torch.arange(4, 20).unsqueeze(0)
+        model = AutoModel.from_pretrained(folder, dtype="auto")
+        llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.bfloat16)
+        assert model.dtype == torch.bfloat16
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits[..., :260], llm(input_ids=ids).logits)
+
+    def test_patches_that_leave_a_rest(self, make_llm, towers, tmp_path, monkeypatch):
+        """As 384 pixels and patches of 14 do."""
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=34, patch_size=6)).save_pretrained(tmp_path / "tower")
+        described = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 34, "width": 34}}
+        (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(described))
+        self.make(monkeypatch, make_llm(), tmp_path / "tower", tmp_path / "ours")
+
+    @pytest.mark.parametrize("part, name", [("llm", "model.norm.weight"), ("tower", "post_layernorm.weight")])
+    def test_incomplete_sources(self, make_llm, towers, tmp_path, monkeypatch, part, name):
+        llm, tower = make_llm(), Path(shutil.copytree(towers["siglip"], tmp_path / "tower"))
+        edit_weights(llm if part == "llm" else tower, lambda weights: weights.pop(name))
+        with pytest.raises(ConversionError, match=f"lacks 1 tensors .*{name}"):
+            self.make(monkeypatch, llm, tower, tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
+
     def test_released_chat_format_needs_llama_tokens(self, make_llm, towers, tmp_path, monkeypatch):
-        with pytest.raises(ConversionError, match="lacks <|start_header_id|>"):
+        with pytest.raises(ConversionError, match=r"lacks <\|start_header_id\|>"):
             self.make(monkeypatch, make_llm(), towers["siglip"], tmp_path / "ours", "--chat-format", "metamorph")
         assert not (tmp_path / "ours").exists()
 
@@ -670,7 +697,9 @@ class TestInitFromPretrained:
         SiglipVisionModel(tower).save_pretrained(tmp_path / "tower")
         described = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 64, "width": 64}}
         (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(described))
-        self.make(monkeypatch, folder, tmp_path / "tower", tmp_path / "ours", "--gguf-file", gguf.name)
+        self.make(
+            monkeypatch, folder, tmp_path / "tower", tmp_path / "ours", "--gguf-file", gguf.name, "--dtype", "float32"
+        )
 
         processor = AutoProcessor.from_pretrained(tmp_path / "ours")
         messages = [{"role": "user", "content": "Why is the sky blue?"}]
