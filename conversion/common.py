@@ -200,8 +200,8 @@ def empty_model(config: MetaMorphConfig) -> MetaMorphForConditionalGeneration:
         return MetaMorphForConditionalGeneration(config)
 
 
-def write_shards(folder: Path, shards: Iterator[dict[str, torch.Tensor]], count: int, desc: str) -> int:
-    """Write `count` shards and, if there are several, their index. Returns the number of bytes.
+def write_shards(folder: Path, shards: Iterator[dict[str, torch.Tensor]], count: int, desc: str) -> None:
+    """Write `count` shards and, if there are several, their index.
 
     Only one shard is in memory at a time.
     """
@@ -217,7 +217,6 @@ def write_shards(folder: Path, shards: Iterator[dict[str, torch.Tensor]], count:
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
-    return total
 
 
 def save_description(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

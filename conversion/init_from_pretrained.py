@@ -227,7 +227,7 @@ def main() -> None:
             },
             "visual tokens": f"{side}x{side} patches to {args.num_image_tokens}, {model.config.visual_token_dim} wide",
             "image token ids": ", ".join(f"{token} {id}" for token, id in zip(IMAGE_TOKENS, image_ids)),
-            "dead keys": "0",
+            "dead keys": "the tower's pooling head" if tower.config.model_type == "siglip_vision_model" else "none",
             "dtype": args.dtype,
             "loaded again": seen,
             "target": f"{args.target}, {size_of(args.target)}",

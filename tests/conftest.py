@@ -68,11 +68,10 @@ def golden_image_processor():
 SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and the special ones."""
+def byte_tokenizer(special_tokens: tuple[str, ...], **kwargs) -> PreTrainedTokenizerFast:
+    """One token per byte, and the special ones: padding, end of turn, and more."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    vocabulary = {token: index for index, token in enumerate([*special_tokens, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,9 +79,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<|end|>",
-        extra_special_tokens=list(SPECIAL_TOKENS[2:]),
-        padding_side="left",
+        **kwargs,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(SPECIAL_TOKENS, extra_special_tokens=list(SPECIAL_TOKENS[2:]), padding_side="left")
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from common import ConversionError, Weights, run
+from conftest import SPECIAL_TOKENS, byte_tokenizer
 from convert_metamorph_to_hf import build_processor, convert, convert_stage1
 from convert_visualizer_to_diffusers import main as convert_visualizer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from init_from_pretrained import main as init_from_pretrained
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
@@ -490,21 +492,11 @@ CHATML = """\
 
 
 @pytest.fixture
-def make_llm(tiny_tokenizer, tmp_path):
+def make_llm(tmp_path):
     """Writes a tiny language model of some architecture, with a tokenizer that knows no image tokens, to a folder."""
 
     def make(model_type: str = "llama", spare_rows: int = 0, **config) -> Path:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        from transformers import AutoConfig, PreTrainedTokenizerFast
-
-        special = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>"]
-        vocabulary = {t: i for i, t in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-        bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe, eos_token="<|end|>", pad_token="<pad>", chat_template=CHATML
-        )
+        tokenizer = byte_tokenizer(SPECIAL_TOKENS[:4], chat_template=CHATML)
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer) + spare_rows}
