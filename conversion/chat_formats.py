@@ -98,6 +98,11 @@ def extend_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         for role, text in (("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four."))
     ]
     expected = tokenizer.apply_chat_template(conversation, tokenize=False)
+    if lost := [turn["content"] for turn in conversation if turn["content"] not in expected]:
+        raise ValueError(
+            f"This chat template leaves out the text {lost[0]!r} (it may read contents as lists only): use "
+            "--chat-format default."
+        )
     try:
         found = tokenizer.apply_chat_template(conversation, tokenize=False, chat_template=template)
     except Exception as error:

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from chat_formats import METAMORPH_TOKENS
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -52,10 +53,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
 
 
-def check_target(target: Path) -> None:
-    """Before any work: the target must not exist."""
+def check_target(target: Path, *sources: str | Path | None) -> None:
+    """Before any work: the target must not exist, nor lie inside one of the sources."""
     if target.exists():
         raise ConversionError(f"{target} exists already: name a folder that does not, or remove it first.")
+    for source in sources:
+        if source is not None and Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
+            raise ConversionError(f"{target} lies inside {source}: name a folder beside it.")
 
 
 @contextmanager
@@ -72,17 +76,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def refuse_pointer(path: Path) -> None:
+    """What a clone without Git LFS holds in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ConversionError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` there.")
+
+
 def load_pickle(path: Path) -> dict:
     """A `torch.save`d dictionary of tensors and plain values, its tensors left on disk where the format allows."""
     if not path.is_file():
         raise ConversionError(f"{path} does not exist.")
+    refuse_pointer(path)
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path} holds more than tensors, and unpickling such a file can run any code: it is refused. Save it "
@@ -90,6 +102,20 @@ def load_pickle(path: Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ConversionError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConversionError(f"{path} holds a {type(loaded).__name__}, but must hold a dictionary.")
+    return loaded
+
+
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """A pickle of nothing but named tensors."""
+    loaded = load_pickle(path)
+    for name, tensor in loaded.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ConversionError(
+                f"{path} holds {name}, which is a {type(tensor).__name__} and no tensor: it is no plain state dict."
+            )
+    return loaded
 
 
 class Weights:
@@ -114,7 +140,7 @@ class Weights:
         self.shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
         for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
             if (folder / index_name).is_file():
-                weight_map = read_json(folder / index_name)["weight_map"]
+                weight_map = required(read_json(folder / index_name), "weight_map", dict, index_name)
                 files = sorted({folder / file for file in weight_map.values()})
                 break
             if (folder / name).is_file():
@@ -143,7 +169,8 @@ class Weights:
     @staticmethod
     def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix != ".safetensors":
-            return {name: tuple(tensor.shape) for name, tensor in load_pickle(file).items()}
+            return {name: tuple(tensor.shape) for name, tensor in load_state_dict(file).items()}
+        refuse_pointer(file)
         try:
             with safe_open(file, "pt") as tensors:
                 return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
@@ -161,7 +188,7 @@ class Weights:
                 for name in opened.keys():
                     yield name, self.checked(name, opened.get_tensor(name), file)
         else:
-            for name, tensor in load_pickle(file).items():
+            for name, tensor in load_state_dict(file).items():
                 yield name, self.checked(name, tensor, file)
 
     @staticmethod
@@ -173,11 +200,44 @@ class Weights:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        loaded = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConversionError(f"{path} is missing.") from None
     except json.JSONDecodeError as error:
         raise ConversionError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConversionError(f"{path} holds a {type(loaded).__name__}, but must hold an object of names and values.")
+    return loaded
+
+
+def required(source: dict, name: str, kind: type, file: str):
+    """`source[name]`, which must be there and of this kind."""
+    if name not in source:
+        raise ConversionError(f"{file} does not say {name}, which decides what the weights mean: add it.")
+    if type(source[name]) is not kind:
+        raise ConversionError(f"{file} says {name} = {source[name]!r}, but it must be a {kind.__name__}.")
+    return source[name]
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> None:
+    """For a processor: padding on the left, as generation needs, and what the chat format is made of.
+
+    Raises:
+        ConversionError: if the tokenizer lacks tokens that it needs.
+    """
+    if chat_format == "metamorph":
+        unknown = [token for token in METAMORPH_TOKENS if token not in tokenizer.get_vocab()]
+        if unknown or tokenizer.bos_token is None:
+            raise ConversionError(
+                f"The chat format metamorph is made of Llama 3's tokens, but this tokenizer lacks "
+                f"{', '.join(unknown) or 'a BOS token'}."
+            )
+    if tokenizer.eos_token is None:
+        raise ConversionError("This tokenizer has no EOS token, so no answer would ever end.")
+    if tokenizer.pad_token is None:
+        known = "<|end_of_text|>" in tokenizer.get_vocab()  # what the released code pads with
+        tokenizer.pad_token = "<|end_of_text|>" if known else tokenizer.eos_token
+    tokenizer.padding_side = "left"
 
 
 def load_whole(model_class, name: str, **kwargs) -> PreTrainedModel:
@@ -225,6 +285,8 @@ def save_description(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -
     model.config.dtype = dtype
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
+    if not model.generation_config.do_sample:  # set all the same in older files, and not saved by newer libraries
+        model.generation_config.update(temperature=None, top_p=None, top_k=None, typical_p=None)
     model.generation_config.save_pretrained(folder)
 
 

@@ -28,16 +28,19 @@ from common import (
     check_forward,
     check_target,
     empty_model,
-    load_pickle,
+    load_state_dict,
     load_whole,
+    prepare_tokenizer,
     print_table,
     read_json,
+    required,
     run,
     save_description,
     size_of,
     whole_folder,
     write_shards,
 )
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -164,27 +167,33 @@ def convert_config(source: dict, shapes: dict[str, tuple[int, ...]], tower: Sigl
             f"config.json says model_type {source.get('model_type')!r}, not 'metamorph_llama': this is no "
             "checkpoint of the released MetaMorph code."
         )
-    wanted = {  # what is not stored is the released code's default
+    wanted = {
         "mm_vision_select_layer": (-1,),
         "mm_vision_select_feature": ("patch",),
         "mm_use_im_start_end": (True,),
         "image_token_reduction": ("interpolation", "concat_interpolation"),
-        "apply_softmax": (False, None),
     }
     for name, allowed in wanted.items():
-        if source.get(name, allowed[0]) not in allowed:
-            reason = " (its layers were never trained in the released code)" if source[name] == "mlpmixer" else ""
+        # The released defaults are others, so what is not said cannot be taken for granted.
+        if (found := required(source, name, type(allowed[0]), "config.json")) not in allowed:
+            reason = " (its layers were never trained in the released code)" if found == "mlpmixer" else ""
             raise ConversionError(
-                f"config.json says {name} = {source[name]!r}{reason}, but only "
-                f"{' or '.join(repr(value) for value in allowed if value is not None)} can be converted."
+                f"config.json says {name} = {found!r}{reason}, but only "
+                f"{' or '.join(map(repr, allowed))} can be converted."
             )
+    if source.get("apply_softmax"):
+        raise ConversionError("config.json says apply_softmax, a loss that cannot be converted.")
     known = {field.name for field in fields(LlamaConfig)} | {"rope_theta", "rope_scaling"}
     text = {
         name: value for name, value in source.items() if name in known and name not in ("model_type", "torch_dtype")
     }
     vocab_size = shapes[VOCABULARY_KEYS[0]][0]
-    normalized = source.get("normalize_vision", True)
-    reduction = source.get("image_token_reduction", "interpolation")
+    if required(source, "vocab_size", int, "config.json") != vocab_size:
+        raise ConversionError(
+            f"config.json says vocab_size {source['vocab_size']}, but the embeddings have {vocab_size} rows."
+        )
+    normalized = required(source, "normalize_vision", bool, "config.json")
+    reduction = source["image_token_reduction"]
     token_dim = tower.hidden_size * (4 if reduction == "concat_interpolation" else 1)
     return MetaMorphConfig(
         text_config=LlamaConfig(**{**text, "vocab_size": vocab_size + 1}),
@@ -193,7 +202,7 @@ def convert_config(source: dict, shapes: dict[str, tuple[int, ...]], tower: Sigl
         image_start_token_id=vocab_size - 2,
         image_end_token_id=vocab_size - 1,
         image_token_id=vocab_size,
-        num_image_tokens=source.get("num_image_tokens", 64),
+        num_image_tokens=required(source, "num_image_tokens", int, "config.json"),
         token_reduction=reduction,
         projector_type=projector_type_from(source, shapes),
         vision_head_type=vision_head_type_from(source, shapes, token_dim),
@@ -247,8 +256,16 @@ def build_processor(
     """The processor with the released code's chat format.
 
     Raises:
-        ConversionError: if the tokenizer's ids are not those of the checkpoint.
+        ConversionError: if the tokenizer's ids are not those of the checkpoint, it is not Llama 3's, or the pictures
+            are not of the tower's size.
     """
+    pixels = image_processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values
+    side = config.vision_config.image_size
+    if pixels.shape[-2:] != (side, side):
+        raise ConversionError(
+            f"The image processor gives pictures of {tuple(pixels.shape[-2:])} pixels, but the vision tower sees "
+            f"{side}x{side}: they do not belong together."
+        )
     tokens = {
         "<image_start>": config.image_start_token_id,
         "<image_end>": config.image_end_token_id,
@@ -262,10 +279,7 @@ def build_processor(
                 f"In this tokenizer {token} has the id {found}, but in the checkpoint's vocabulary of "
                 f"{config.image_token_id} rows it must be {wanted}: this is not the tokenizer it was trained with."
             )
-    if tokenizer.pad_token is None:
-        known = "<|end_of_text|>" in tokenizer.get_vocab()
-        tokenizer.pad_token = "<|end_of_text|>" if known else tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    prepare_tokenizer(tokenizer, "metamorph")
     return MetaMorphProcessor(
         image_processor,
         tokenizer,
@@ -286,7 +300,7 @@ def convert(
     Raises:
         ConversionError: if anything about the source is not as it must be, or `target` exists.
     """
-    check_target(target)
+    check_target(target, source, vision_tower, tokenizer)
     weights = Weights(source)
     source_config = read_json(source / "config.json")
     names = {name: our_name(name) for name in weights.all_shapes}
@@ -386,8 +400,8 @@ def convert_stage1(source: Path, target: Path, base: Path, dtype: torch.dtype | 
 
     The released stage 2 takes from this file the projector and the last two embedding rows, nothing else.
     """
-    check_target(target)
-    trained = {our_name(name): tensor for name, tensor in load_pickle(source).items()}
+    check_target(target, base)
+    trained = {our_name(name): tensor for name, tensor in load_state_dict(source).items()}
     for name, tensor in trained.items():
         Weights.checked(name, tensor, source)
     config = AutoConfig.from_pretrained(base)
@@ -423,7 +437,8 @@ def convert_stage1(source: Path, target: Path, base: Path, dtype: torch.dtype | 
             yield shard
 
     with whole_folder(target) as folder:
-        described = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+        weight_files = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+        described = shutil.ignore_patterns(*weight_files, "checkpoint-*", ".git")
         shutil.copytree(base, folder, ignore=described, dirs_exist_ok=True)
         write_shards(folder, shards(), len(weights.shapes), "Converting")
         if dtype is not None:
@@ -458,6 +473,8 @@ def main() -> None:
     dtype = DTYPES.get(args.dtype)
     stage1 = args.source / "mm_projector.bin" if args.source.is_dir() else args.source
     if args.base is not None or (args.source.is_file() or not Weights.in_folder(args.source)) and stage1.is_file():
+        if args.vision_tower or args.tokenizer:
+            raise ConversionError("With --base, vision tower and tokenizer are those of the base: leave both out.")
         if args.base is None:
             raise ConversionError(f"{stage1} holds a projector only: name the model it goes into, --base FOLDER.")
         convert_stage1(stage1, args.target, args.base, dtype)

@@ -22,6 +22,7 @@ from common import (
     load_pickle,
     print_table,
     read_json,
+    required,
     run,
     size_of,
     whole_folder,
@@ -73,7 +74,7 @@ def model_weights(path: Path) -> dict[str, torch.Tensor]:
         )
     checkpoint = load_pickle(path)
     if "model_state_dict" not in checkpoint:
-        raise ConversionError(f"{path} holds {', '.join(checkpoint)}, but no model_state_dict.")
+        raise ConversionError(f"{path} holds {', '.join(map(str, checkpoint))}, but no model_state_dict.")
     weights = checkpoint["model_state_dict"]
     return {name: Weights.checked(name, tensor, path) for name, tensor in weights.items()}
 
@@ -100,20 +101,22 @@ def convert_projector(
         num_image_tokens (`int`, *optional*): Visual tokens per image, N; the released files do not tell it.
         sequence_length (`int`): What the base's text encoder gives, to which the states are padded with zeros.
     """
-    mode = source["mode"]
+    file = "model_config.json"
+    mode = required(source, "mode", str, file)
     if mode not in KEY_TABLE:
         raise ConversionError(f"model_config.json says mode {mode!r}, but it must be one of {', '.join(KEY_TABLE)}.")
+    num_layers = required(source, "num_layers", int, file)
     projector = VisualTokenProjector(
-        visual_token_dim=source["input_dim"],
-        cross_attention_dim=source["output_dim"],
+        visual_token_dim=required(source, "input_dim", int, file),
+        cross_attention_dim=required(source, "output_dim", int, file),
         projector_type=mode,
         # The released "mlp" has a first and a last layer at least.
-        num_layers=max(2, source["num_layers"]) if mode == "mlp" else source["num_layers"],
-        hidden_dim=source["hidden_dim"],
+        num_layers=max(2, num_layers) if mode == "mlp" else num_layers,
+        hidden_dim=required(source, "hidden_dim", int, file),
         num_image_tokens=num_image_tokens,
         sequence_length=sequence_length,
-        num_queries=None if mode == "mlp" else source["num_tokens"],
-        num_heads=TRANSFORMER_HEADS if mode == "transformer" else source["num_heads"],
+        num_queries=None if mode == "mlp" else required(source, "num_tokens", int, file),
+        num_heads=TRANSFORMER_HEADS if mode in ("mlp", "transformer") else required(source, "num_heads", int, file),
     )
     load_exactly(projector, {our_name(name, mode): tensor for name, tensor in weights.items()}, "adapter")
     return projector
@@ -132,8 +135,8 @@ def part_of(base: str, kind: type, subfolder: str):
 
 
 def check_painting(folder: Path, dtype: torch.dtype) -> str:
-    """Load the finished pipeline and paint random visual tokens in two steps. Returns what was seen."""
-    pipeline = MetaMorphPipeline.from_pretrained(folder, torch_dtype=dtype)
+    """Load the finished pipeline, answer if it can, and paint random visual tokens. Returns what was seen."""
+    pipeline = MetaMorphPipeline.from_pretrained(folder, torch_dtype={"model": "auto", "default": dtype})
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.projector.config
     tokens = F.normalize(
@@ -142,7 +145,10 @@ def check_painting(folder: Path, dtype: torch.dtype) -> str:
     picture = pipeline.decode_visual_tokens(tokens, num_inference_steps=2, output_type="pt")
     if not torch.isfinite(picture).all():
         raise ConversionError(f"The converted pipeline paints NaN or infinity in {dtype}.")
-    return f"a picture {tuple(picture.shape)}"
+    if pipeline.processor is None:
+        return f"a picture {tuple(picture.shape)}"
+    (text,) = pipeline("A cat", max_new_tokens=2, num_inference_steps=1).text
+    return f"a picture {tuple(picture.shape)}, an answer of {len(text)} letters"
 
 
 def main() -> None:
@@ -156,7 +162,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: float32)")
     args = parser.parse_args()
 
-    check_target(args.target)
+    check_target(args.target, args.source, args.base, args.model)
     adapter_config = read_json(args.source / "model_config.json")
     adapter = model_weights(args.source / "adapter_checkpoint.pt")
     model = processor = None
@@ -166,10 +172,16 @@ def main() -> None:
             raise ConversionError(f"{args.model} is a {type(model).__name__}, but must be a MetaMorph.")
         if not Path(args.model).is_dir() or (Path(args.model) / "processor_config.json").is_file():
             processor = AutoProcessor.from_pretrained(args.model)
-        if model.config.visual_token_dim != adapter_config["input_dim"]:
+            found = (processor.image_token_id, processor.num_image_tokens)
+            if found != (wanted := (model.config.image_token_id, model.config.num_image_tokens)):
+                raise ConversionError(
+                    f"The processor in {args.model} has <image> id and visual tokens per image {found}, but the model "
+                    f"{wanted}: they do not belong together."
+                )
+        if model.config.visual_token_dim != adapter_config.get("input_dim"):
             raise ConversionError(
                 f"The model's visual tokens are {model.config.visual_token_dim} wide, but the adapter takes "
-                f"{adapter_config['input_dim']}: they do not belong together."
+                f"{adapter_config.get('input_dim')}: they do not belong together."
             )
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(args.base, subfolder="unet"))
     load_exactly(unet, model_weights(args.source / "unet_checkpoint.pt"), "U-Net")
@@ -190,15 +202,16 @@ def main() -> None:
         scheduler=part_of(args.base, DDPMScheduler, "scheduler"),
     )
     dtype = DTYPES[args.dtype]
+    for part in (pipeline.projector, pipeline.unet, pipeline.vae):  # the model keeps its own
+        part.to(dtype)
     with whole_folder(args.target) as folder:
-        pipeline.to(dtype=dtype).save_pretrained(folder)
+        pipeline.save_pretrained(folder)
         seen = check_painting(folder, dtype)
     weights = [*unet.parameters(), *projector.parameters()]
     print_table(
         {
             "tensors": f"{len(unet.state_dict())} U-Net, {len(projector.state_dict())} projector",
             "parameters": f"{sum(weight.numel() for weight in weights):,}",
-            "dead keys": "0",
             "VAE, scheduler": f"from {args.base}",
             "model": f"{args.model}{'' if processor else ', which has no processor: the pipeline can only paint'}"
             if args.model

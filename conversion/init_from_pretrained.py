@@ -10,13 +10,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from chat_formats import METAMORPH_CHAT_TEMPLATE, METAMORPH_TOKENS, extend_chat_template
+from chat_formats import METAMORPH_CHAT_TEMPLATE, extend_chat_template
 from common import (
     DTYPES,
     ConversionError,
     check_forward,
     check_target,
     load_whole,
+    prepare_tokenizer,
     print_table,
     run,
     size_of,
@@ -66,6 +67,17 @@ def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreT
     head = llm.get_output_embeddings()
     if head is None:
         raise ConversionError(f"{name} is a {type(llm).__name__} without output embeddings: it cannot predict tokens.")
+    if llm.config.get_text_config() is not llm.config:
+        raise ConversionError(
+            f"{name} is a {type(llm).__name__}, which has more than a language model: name one that has text alone."
+        )
+    # A scale or cap of the logits; small ones would slip through the comparison of `join`.
+    changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(llm.config, n, None)]
+    if any(getattr(llm.config, n) != 1 for n in changed):
+        raise ConversionError(
+            f"{name} ({type(llm).__name__}) does more than a matrix product after its last layer "
+            f"({', '.join(changed)}), which MetaMorph does not: its logits would be wrong. Choose another one."
+        )
     if head.bias is not None:
         raise ConversionError(
             f"The lm_head of {name} ({type(llm).__name__}) has a bias, which MetaMorph's has not: it would be lost."
@@ -94,18 +106,7 @@ def build_processor(
 ) -> MetaMorphProcessor:
     if chat_format == "auto":
         chat_format = "default" if tokenizer.chat_template is None else "own"
-    if chat_format == "metamorph":
-        unknown = [token for token in METAMORPH_TOKENS if token not in tokenizer.get_vocab()]
-        if unknown or tokenizer.bos_token is None:
-            raise ConversionError(
-                f"--chat-format metamorph is made of Llama 3's tokens, but this tokenizer lacks "
-                f"{', '.join(unknown) or 'a BOS token'}: use --chat-format own or default."
-            )
-    if tokenizer.eos_token is None:
-        raise ConversionError("This tokenizer has no EOS token, so no answer would ever end.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    prepare_tokenizer(tokenizer, chat_format)
     template = {
         "own": lambda: extend_chat_template(tokenizer),
         "default": lambda: DEFAULT_CHAT_TEMPLATE,
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random projector and vision head (default: 0)")
     args = parser.parse_args()
 
-    check_target(args.target)
+    check_target(args.target, args.llm, args.vision_tower)
     torch.manual_seed(args.seed)
     dtype = DTYPES[args.dtype]
     with whole_folder(args.target) as folder:

@@ -39,6 +39,7 @@ from metamorph_hf.vpit_trainer import DataCollatorForVPiT
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT, STAGE1, VISUALIZER = GOLDEN / "checkpoint", GOLDEN / "stage1" / "mm_projector.bin", GOLDEN / "visualizer"
 TOWER = str(GOLDEN / "siglip")
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PROJECTORS = ("mlp_2_layers", "mlp_3_layers", "xattn", "xattnffn", "transformer")
 
 
@@ -54,6 +55,10 @@ def checkpoint(tmp_path) -> Path:
 
 def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def drop_from_json(path: Path, name: str) -> None:
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
 
 
 def edit_weights(folder: Path, change) -> None:
@@ -246,7 +251,19 @@ class TestReleasedCheckpoint:
             (lambda f: edit_json(f / "config.json", mm_vision_select_layer=-2), "mm_vision_select_layer = -2"),
             (lambda f: edit_json(f / "config.json", mm_projector_type="mlp3x_gelu"), "mlp3x_gelu.*has 2 layers"),
             (lambda f: edit_json(f / "config.json", vision_head_type="mlp2x_gelu"), "mlp2x_gelu.*has 2 layers"),
+            (lambda f: edit_json(f / "config.json", vocab_size=223), "vocab_size 223, but .* 224 rows"),
+            (lambda f: edit_json(f / "config.json", normalize_vision="yes"), "'yes', but it must be a bool"),
+            (lambda f: drop_from_json(f / "config.json", "normalize_vision"), "does not say normalize_vision"),
+            (lambda f: drop_from_json(f / "config.json", "mm_vision_select_layer"), "mm_vision_select_layer"),
             (lambda f: (f / "config.json").write_text("{"), "no valid JSON"),
+            (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
+            (lambda f: (f / "model.safetensors").write_text(LFS_POINTER), "pointer of Git LFS"),
+            (lambda f: to_pickle(f) or torch.save([1], f / "pytorch_model.bin"), "holds a list"),
+            (lambda f: to_pickle(f) or torch.save({"step": 1}, f / "pytorch_model.bin"), "step, which is a int"),
+            (
+                lambda f: split(f) or (f / "model.safetensors.index.json").write_text("{}"),
+                "index.json does not say weight_map",
+            ),
             (lambda f: (f / "config.json").unlink(), "config.json is missing"),
             (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
         ],
@@ -300,19 +317,96 @@ class TestReleasedCheckpoint:
             run(lambda: convert(folder, tmp_path / "ours", vision_tower=TOWER))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["released"]
 
-    def test_one_shard_at_a_time(self, checkpoint):
-        """Tensors are read one by one, not the file as a whole."""
-        weights = Weights(checkpoint)
-        (file,) = weights.shapes
-        name, tensor = next(iter(weights.tensors(file)))
-        assert tensor.shape == weights.all_shapes[name]
+    @pytest.mark.parametrize("layout", ["safetensors", "bin"])
+    def test_memory_is_that_of_the_largest_shard(self, checkpoint, tmp_path, layout):
+        """Of ten shards with 40 MB each, one is in memory at a time, and the check at the end leaves them on disk."""
+        sizes = {"num_hidden_layers": 10, "intermediate_size": 70_000}
+        edit_json(checkpoint / "config.json", **sizes)
+        weights = load_file(checkpoint / "model.safetensors")
+        (checkpoint / "model.safetensors").unlink()
+        parts = {name: tensor for name, tensor in weights.items() if ".layers." not in name or "tower" in name}
+        first = {name: tensor for name, tensor in weights.items() if name.startswith("model.layers.0.")}
+        for name, shape in (("gate", (70_000, 48)), ("up", (70_000, 48)), ("down", (48, 70_000))):
+            first[f"model.layers.0.mlp.{name}_proj.weight"] = torch.zeros(shape)
+        suffix, weight_map = layout, {}
+        stem = {"safetensors": "model", "bin": "pytorch_model"}[layout]
+        save = {"safetensors": save_file, "bin": torch.save}[layout]
+        for number in range(11):
+            shard = (
+                parts if number == 10 else {k.replace("layers.0.", f"layers.{number}."): v for k, v in first.items()}
+            )
+            file = f"{stem}-{number + 1:05d}-of-00011.{suffix}"
+            save(shard, checkpoint / file)
+            weight_map |= dict.fromkeys(shard, file)
+        (checkpoint / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+        script = Path(__file__).parents[1] / "conversion" / "convert_metamorph_to_hf.py"
+        # Memory that belongs to the process alone: pages of a mapped file can go at any time.
+        watch = f"""
+import re, runpy, sys, threading, time
+sys.path.insert(0, {str(script.parent)!r})
+import common
+sys.argv = [{str(script)!r}, {str(checkpoint)!r}, {str(tmp_path / "ours")!r}, "--vision-tower", {TOWER!r}]
+def own():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+start, peak, done = own(), 0, False
+def poll():
+    global peak
+    while not done:
+        peak = max(peak, own())
+        time.sleep(0.002)
+thread = threading.Thread(target=poll); thread.start()
+runpy.run_path({str(script)!r}, run_name="__main__")
+done = True; thread.join()
+print("MB", peak - start)
+"""
+        result = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert float(result.stdout.rpartition("MB ")[2]) < 250  # libraries included; the checkpoint is 400
 
     def test_command(self, tmp_path):
+        """With a tokenizer of Llama 3's tokens, another dtype; then its stage 1, and a target that exists."""
         script = str(Path(__file__).parents[1] / "conversion" / "convert_metamorph_to_hf.py")
-        again = [sys.executable, script, str(CHECKPOINT), str(tmp_path)]
-        result = subprocess.run(again, capture_output=True, text=True)
-        assert result.returncode == 1 and "exists already" in result.stderr + result.stdout
-        assert "Traceback" not in result.stderr
+
+        def command(*arguments):
+            return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+
+        source = Path(shutil.copytree(CHECKPOINT, tmp_path / "released"))
+        edit_json(source / "config.json", tie_word_embeddings=False, vocab_size=265)
+        edit_weights(
+            source,
+            lambda weights: weights.update(
+                {name: torch.randn(265, 48) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+            ),
+        )
+        tokens = [*SPECIAL_TOKENS[:4], "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        tokenizer = byte_tokenizer(tokens)
+        tokenizer.bos_token = tokens[3]
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        ours = tmp_path / "ours"
+        arguments = ("--vision-tower", TOWER, "--tokenizer", tmp_path / "tokenizer", "--dtype", "bfloat16")
+        result = command(source, ours, *arguments)
+        assert result.returncode == 0, result.stderr
+        assert AutoModel.from_pretrained(ours, dtype="auto").dtype == torch.bfloat16
+        processor = AutoProcessor.from_pretrained(ours)
+        assert processor.tokenizer.convert_tokens_to_ids("<image>") == 265
+
+        stage1 = torch.load(STAGE1, weights_only=True)
+        torch.save(stage1, tmp_path / "mm_projector.bin")
+        result = command(tmp_path / "mm_projector.bin", tmp_path / "with_stage1", "--base", ours)
+        assert result.returncode == 0, result.stderr
+        assert torch.equal(
+            AutoModel.from_pretrained(tmp_path / "with_stage1", dtype="auto").model.projector[0].bias,
+            stage1["model.mm_projector.0.bias"].bfloat16(),
+        )
+        for target, more, sentence in (
+            (ours, (), "exists already"),
+            (ours / "inside", ("--base", ours), "lies inside"),
+            (tmp_path / "new", ("--base", ours, "--tokenizer", ours), "leave both out"),
+        ):
+            result = command(tmp_path / "mm_projector.bin", target, *more)
+            assert result.returncode == 1 and sentence in result.stderr
+            assert "Traceback" not in result.stderr
 
 
 @pytest.fixture(scope="session")
@@ -437,15 +531,34 @@ class TestVisualizer:
         with pytest.raises(ValueError, match="saved without a model"):
             pipeline("a red apple")
 
-    def test_whole_pipeline(self, golden, source, diffusion_base, tiny_tokenizer, tmp_path, monkeypatch):
+    def test_whole_pipeline(self, tiny_model, tiny_processor, source, diffusion_base, tmp_path, monkeypatch):
+        """The model keeps its dtype, the rest gets the one that is asked for."""
+        tower = SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+        )
+        model = tiny_model(vision_config=tower).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / "model")
+        tiny_processor.save_pretrained(tmp_path / "model")
+        arguments = (source, tmp_path / "ours", "--base", diffusion_base, "--model", tmp_path / "model")
+        command(monkeypatch, convert_visualizer, *arguments)
+        pipeline = MetaMorphPipeline.from_pretrained(tmp_path / "ours", torch_dtype={"model": "auto"})
+        assert isinstance(pipeline.model, MetaMorphForConditionalGeneration)
+        assert (pipeline.model.dtype, pipeline.unet.dtype) == (torch.bfloat16, torch.float32)
+        assert pipeline.projector.config.num_image_tokens == 4
+
+    def test_processor_of_another_model(self, golden, source, diffusion_base, tmp_path, monkeypatch):
         model = Path(shutil.copytree(golden.converted, tmp_path / "model"))
         AutoProcessor.from_pretrained(
             Path(__file__).parents[1] / "examples/emoji/checkpoint/processor"
         ).save_pretrained(model)
-        command(monkeypatch, convert_visualizer, source, tmp_path / "ours", "--base", diffusion_base, "--model", model)
-        pipeline = MetaMorphPipeline.from_pretrained(tmp_path / "ours")
-        assert isinstance(pipeline.model, MetaMorphForConditionalGeneration)
-        assert pipeline.projector.config.num_image_tokens == 16
+        arguments = (source, tmp_path / "ours", "--base", diffusion_base, "--model", model)
+        with pytest.raises(ConversionError, match="processor .* do not belong together"):
+            command(monkeypatch, convert_visualizer, *arguments)
 
     @pytest.mark.parametrize(
         "spoil, sentence",
@@ -454,6 +567,8 @@ class TestVisualizer:
             (lambda f: os.truncate(f / "adapter_checkpoint.pt", 5000), "cut off or damaged"),
             (lambda f: edit_json(f / "model_config.json", mode="mlpmixer"), "mode 'mlpmixer'"),
             (lambda f: edit_json(f / "model_config.json", num_layers=2), "adapter does not fit"),
+            (lambda f: drop_from_json(f / "model_config.json", "hidden_dim"), "does not say hidden_dim"),
+            (lambda f: torch.save([1], f / "adapter_checkpoint.pt"), "holds a list"),
             (lambda f: shutil.copy(VISUALIZER / "xattn/adapter_checkpoint.pt", f), "holds token_embeddings"),
         ],
     )
@@ -617,6 +732,19 @@ class TestInitFromPretrained:
         text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=extended)
         assert text == expected.replace("Two.", "Two.<image>")
 
+    def test_template_that_reads_lists_only(self, tiny_tokenizer):
+        import copy
+
+        from chat_formats import extend_chat_template
+
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = (
+            "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}{%- for part in message['content'] -%}"
+            "{%- if part is mapping -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+        )
+        with pytest.raises(ValueError, match="leaves out the text"):
+            extend_chat_template(tokenizer)
+
     def test_template_that_changes_earlier_turns(self, tiny_tokenizer):
         import copy
 
@@ -659,7 +787,7 @@ class TestInitFromPretrained:
         assert not (tmp_path / "ours").exists()
 
     @pytest.mark.parametrize(
-        "model_type, config", [("gemma2", {"final_logit_softcapping": 1.0}), ("cohere", {"logit_scale": 0.1})]
+        "model_type, config", [("gemma2", {"final_logit_softcapping": 1e4}), ("cohere", {"logit_scale": 0.1})]
     )
     def test_logits_that_would_be_wrong(self, make_llm, towers, tmp_path, monkeypatch, model_type, config):
         with pytest.raises(ConversionError, match="more than a matrix product"):
