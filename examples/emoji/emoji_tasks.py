@@ -26,13 +26,13 @@ DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
 MIXTURE = {
-    "text_to_image": 0.54,
-    "name": 0.27,
-    "category": 0.03,
+    "text_to_image": 0.5,
+    "name": 0.24,
+    "category": 0.07,
     "yes_no": 0.04,
-    "edit": 0.06,
-    "sequence": 0.03,
-    "thinking": 0.03,
+    "edit": 0.05,
+    "sequence": 0.08,
+    "thinking": 0.02,
 }
 EVALUATIONS = (
     "seen_phrasings",
@@ -434,12 +434,16 @@ class EmojiTasks:
         held_out_drawings (`frozenset[str]`): Base code points never looked at as drawn by Twitter.
         held_out_pairs (`frozenset[tuple[str, str]]`): (base, skin tone) pairs that no training record holds.
         held_out_starts (`dict[str, frozenset[int]]`): Per cycle of `CYCLES`, where no forward sequence begins.
+        google (`list[int]`): The base emoji as drawn by Google, which text_to_image draws.
+        emphasis (`list[float]`): How often each of `google` is drawn, relative to the others; 1 unless it is changed.
     """
 
     def __init__(self, rows: Sequence[Mapping]):
         self.rows = rows
         self.index = {(row["vendor"], row["base"], row["skin_tone"]): i for i, row in enumerate(rows)}
         self.google = [i for i, row in enumerate(rows) if row["vendor"] == "google" and not row["skin_tone"]]
+
+        self.emphasis = [1.0] * len(self.google)
 
         rng = random.Random(0)
         bases = sorted(rows[i]["base"] for i in self.google)
@@ -556,7 +560,7 @@ class EmojiTasks:
 
     def _text_to_image(self, rng: random.Random) -> dict:
         base = rng.random() < 0.85
-        target = rng.choice(self.google if base else self.google_variants)
+        target = rng.choices(self.google, self.emphasis)[0] if base else rng.choice(self.google_variants)
         row = self.rows[target]
         picture = self.index["google", row["base"], ""]
         aliases = self.clear_aliases.get(picture)
