@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ConversionError, Weights, run
+from common import ConversionError, run
 from conftest import SPECIAL_TOKENS, byte_tokenizer
 from convert_metamorph_to_hf import build_processor, convert, convert_stage1
 from convert_visualizer_to_diffusers import main as convert_visualizer
@@ -400,7 +400,7 @@ print("MB", peak - start)
             stage1["model.mm_projector.0.bias"].bfloat16(),
         )
         for target, more, sentence in (
-            (ours, (), "exists already"),
+            (ours, ("--base", ours), "exists already"),
             (ours / "inside", ("--base", ours), "lies inside"),
             (tmp_path / "new", ("--base", ours, "--tokenizer", ours), "leave both out"),
         ):
@@ -739,8 +739,9 @@ class TestInitFromPretrained:
 
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.chat_template = (
-            "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}{%- for part in message['content'] -%}"
-            "{%- if part is mapping -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+            "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}"
+            "{%- for part in message['content'] -%}{%- if part is mapping -%}"
+            "{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endfor -%}"
         )
         with pytest.raises(ValueError, match="leaves out the text"):
             extend_chat_template(tokenizer)

@@ -1,10 +1,14 @@
 import copy
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PLACEHOLDER
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from metamorph_hf import MetaMorphStreamer
 
 
 N = 16
@@ -299,6 +303,13 @@ class Collector(BaseStreamer):
         self.ended = True
 
 
+class IdsAsText:
+    """A tokenizer whose words are ids."""
+
+    def decode(self, ids, **kwargs):
+        return "".join(f"{id} " for id in ids)
+
+
 class TestGenerateFeatures:
     """What people do with `generate()` elsewhere works here, or says why not."""
 
@@ -352,6 +363,85 @@ class TestGenerateFeatures:
         streamer = Collector()
         outputs = generate(golden_model, prompt("two_images"), streamer=streamer)
         assert streamer.ids == outputs.sequences[0].tolist() and streamer.ended
+
+    @pytest.mark.parametrize("case", GREEDY)
+    def test_our_streamer(self, golden_model, prompt, case):
+        """Text and finished images in reading order; the pieces are the answer's."""
+        processor = SimpleNamespace(tokenizer=IdsAsText(), image_token_id=IMAGE, num_image_tokens=N)
+        streamer = MetaMorphStreamer(processor)
+        inputs = prompt(case)
+        for _ in range(2):  # one streamer serves one answer after another
+            outputs = generate(golden_model, inputs, streamer=streamer)
+            (ids,) = answers(outputs, inputs)
+            pieces = [piece for piece in streamer if not isinstance(piece, str) or piece]
+            images = [piece for piece in pieces if not isinstance(piece, str)]
+            assert len(images) == len(outputs.visual_tokens[0])
+            for image, expected in zip(images, outputs.visual_tokens[0]):
+                assert torch.equal(image, expected)
+            text = "".join(piece if isinstance(piece, str) else f"{IMAGE} " * N for piece in pieces)
+            assert text.split() == [str(token) for token in ids]
+
+    def test_streamed_text_comes_as_it_is_written(self, tiny_model, tiny_processor):
+        """In another thread, before the answer is finished, with the processor's own tokenizer."""
+        model = tiny_model()
+        inputs = tiny_processor.tokenizer("Hello there", return_tensors="pt")
+        written = Script(inputs.input_ids.shape[1], *tiny_processor.tokenizer("one two three ").input_ids)
+        streamer = MetaMorphStreamer(tiny_processor, timeout=60)
+        kwargs = {"max_new_tokens": 14, "logits_processor": [written], "streamer": streamer, "do_sample": False}
+        thread = Thread(target=model.generate, kwargs={**inputs, **kwargs})
+        thread.start()
+        pieces = [piece for piece in streamer if piece]
+        thread.join()
+        assert pieces == ["one ", "two ", "three "]
+
+    @pytest.mark.parametrize("max_images, expected", [(0, [0, 0, 0, 0]), (1, [0, 1, 1, 1]), (2, [0, 1, 1, 2])])
+    def test_max_images(self, golden_model, batch, max_images, expected):
+        outputs = generate(golden_model, batch, max_images=max_images)
+        assert [len(tokens) for tokens in outputs.visual_tokens] == expected
+        free = generate(golden_model, batch)
+        for row, (found, wanted) in enumerate(zip(answers(outputs, batch), answers(free, batch))):
+            until = found.index(IMAGE_END) + 1 if IMAGE_END in found else 0
+            assert found[:until] == wanted[:until]
+            if len(outputs.visual_tokens[row]) == len(free.visual_tokens[row]):
+                assert found == wanted
+
+    def test_images_count_that_the_prompt_begins(self, golden_model):
+        prompt = {"input_ids": torch.tensor([[208, 92, IMAGE_START]])}
+        outputs = generate(golden_model, prompt, max_images=1, max_new_tokens=40)
+        assert len(outputs.visual_tokens[0]) == 1 and IMAGE_START not in outputs.sequences[0, 3:]
+
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_force_image(self, golden_model, batch, use_cache):
+        """As if the prompt ended with `<image_start>`, but the answer holds it."""
+        outputs = generate(golden_model, batch, force_image=True, max_images=1, use_cache=use_cache)
+        begun = torch.full((4, 1), IMAGE_START)
+        asked = {
+            **batch,
+            "input_ids": torch.cat([batch["input_ids"], begun], dim=1),
+            "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(begun)], dim=1),
+        }
+        expected = generate(golden_model, asked, max_images=1, max_new_tokens=79)
+        assert_same(outputs, expected)
+
+    def test_options_in_the_generation_config(self, golden, prompt, tmp_path):
+        model = golden.build_model()
+        model.generation_config = GenerationConfig(eos_token_id=list(EOS), pad_token_id=PAD, max_images=1)
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path)
+        assert len(generate(model, prompt("two_images")).visual_tokens[0]) == 1
+        assert len(generate(model, prompt("two_images"), max_images=2).visual_tokens[0]) == 2
+
+    @pytest.mark.parametrize(
+        "kwargs, sentence",
+        [
+            ({"max_images": -1}, "is -1, but must be 0"),
+            ({"max_images": "two"}, "is 'two', but must be 0"),
+            ({"max_images": 0, "force_image": True}, "asks for an image, but `max_images=0`"),
+        ],
+    )
+    def test_options_that_make_no_sense(self, golden_model, prompt, kwargs, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            generate(golden_model, prompt("one_image"), **kwargs)
 
     def test_logits_processor(self, golden_model, prompt):
         """It decides about text; inside an image nobody does."""
@@ -414,15 +504,16 @@ class TestGenerateFeatures:
         "kwargs", [{"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}]
     )
     def test_modes_that_cannot_draw(self, golden_model, prompt, kwargs):
-        with pytest.raises(ValueError, match=r"cannot draw images.*suppress_tokens=\[222\]"):
+        with pytest.raises(ValueError, match=r"cannot draw images.*max_images=0"):
             generate(golden_model, prompt("one_image"), **kwargs)
 
     def test_assistant_cannot_draw(self, golden_model, prompt):
         with pytest.raises(ValueError, match="assisted generation cannot draw images"):
             generate(golden_model, prompt("one_image"), assistant_model=copy.deepcopy(golden_model))
 
-    def test_beams_without_images(self, golden_model, batch):
-        kwargs = {"suppress_tokens": [IMAGE_START], "max_new_tokens": 6}
+    @pytest.mark.parametrize("off", [{"suppress_tokens": [IMAGE_START]}, {"max_images": 0}])
+    def test_beams_without_images(self, golden_model, batch, off):
+        kwargs = {**off, "max_new_tokens": 6}
         outputs = generate(golden_model, batch, num_beams=3, **kwargs)
         assert not (outputs.sequences[:, batch["input_ids"].shape[1] :] == IMAGE_START).any()
         greedy = generate(golden_model, batch, **kwargs)

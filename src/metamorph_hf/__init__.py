@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_metamorph import MetaMorphConfig
+from .generation_metamorph import MetaMorphStreamer
 from .grid_unet import GridUNet2DConditionModel
 from .modeling_metamorph import MetaMorphForConditionalGeneration, MetaMorphModel, MetaMorphPreTrainedModel
 from .patch_vae import PatchVAE
@@ -42,6 +43,7 @@ __all__ = [
     "MetaMorphPipelineOutput",
     "MetaMorphPreTrainedModel",
     "MetaMorphProcessor",
+    "MetaMorphStreamer",
     "GridUNet2DConditionModel",
     "PatchVAE",
     "VPiTConfig",

@@ -8,7 +8,14 @@ projector(visual token) instead of an embedding; the visual token is the vision 
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    ProcessorMixin,
+    TextIteratorStreamer,
+)
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, SuppressTokensLogitsProcessor
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
@@ -35,26 +42,108 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class ImageTokensLogitsProcessor(LogitsProcessor):
-    """Forces exactly `num_image_tokens` placeholders after `<image_start>`, then `<image_end>`."""
+    """Forces exactly `num_image_tokens` placeholders after `<image_start>`, then `<image_end>`.
 
-    def __init__(self, image_token_id: int, image_start_token_id: int, image_end_token_id: int, num_image_tokens: int):
+    Args:
+        force_at (`int`, *optional*): Where `<image_start>` itself is forced, a length of `input_ids`.
+    """
+
+    def __init__(
+        self,
+        image_token_id: int,
+        image_start_token_id: int,
+        image_end_token_id: int,
+        num_image_tokens: int,
+        force_at: int | None = None,
+    ):
         self.image_token_id = image_token_id
         self.image_start_token_id = image_start_token_id
         self.image_end_token_id = image_end_token_id
         self.num_image_tokens = num_image_tokens
+        self.force_at = force_at
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if input_ids.shape[1] == 0:  # the first step after a prompt of `inputs_embeds`
-            return scores
-        last = input_ids[:, -1]
-        inside = (last == self.image_token_id) | (last == self.image_start_token_id)
+        last = input_ids[:, -1:]  # nothing in the first step after a prompt of `inputs_embeds`
+        inside = ((last == self.image_token_id) | (last == self.image_start_token_id)).any(dim=-1)
         full = torch.zeros_like(inside)
         if input_ids.shape[1] >= self.num_image_tokens:
             full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(dim=-1)
         forced_id = torch.where(full, self.image_end_token_id, self.image_token_id)
+        if input_ids.shape[1] == self.force_at:
+            forced_id = torch.where(inside, forced_id, self.image_start_token_id)
+            inside = torch.ones_like(inside)
         vocabulary = torch.arange(scores.shape[-1], device=scores.device)
         forced = torch.where(vocabulary == forced_id[:, None], 0.0, float("-inf")).to(scores.dtype)
         return torch.where(inside[:, None], forced, scores)
+
+
+class MaxImagesLogitsProcessor(LogitsProcessor):
+    """Forbids `<image_start>` to rows that have begun `max_images` images. It counts, so it serves one answer only."""
+
+    def __init__(self, image_start_token_id: int, max_images: int):
+        self.image_start_token_id = image_start_token_id
+        self.max_images = max_images
+        self.begun = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.begun = self.begun + (input_ids[:, -1:] == self.image_start_token_id).any(dim=-1)
+        is_start = torch.arange(scores.shape[-1], device=scores.device) == self.image_start_token_id
+        return scores.masked_fill((self.begun >= self.max_images)[:, None] & is_start, float("-inf"))
+
+
+class MetaMorphStreamer(TextIteratorStreamer):
+    """
+    Yields an answer while `generate()` writes it in another thread: pieces of text (`str`), and each image as soon as
+    it is finished (`torch.Tensor` of shape (N, V), its visual tokens). For one prompt at a time, as transformers'
+    streamers are.
+
+    Args:
+        processor ([`MetaMorphProcessor`]): Its tokenizer makes text of ids.
+        skip_prompt (`bool`, defaults to `True`): Yield the answer alone.
+        timeout (`float`, *optional*): Seconds to wait for the next piece before `queue.Empty` is raised.
+        decode_kwargs: For the tokenizer's `decode`; special tokens are skipped unless they say otherwise.
+
+    Example:
+
+        ```py
+        >>> streamer = MetaMorphStreamer(processor)
+        >>> Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
+        >>> for piece in streamer:
+        ...     print(piece, end="") if isinstance(piece, str) else pipe.decode_visual_tokens(piece[None])[0].show()
+        ```
+    """
+
+    def __init__(
+        self, processor: ProcessorMixin, skip_prompt: bool = True, timeout: float | None = None, **decode_kwargs
+    ):
+        decode_kwargs = {"skip_special_tokens": True, **decode_kwargs}
+        super().__init__(processor.tokenizer, skip_prompt=skip_prompt, timeout=timeout, **decode_kwargs)
+        self.image_token_id = processor.image_token_id
+        self.num_image_tokens = processor.num_image_tokens
+        self.begin([])
+
+    def begin(self, visual_token_steps: list[torch.Tensor]) -> None:
+        """Called by `generate()`: where it puts what the vision head gives, (1, 1, V) for each new token."""
+        self.visual_token_steps = visual_token_steps
+        self.new_tokens = self.drawn = 0
+
+    def put(self, value: torch.LongTensor) -> None:
+        if self.next_tokens_are_prompt:
+            super().put(value)
+            self.next_tokens_are_prompt = False
+            return
+        self.new_tokens += 1
+        if value.flatten()[0].item() != self.image_token_id:
+            super().put(value)
+            return
+        self.drawn += 1
+        if self.drawn % self.num_image_tokens == 0:
+            # Text that waits for its word to end comes before the image.
+            text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
+            self.token_cache, self.print_len = [], 0
+            self.on_finalized_text(text)
+            first = self.new_tokens - self.num_image_tokens
+            self.text_queue.put(torch.cat(self.visual_token_steps[first : self.new_tokens], dim=1)[0])
 
 
 class MaxLengthOutsideImageCriteria(MaxLengthCriteria):
@@ -75,13 +164,30 @@ class MetaMorphGenerationMixin(GenerationMixin):
     """
     `generate()` for text and images: greedy search and sampling, cached or not, any batch.
 
-    `generate(..., suppress_tokens=[config.image_start_token_id])` gives answers without images; beam search and
-    assisted decoding are possible only then. A prompt that ends with `<image_start>` makes the answer begin with an
-    image.
+    Options of `generate()` beside transformers' own, also as entries of `generation_config`:
+
+    - `max_images` (`int`): At most so many images in an answer. With 0 it is text only, and beam search and assisted
+      decoding are possible; they are refused otherwise.
+    - `force_image` (`bool`): The answer begins with an image. So does one to a prompt that ends with `<image_start>`.
+    - `visual_tokens` (`torch.Tensor` of shape (I, N, V)): Instead of `pixel_values`, the prompts' images as
+      `get_visual_tokens` or an earlier answer gives them: an image asked about often is encoded once.
     """
 
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        options = {name: kwargs.pop(name) for name in ("max_images", "force_image") if name in kwargs}
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        options = {"max_images": None, "force_image": False, **generation_config.to_dict(), **options}
+        max_images, force_image = options["max_images"], options["force_image"]
+        if max_images is not None and (type(max_images) is not int or max_images < 0):
+            raise ValueError(f"`max_images` is {max_images!r}, but must be 0, for text only, or a larger number.")
+        if force_image and max_images == 0:
+            raise ValueError("`force_image` asks for an image, but `max_images=0` allows none.")
+        generation_config.max_images, generation_config.force_image = max_images, force_image
+        return generation_config, model_kwargs
+
     def _can_draw(self, generation_config: GenerationConfig) -> bool:
-        return self.config.image_start_token_id not in (generation_config.suppress_tokens or [])
+        suppressed = self.config.image_start_token_id in (generation_config.suppress_tokens or [])
+        return generation_config.max_images != 0 and not suppressed
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         supported = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -89,7 +195,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"{generation_mode.value.replace('_', ' ')} cannot draw images: visual tokens are regressed one by "
                 "one, so there are no alternatives to rank or verify. Use greedy search or sampling (num_beams=1, no "
-                f"assistant), or switch images off with suppress_tokens=[{self.config.image_start_token_id}]."
+                "assistant), or switch images off with max_images=0."
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
@@ -108,6 +214,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
         never_text = SuppressTokensLogitsProcessor([config.image_token_id, config.image_end_token_id], device=device)
         processors.insert(0, never_text)
+        if generation_config.max_images is not None:
+            processors.insert(0, MaxImagesLogitsProcessor(config.image_start_token_id, generation_config.max_images))
         if self._can_draw(generation_config):
             processors.append(
                 ImageTokensLogitsProcessor(
@@ -115,6 +223,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
                     config.image_start_token_id,
                     config.image_end_token_id,
                     config.num_image_tokens,
+                    force_at=kwargs["input_ids_seq_length"] if generation_config.force_image else None,
                 )
             )
         return processors
@@ -199,6 +308,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
                     f"prompt takes all of its {config.num_image_tokens} placeholders and <image_end>."
                 )
         steps = []
+        if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
+            kwargs["streamer"].begin(steps)
         outputs = super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, visual_token_steps=steps, **kwargs
         )
@@ -224,4 +335,4 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return MetaMorphGenerateOutput(**outputs, visual_tokens=visual_tokens, unfinished_images=unfinished_images)
 
 
-__all__ = ["MetaMorphGenerationMixin", "MetaMorphGenerateOutput"]
+__all__ = ["MetaMorphGenerationMixin", "MetaMorphGenerateOutput", "MetaMorphStreamer"]
