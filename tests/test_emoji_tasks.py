@@ -4,6 +4,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, Image
 
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(EMOJI))
 
 import emoji_tasks  # noqa: E402
 from emoji_tasks import CYCLES, EVALUATIONS, HELD_OUT_PHRASINGS, MIXTURE, TONES, UNDERSTANDING, EmojiTasks  # noqa: E402
+from train import build_tokenizer, look_alikes, training_stream  # noqa: E402
 
 
 LOOKING = ("name", "category", "yes_no", "thinking")
@@ -160,3 +162,46 @@ def test_corpus_has_names_and_conversations(tasks, rows):
     lines = list(emoji_tasks.corpus(tasks))
     assert {row["name"] for row in rows} <= set(lines)
     assert len(lines) > emoji_tasks.CORPUS_CONVERSATIONS
+
+
+class TestTrainingStream:
+    """What `train.py` makes of the records."""
+
+    def test_quoted_words_are_spelled_as_others(self):
+        tokenizer = build_tokenizer(['show me "a kangaroo" now', "a kangaroo, an otter's ear", "'oden' for me"] * 5)
+        plain = tokenizer.tokenize("show kangaroo")
+        for text in ('show "kangaroo"', "show 'kangaroo'", 'show "Kangaroo" now'):
+            assert plain[-1] in tokenizer.tokenize(text)
+        assert tokenizer.decode(tokenizer("an otter's ear").input_ids).strip() == "an otter's ear"
+
+    def test_look_alikes(self):
+        tokens = torch.nn.functional.normalize(
+            torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)), dim=-1
+        )
+        near = tokens[0] + 0.1 * tokens[1]
+        same = tokens[2].clone()  # identical pictures cannot be told apart, so there is nothing to learn
+        found = look_alikes(torch.cat([tokens, near[None], same[None]]))
+        assert found.tolist() == [True, False, False, False, True, False]
+
+    def test_emphasis(self, rows):
+        tasks = EmojiTasks(rows)
+        tasks.emphasis = [50.0 if rank == 7 else 1.0 for rank in range(len(tasks.google))]
+        rng = random.Random(0)
+        drawn = [tasks.sample("text_to_image", rng)["images"][-1] for _ in range(4000)]
+        expected = 4000 * 0.85 * 50 / (len(tasks.google) + 49)
+        assert abs(drawn.count(tasks.google[7]) - expected) < 4 * expected**0.5
+
+    def test_questions_show_views_and_answers_the_picture(self, rows):
+        """Each visual token says its view and picture."""
+        tasks, count = EmojiTasks(rows), 2 * len(rows)
+        views = torch.stack([torch.stack([torch.full((count,), v), torch.arange(count)], -1) for v in range(3)])
+        stream = training_stream(tasks, {"edit": 1, "thinking": 1}, views[:, :, None], size=64, group=8)
+        asked, answered = [], []
+        for record in stream:
+            numbers = [tokens.squeeze().tolist() for tokens in record["visual_tokens"]]
+            in_question = sum(part["type"] == "image" for part in record["messages"][0]["content"])
+            asked += numbers[:in_question]
+            answered += numbers[in_question:]
+        assert {view for view, _ in asked} == {0, 1, 2} and {view for view, _ in answered} == {0}
+        again = training_stream(tasks, {"edit": 1, "thinking": 1}, views[:, :, None], size=64, group=8)
+        assert [t.tolist() for t in stream[5]["visual_tokens"]] == [t.tolist() for t in again[5]["visual_tokens"]]

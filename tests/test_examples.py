@@ -74,6 +74,16 @@ class TestGenerate:
         assert "longer than the model's context of 512 tokens" in done.stderr
 
 
+def test_benchmark(tmp_path):
+    sizes = ("--hidden", 64, "--layers", 1, "--vocabulary", 200, "--visual-tokens", 4, "--repeats", 1)
+    small = ("--tower-hidden", 64, "--tower-layers", 1, "--prompts", 16, "--images", 1)
+    done = run("benchmark.py", *sizes, *small, "--json", "result.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert json.loads(done.stdout.splitlines()[-1])["results"] == results
+    assert len(results) == 11 and all(value > 0 for value in results.values())
+
+
 @pytest.mark.slow
 class TestEmojiRecipe:
     def test_quick_passes_all_steps_and_resumes(self, tmp_path):

@@ -5,7 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PLACEHOLDER
-from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+    pipeline,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from metamorph_hf import MetaMorphStreamer
@@ -308,6 +315,26 @@ class IdsAsText:
 
     def decode(self, ids, **kwargs):
         return "".join(f"{id} " for id in ids)
+
+
+@pytest.mark.parametrize("max_images", [0, 1])
+def test_transformers_pipeline(tiny_model, tiny_processor, tiny_images, tmp_path, max_images):
+    """`pipeline("image-text-to-text")` gives the text that `generate()` gives."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    content = [{"type": "image", "image": tiny_images[0]}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": content}]
+    options = {"max_new_tokens": 8, "do_sample": False, "max_images": max_images, "force_image": max_images > 0}
+    answer = pipeline("image-text-to-text", model=str(tmp_path))(
+        text=messages, return_full_text=False, generate_kwargs=options
+    )
+    inputs = tiny_processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert (model.config.image_token_id in ids) == (max_images > 0)
+    assert answer[0]["generated_text"] == tiny_processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class TestGenerateFeatures:

@@ -26,12 +26,12 @@ DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
 MIXTURE = {
-    "text_to_image": 0.5,
-    "name": 0.24,
-    "category": 0.07,
+    "text_to_image": 0.42,
+    "name": 0.22,
+    "category": 0.08,
     "yes_no": 0.04,
     "edit": 0.05,
-    "sequence": 0.08,
+    "sequence": 0.17,
     "thinking": 0.02,
 }
 EVALUATIONS = (
@@ -435,7 +435,7 @@ class EmojiTasks:
         held_out_pairs (`frozenset[tuple[str, str]]`): (base, skin tone) pairs that no training record holds.
         held_out_starts (`dict[str, frozenset[int]]`): Per cycle of `CYCLES`, where no forward sequence begins.
         google (`list[int]`): The base emoji as drawn by Google, which text_to_image draws.
-        emphasis (`list[float]`): How often each of `google` is drawn, relative to the others; 1 unless it is changed.
+        emphasis (`list[float]`): How often each of `google` is taken, relative to the others; 1 unless it is changed.
     """
 
     def __init__(self, rows: Sequence[Mapping]):
@@ -556,7 +556,8 @@ class EmojiTasks:
     def _look(self, rng: random.Random) -> int:
         """A picture that an understanding task may show."""
         groups = (self.google, self.google_variants, self.twitter_looks, self.twitter_variant_looks)
-        return rng.choice(rng.choices(groups, weights=(0.42, 0.1, 0.42, 0.06))[0])
+        group = rng.choices(groups, weights=(0.42, 0.1, 0.42, 0.06))[0]
+        return rng.choices(group, self.emphasis if group is self.google else None)[0]
 
     def _text_to_image(self, rng: random.Random) -> dict:
         base = rng.random() < 0.85

@@ -55,7 +55,7 @@ NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 VIEWS = 4  # disturbed copies of each picture that questions may show instead
-STEPS = {"siglip": 3600, "projector": 60, "full": 15000, "unet": 2800}
+STEPS = {"siglip": 3600, "projector": 60, "full": 17000, "unet": 2800}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
