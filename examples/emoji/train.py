@@ -1,4 +1,4 @@
-"""Train the emoji model from nothing: four steps, about two hours on 2 CPU cores.
+"""Train the emoji model from nothing: four steps, three to four hours on 2 CPU cores.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
     python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
