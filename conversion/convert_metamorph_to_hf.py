@@ -256,16 +256,8 @@ def build_processor(
     """The processor with the released code's chat format.
 
     Raises:
-        ConversionError: if the tokenizer's ids are not those of the checkpoint, it is not Llama 3's, or the pictures
-            are not of the tower's size.
+        ConversionError: if the tokenizer's ids are not those of the checkpoint, or it is not Llama 3's.
     """
-    pixels = image_processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values
-    side = config.vision_config.image_size
-    if pixels.shape[-2:] != (side, side):
-        raise ConversionError(
-            f"The image processor gives pictures of {tuple(pixels.shape[-2:])} pixels, but the vision tower sees "
-            f"{side}x{side}: they do not belong together."
-        )
     tokens = {
         "<image_start>": config.image_start_token_id,
         "<image_end>": config.image_end_token_id,
@@ -360,6 +352,12 @@ def convert(
             else SiglipImageProcessorPil(size=size, do_convert_rgb=True),
             config,
         )
+        pixels = processor.image_processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values
+        if pixels.shape[-2:] != (tower.image_size, tower.image_size):
+            raise ConversionError(
+                f"The image processor gives pictures of {tuple(pixels.shape[-2:])} pixels, but the vision tower sees "
+                f"{tower.image_size}x{tower.image_size}: they do not belong together."
+            )
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         vocabulary = processor.tokenizer.get_vocab()
         stops |= {vocabulary[token] for token in ("<|end_of_text|>", "<|eot_id|>") if token in vocabulary}

@@ -1,6 +1,6 @@
 """Measure generation against the bare language model and against decoding as the released code does it.
 
-    python examples/benchmark.py                    # a small model, about two minutes on 2 CPU cores
+    python examples/benchmark.py                    # a small model, two to three minutes on 2 CPU cores
     python examples/benchmark.py --hidden 1024 --layers 16 --device cuda --dtype bfloat16 --compile --json result.json
 
 All weights are random: speed does not depend on what they say. Each row is a ratio of two things that were timed in
@@ -87,7 +87,7 @@ class Timer:
 
     def __call__(self, *runs: Callable[[], object]) -> list[float]:
         """The median seconds of each."""
-        for run in runs:  # warm-up
+        for run in (*runs, *runs):  # warm-up, of the allocator, too
             run()
         times = [[] for _ in runs]
         for _ in range(self.repeats):
@@ -112,7 +112,7 @@ def released_seconds(model, length: int, steps: int, timer: Timer, sampled: int 
     return sum(quick(lambda e=e: released_loop_step(model, e))[0] for e in embeds) * steps / sampled
 
 
-def import_seconds(statement: str, repeats: int = 3) -> float:
+def import_seconds(statement: str, repeats: int = 2) -> float:
     def once() -> float:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", statement], check=True)

@@ -1,7 +1,7 @@
 """Step 4 of the emoji recipe: a small latent diffusion model that paints visual tokens.
 
 A VAE turns 64x64 pixels into 8x8 latents, then a U-Net learns to denoise such latents while it attends to the visual
-tokens of the same picture, at a size that one CPU core trains in half an hour.
+tokens of the same picture, at a size that two CPU cores train in under an hour.
 """
 
 from pathlib import Path

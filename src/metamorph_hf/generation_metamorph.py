@@ -16,7 +16,7 @@ from transformers import (
     ProcessorMixin,
     TextIteratorStreamer,
 )
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, SuppressTokensLogitsProcessor
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
 
@@ -75,6 +75,16 @@ class ImageTokensLogitsProcessor(LogitsProcessor):
         vocabulary = torch.arange(scores.shape[-1], device=scores.device)
         forced = torch.where(vocabulary == forced_id[:, None], 0.0, float("-inf")).to(scores.dtype)
         return torch.where(inside[:, None], forced, scores)
+
+
+class ForbiddenTokensLogitsProcessor(LogitsProcessor):
+    """Forbids some ids: transformers' `SuppressTokensLogitsProcessor`, without a search of the vocabulary per step."""
+
+    def __init__(self, token_ids: torch.LongTensor):
+        self.token_ids = token_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.index_fill(-1, self.token_ids, float("-inf"))
 
 
 class MaxImagesLogitsProcessor(LogitsProcessor):
@@ -212,8 +222,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         config, device = self.config, kwargs.get("device")
         # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
-        never_text = SuppressTokensLogitsProcessor([config.image_token_id, config.image_end_token_id], device=device)
-        processors.insert(0, never_text)
+        never_text = torch.tensor([config.image_token_id, config.image_end_token_id], device=device)
+        processors.insert(0, ForbiddenTokensLogitsProcessor(never_text))
         if generation_config.max_images is not None:
             processors.insert(0, MaxImagesLogitsProcessor(config.image_start_token_id, generation_config.max_images))
         if self._can_draw(generation_config):
