@@ -1,6 +1,6 @@
 """Measure generation against the bare language model and against decoding as the released code does it.
 
-    python examples/benchmark.py                    # a small model, two to three minutes on 2 CPU cores
+    python examples/benchmark.py                    # a small model, about three minutes on 2 CPU cores
     python examples/benchmark.py --hidden 1024 --layers 16 --device cuda --dtype bfloat16 --compile --json result.json
 
 All weights are random: speed does not depend on what they say. Each row is a ratio of two things that were timed in
