@@ -3,8 +3,8 @@
     python examples/benchmark.py                    # a small model, about three minutes on 2 CPU cores
     python examples/benchmark.py --hidden 1024 --layers 16 --device cuda --dtype bfloat16 --compile --json result.json
 
-All weights are random: speed does not depend on what they say. Each row is a ratio of two things that were timed in
-turns, in this process, so that a noisy machine disturbs both; the middle one of `--repeats` times counts.
+All weights are random: speed does not depend on what they say. Ratios are of things timed in this process, in turns
+where they take alike, so that a noisy machine disturbs both; the middle one of `--repeats` times counts.
 """
 
 import argparse
