@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -17,6 +18,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_metamorph import MetaMorphConfig
 from .generation_metamorph import MetaMorphGenerationMixin
+
+
+# Logits that training holds at once, in float32: 256 MiB. More are computed in chunks, and again in the backward pass.
+MAX_LOGITS = 2**26
 
 
 @dataclass
@@ -47,7 +52,8 @@ class MetaMorphCausalLMOutputWithPast(ModelOutput):
         loss (`torch.Tensor` of shape ()): `text_loss + visual_loss_weight * visual_loss`; given `labels`.
         text_loss (`torch.Tensor` of shape ()): Mean cross-entropy over text labels; 0 without any.
         visual_loss (`torch.Tensor` of shape ()): Mean loss over visual labels; 0 without any.
-        num_text_labels, num_visual_labels (`torch.Tensor` of shape (), int64): What the two means were taken over.
+        visual_cosine (`torch.Tensor` of shape ()): Mean cosine of predicted and true visual tokens, whatever the loss.
+        num_text_labels, num_visual_labels (`torch.Tensor` of shape (), int64): What the means were taken over.
         logits (`torch.Tensor` of shape (B, S, vocabulary)):
             None when `labels` are given in training mode, where nobody needs them at every position.
         next_visual_token (`torch.Tensor` of shape (B, 1, V)):
@@ -58,6 +64,7 @@ class MetaMorphCausalLMOutputWithPast(ModelOutput):
     loss: torch.FloatTensor | None = None
     text_loss: torch.FloatTensor | None = None
     visual_loss: torch.FloatTensor | None = None
+    visual_cosine: torch.FloatTensor | None = None
     num_text_labels: torch.LongTensor | None = None
     num_visual_labels: torch.LongTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -110,6 +117,15 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def train(self, mode: bool = True) -> "MetaMorphModel":
+        """As always, but a frozen vision tower stays in eval mode."""
+        super().train(mode)
+        self.vision_tower.train(mode and self._vision_tower_is_trained())
+        return self
+
+    def _vision_tower_is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+
     def normalize_visual_tokens(self, visual_tokens: torch.Tensor) -> torch.Tensor:
         """L2-normalise over channels, if the configuration says so. Shape (..., V) to (..., V)."""
         return F.normalize(visual_tokens, dim=-1) if self.config.normalize_visual_tokens else visual_tokens
@@ -146,9 +162,11 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     def _encode(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
         patch_size = self.config.vision_config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
-        outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=[-1], return_dict=True
-        )
+        # Gradient checkpointing makes the inputs of every layer require gradients, a frozen tower's too.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_tower_is_trained()):
+            outputs = self.vision_tower(
+                pixel_values.to(self.vision_tower.dtype), output_hidden_states=[-1], return_dict=True
+            )
         patches = outputs.hidden_states[-1][:, -num_patches:]  # drops class and register tokens, which stand first
         return outputs, self.normalize_visual_tokens(self.reduce_patches(patches))
 
@@ -157,6 +175,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         visual_tokens: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
         noise_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaMorphImageFeatures:
@@ -166,6 +185,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape (I, 3, height, width), *optional*): Images.
             visual_tokens (`torch.Tensor` of shape (I, N, V), *optional*): Images encoded before. Give one of the two.
+            image_indices (`torch.Tensor` of shape (I,), int64, *optional*):
+                Which of the given images stands at each place, so that one that stands at several is encoded once.
             noise_mask (`torch.Tensor` of shape (I,), bool, *optional*):
                 Images whose projected tokens carry noise (see `visual_token_noise` in the configuration).
 
@@ -186,6 +207,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 f"`visual_tokens` has shape {tuple(visual_tokens.shape)}, expected (images, {expected[0]}, "
                 f"{expected[1]}): {expected[0]} tokens per image, each {expected[1]} wide."
             )
+        if image_indices is not None:
+            visual_tokens = visual_tokens[image_indices]
         fed_in = visual_tokens
         if noise_mask is not None:
             share = torch.rand(len(fed_in), 1, 1, device=fed_in.device) * self.config.visual_token_noise
@@ -235,6 +258,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         visual_tokens: torch.FloatTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         generated_visual_tokens: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -244,6 +268,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             input_ids (`torch.LongTensor` of shape (B, S)): Token ids, `image_token_id` where visual tokens stand.
             pixel_values (`torch.FloatTensor` of shape (I, 3, height, width)): Images in reading order.
             visual_tokens (`torch.FloatTensor` of shape (I, N, V)): Encoded images, instead of `pixel_values`.
+            image_indices (`torch.LongTensor` of shape (I,)):
+                Which of the given images stands at each place, where some stand at several; in order without it.
             generated_visual_tokens (`torch.FloatTensor` of shape (B, G, V)):
                 Set by `generate()`: predictions for the last G positions, used where `image_token_id` stands.
             mm_encoder_outputs (`dict`): `{"image": MetaMorphImageFeatures}`, instead of `pixel_values`.
@@ -265,7 +291,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if features is not None and (pixel_values is not None or visual_tokens is not None):
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
         if features is None and (pixel_values is not None or visual_tokens is not None):
-            features = self.get_image_features(pixel_values, visual_tokens, return_dict=True)
+            features = self.get_image_features(pixel_values, visual_tokens, image_indices, return_dict=True)
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -365,10 +391,12 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         visual_tokens: torch.FloatTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         generated_visual_tokens: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         num_text_items: torch.Tensor | int | None = None,
         num_visual_items: torch.Tensor | int | None = None,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaMorphCausalLMOutputWithPast:
         """
@@ -382,6 +410,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             num_text_items, num_visual_items (`int` or `torch.Tensor` of shape (), *optional*):
                 What to divide each loss's sum by, instead of its count in this batch: the counts of a whole
                 optimisation step (all devices, all accumulation steps).
+            skip_logits (`bool`, *optional*, defaults to `False`):
+                With `labels`, return no logits in eval mode either: the losses need them at text labels only.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
@@ -395,13 +425,14 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 noise_mask = None
                 if self.training and self.config.visual_token_noise > 0:
                     is_image = input_ids == self.config.image_token_id
-                    num_images = len(visual_tokens if pixel_values is None else pixel_values)
-                    self.model._check_image_count(is_image, num_images * self.config.num_image_tokens)
+                    images = next(i for i in (image_indices, pixel_values, visual_tokens) if i is not None)
+                    self.model._check_image_count(is_image, len(images) * self.config.num_image_tokens)
                     noise_mask = is_target[is_image].view(-1, self.config.num_image_tokens).any(-1)
                 features = self.model.get_image_features(
-                    pixel_values, visual_tokens, noise_mask=noise_mask, return_dict=True
+                    pixel_values, visual_tokens, image_indices, noise_mask, return_dict=True
                 )
-                pixel_values, visual_tokens, mm_encoder_outputs = None, None, {"image": features}
+                pixel_values = visual_tokens = image_indices = None
+                mm_encoder_outputs = {"image": features}
 
         outputs = self.model(
             input_ids=input_ids,
@@ -411,6 +442,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             visual_tokens=visual_tokens,
+            image_indices=image_indices,
             generated_visual_tokens=generated_visual_tokens,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -419,7 +451,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
         logits = next_visual_token = None
         losses = {}
-        if labels is None or not self.training:
+        if labels is None or not (self.training or skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if labels is None:
@@ -437,6 +469,23 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             attentions=outputs.attentions,
             image_hidden_states=None if features is None else features.pooler_output,
         )
+
+    def _text_loss_sum(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Summed cross-entropy of (M, D) hidden states and (M,) labels, without (M, vocabulary) logits at once."""
+
+        def loss_sum(hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+            logits = self.lm_head(hidden_states).float()
+            # The placeholder is never predicted as text, so it takes no probability.
+            column = torch.tensor([self.config.image_token_id], device=logits.device)
+            return F.cross_entropy(
+                logits.index_fill_(1, column, float("-inf")), labels.to(logits.device), reduction="sum"
+            )
+
+        rows = max(1, MAX_LOGITS // self.config.text_config.vocab_size)
+        if len(labels) <= rows:
+            return loss_sum(hidden_states, labels)
+        chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
+        return sum(checkpoint(loss_sum, *chunk, use_reentrant=False) for chunk in chunks)
 
     def _visual_targets(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.Tensor:
         """Mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""
@@ -465,12 +514,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         hidden_states, next_labels, next_is_target = hidden_states[:, :-1], labels[:, 1:], is_target[:, 1:]
         is_text = (next_labels != -100) & (next_labels != image_token_id)
 
-        text_logits = self.lm_head(hidden_states[is_text]).float()
-        # The placeholder is never predicted as text, so it takes no probability.
-        column = torch.arange(text_logits.shape[-1], device=text_logits.device) == image_token_id
-        text_logits = text_logits.masked_fill(column, float("-inf"))
-        text_sum = F.cross_entropy(text_logits, next_labels[is_text].to(text_logits.device), reduction="sum")
-
+        text_sum = self._text_loss_sum(hidden_states[is_text], next_labels[is_text])
         predictions = self.vision_head(hidden_states[next_is_target])
         if features is None:
             if predictions.shape[0]:
@@ -483,6 +527,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             is_image = input_ids == image_token_id
             targets = features.visual_tokens.flatten(0, 1)[is_target[is_image]].to(predictions.device)
         visual_sum = self.visual_loss_function(predictions, targets).sum()
+        cosine_sum = F.cosine_similarity(predictions.detach().float(), targets.float(), dim=-1).sum()
 
         num_text_labels, num_visual_labels = is_text.sum(), next_is_target.sum()
         text_count = num_text_labels if num_text_items is None else torch.as_tensor(num_text_items)
@@ -492,6 +537,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             "loss": text_loss + self.config.visual_loss_weight * visual_loss.to(text_loss.device),
             "text_loss": text_loss,
             "visual_loss": visual_loss,
+            "visual_cosine": cosine_sum / num_visual_labels.clamp(min=1),
             "num_text_labels": num_text_labels,
             "num_visual_labels": num_visual_labels,
         }

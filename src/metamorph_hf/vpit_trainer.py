@@ -1,17 +1,38 @@
 """Visual-Predictive Instruction Tuning (VPiT, arXiv 2412.14164 section 3) on TRL's `SFTTrainer`."""
 
+import contextlib
+import copy
+import json
+import re
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from datasets import Array3D, Dataset, Features
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
 from transformers.image_utils import load_image
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_model_param_count
 from trl import SFTTrainer
 
 from .configuration_metamorph import MetaMorphConfig
+from .modeling_metamorph import MetaMorphForConditionalGeneration
 from .processing_metamorph import MetaMorphProcessor
 from .vpit_config import VPiTConfig
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -58,7 +79,7 @@ class DataCollatorForVPiT:
                 expanded_ids += tokens
                 expanded_labels += tokens if learned else [-100] * len(tokens)
             placeholders = ids.count(processor.image_token_id)
-            given = example.get("visual_tokens", example.get("images")) or []
+            given = example["visual_tokens"] if "visual_tokens" in example else example.get("images") or []
             if len(given) != placeholders:
                 raise ValueError(f"{name} has {placeholders} image parts in its messages, but {len(given)} images.")
             if self.max_length is not None and len(expanded_ids) > self.max_length:
@@ -97,34 +118,216 @@ class DataCollatorForVPiT:
             ) from error
 
 
-class VPiTTrainer(SFTTrainer):
+def complete_peft_config(
+    peft_config: PeftConfig, model: MetaMorphForConditionalGeneration, train_vision_tower: bool = False
+) -> PeftConfig:
     """
-    Trains a [`MetaMorphForConditionalGeneration`] on conversations with images: [`~trl.SFTTrainer`] with both losses.
-
-    Each loss is a mean over its own labels in the whole optimisation step, over all devices and accumulation steps.
-    `text_loss` and `visual_loss` are logged apart, as means since the last log.
+    What a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) leaves open, filled in for VPiT: adapters on all linear layers of
+    the language model, projector and vision head trained whole, and the rows of `<image_start>` and `<image_end>`.
 
     Args:
-        model ([`MetaMorphForConditionalGeneration`] or `str`): The model, or where to load it from.
-        args ([`VPiTConfig`]): `stage` decides what is trained.
-        processing_class ([`MetaMorphProcessor`], *optional*): Defaults to the model's.
+        peft_config ([`~peft.PeftConfig`]): Only `target_modules`, `modules_to_save` and `trainable_token_indices` that
+            are None are filled in. Another kind than LoRA is returned as it is.
+        model ([`MetaMorphForConditionalGeneration`]): Whose modules are looked through; it may be on the meta device.
+        train_vision_tower (`bool`, *optional*, defaults to `False`): Train the vision tower whole, too.
+    """
+    if not isinstance(peft_config, LoraConfig):
+        return peft_config
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None:
+        language_model = model.model.language_model
+        linear = (nn.Linear, Conv1D)
+        found = {name.rsplit(".")[-1] for name, module in language_model.named_modules() if isinstance(module, linear)}
+        peft_config.target_modules = rf".*\blanguage_model\..*\b({'|'.join(map(re.escape, sorted(found)))})"
+    if peft_config.modules_to_save is None:
+        peft_config.modules_to_save = ["projector", "vision_head"] + ["vision_tower"] * train_vision_tower
+    if peft_config.trainable_token_indices is None:
+        rows = [model.config.image_start_token_id, model.config.image_end_token_id]
+        embeddings = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is embeddings)
+        peft_config.trainable_token_indices = {name.rsplit(".")[-1]: rows}
+        if not model.config.tie_word_embeddings and "lm_head" not in peft_config.modules_to_save:
+            peft_config.trainable_token_indices["lm_head"] = rows
+    return peft_config
+
+
+def precompute_visual_tokens(
+    dataset: Dataset,
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    batch_size: int = 32,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> Dataset:
+    """
+    The dataset with a column `visual_tokens` in the place of `images`, so that training need not run the vision tower.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): With a column `images`: lists of anything that `load_image` reads.
+        model ([`MetaMorphForConditionalGeneration`]): Encodes on the device and in the dtype it is in.
+        processor ([`MetaMorphProcessor`]): The model's.
+        batch_size (`int`, *optional*, defaults to 32): Rows whose images are encoded together.
+        dtype (`str`, *optional*, defaults to `"float32"`): What is stored; float16 takes half and rounds to 3 digits.
+
+    Returns:
+        [`~datasets.Dataset`] whose `visual_tokens` are arrays of shape (images of the row, N, V).
+    """
+    shape = (model.config.num_image_tokens, model.config.visual_token_dim)
+
+    @torch.no_grad()
+    def encode(rows: dict[str, list]) -> dict[str, list[np.ndarray]]:
+        images = [load_image(image).convert("RGB") for row in rows["images"] for image in row]
+        tokens = torch.zeros(0, *shape)
+        if images:
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            tokens = model.get_visual_tokens(pixels.to(model.device)).float().cpu()
+        return {"visual_tokens": [part.numpy() for part in tokens.split([len(row) for row in rows["images"]])]}
+
+    column = {"visual_tokens": Array3D((None, *shape), dtype)}
+    kept = {name: feature for name, feature in dataset.features.items() if name != "images"}
+    encoded = dataset.map(
+        encode,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=["images"],
+        features=Features({**kept, **column}),
+        desc="Visual tokens",
+    )
+    return encoded.with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint folder of a run that was saved to its end, or None: a save may have been interrupted."""
+    checkpoints = Path(output_dir).glob("checkpoint-*")
+    for folder in sorted(checkpoints, key=lambda folder: int(folder.name.rsplit("-")[-1]), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())  # what Trainer writes last
+            return str(folder)
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning(f"{folder} was not saved to its end and is not used.")
+    return None
+
+
+@contextlib.contextmanager
+def _only_image_token_embeddings(model: MetaMorphForConditionalGeneration) -> Iterator[None]:
+    """
+    Lets gradients reach the embeddings of `<image_start>` and `<image_end>` alone. The released stage 1 trains the
+    whole matrix, of which these two rows are all that its stage 2 takes over.
+    """
+    embeddings, lm_head = model.get_input_embeddings(), model.lm_head
+    image_ids = torch.tensor([model.config.image_start_token_id, model.config.image_end_token_id])
+
+    def detach_others(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        is_trained = torch.isin(args[0], image_ids.to(args[0].device)).unsqueeze(-1)
+        return torch.where(is_trained, output, output.detach())
+
+    handle = embeddings.register_forward_hook(detach_others)
+    if lm_head.weight is embeddings.weight:  # tied: as lm_head, too, the other rows must stay
+        lm_head.forward = lambda hidden_states: F.linear(hidden_states, lm_head.weight.detach())
+    try:
+        yield
+    finally:
+        handle.remove()
+        lm_head.__dict__.pop("forward", None)
+
+
+class _SkipNonfiniteSteps(TrainerCallback):
+    """Makes no update from an optimisation step in which a loss of any process was NaN or infinite."""
+
+    def __init__(self, trainer: "VPiTTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        if self.trainer.accelerator.reduce(self.trainer.num_nonfinite) > 0:
+            optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradient
+            self.trainer.skipped_steps += 1
+        self.trainer.num_nonfinite.zero_()
+
+
+def _module_of(parameter_name: str) -> str:
+    modules = ("vision_tower", "projector", "vision_head", "lm_head")
+    return next((module for module in modules if module in parameter_name.split(".")), "language_model")
+
+
+class VPiTTrainer(SFTTrainer):
+    """
+    Trains a [`MetaMorphForConditionalGeneration`] on conversations with images: [`~trl.SFTTrainer`] with both losses
+    (paper, section 3.2) and both stages (section 3.3).
+
+    Each loss is a mean over its own labels in the whole optimisation step, over all devices and accumulation steps.
+    Logged apart, for training and evaluation, over all processes since the last log: `text_loss`, `visual_loss`,
+    `visual_cosine`, `num_text_labels`, `num_visual_labels`, `num_images`, and for training `images_per_second`; once
+    there are any, `skipped_samples` and `skipped_steps` since training began.
+
+    Args:
+        model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
+            The model, or where to load it from.
+        args ([`VPiTConfig`]): `stage` decides what is trained; a table of it is printed.
+        processing_class ([`MetaMorphProcessor`], *optional*): Defaults to the one saved beside the model.
         data_collator (*optional*): Defaults to [`DataCollatorForVPiT`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters for stage `"full"`. What it leaves open is filled in by [`complete_peft_config`].
         kwargs: Everything else that [`~trl.SFTTrainer`] takes.
+
+    Raises:
+        ValueError: if model and processor do not fit together, the stage does not allow what is asked for, or a loss
+            is NaN or infinite.
     """
 
-    def __init__(self, model, args: VPiTConfig, processing_class: MetaMorphProcessor, data_collator=None, **kwargs):
+    _tag_names = ["trl", "vpit", "metamorph"]
+    _name = "VPiT"
+    _paper = {
+        "title": "MetaMorph: Multimodal Understanding and Generation via Instruction Tuning",
+        "id": "2412.14164",
+    }
+    # compute_loss divides by the counts of the whole step, so Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: "MetaMorphForConditionalGeneration | PeftModel | str",
+        args: VPiTConfig,
+        processing_class: MetaMorphProcessor | None = None,
+        data_collator: Callable | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs,
+    ):
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func cannot stand in for VPiT's two losses: leave it out.")
+        path = model if isinstance(model, str) else model.config._name_or_path
+        if processing_class is None:
+            processing_class = MetaMorphProcessor.from_pretrained(path)
+        config = MetaMorphConfig.from_pretrained(path) if isinstance(model, str) else model.config
+        self._check_agreement(config, processing_class)
+        if peft_config is not None:
+            if args.stage == "projector":
+                raise ValueError("Stage 'projector' trains no language model to adapt: leave out peft_config.")
+            with torch.device("meta"):
+                skeleton = MetaMorphForConditionalGeneration(config) if isinstance(model, str) else model
+            peft_config = complete_peft_config(peft_config, skeleton, args.vision_tower_learning_rate is not None)
         if data_collator is None:
             data_collator = DataCollatorForVPiT(processing_class, max_length=args.max_length)
-        super().__init__(model, args, processing_class=processing_class, data_collator=data_collator, **kwargs)
-        # compute_loss divides by the counts of the whole step, so Trainer must not divide again.
-        self.loss_is_scaled_for_ga = True
-        self._loss_sums = defaultdict(lambda: torch.zeros(4, device=self.accelerator.device))
-        metamorph = self.accelerator.unwrap_model(self.model)
-        self._check_agreement(metamorph.config, processing_class)
-        if kwargs.get("peft_config") is None:  # PEFT decides by itself what is trained
-            metamorph.requires_grad_(args.stage == "full")
-            metamorph.model.projector.requires_grad_(True)
-            metamorph.model.vision_tower.requires_grad_(False)
+        self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
+        self._last_log_time = time.monotonic()
+        self.skipped_samples = self.skipped_steps = 0
+        super().__init__(
+            model,
+            args,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self._has_visual_tokens = "visual_tokens" in next(iter(self.train_dataset))
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and parallelism.non_data_parallel_size > 1:
+            raise ValueError("VPiTTrainer supports data parallelism (DDP, FSDP, DeepSpeed ZeRO) only.")
+        self._set_trainable()
+        if args.on_nonfinite_loss == "skip":
+            if self.is_deepspeed_enabled:
+                raise ValueError("on_nonfinite_loss='skip' is not supported with DeepSpeed: use 'raise'.")
+            self.num_nonfinite = torch.zeros((), device=self.accelerator.device)
+            self.add_callback(_SkipNonfiniteSteps(self))
+        self.accelerator.print(self.trainable_table())
 
     @staticmethod
     def _check_agreement(config: MetaMorphConfig, processor: MetaMorphProcessor) -> None:
@@ -140,11 +343,108 @@ class VPiTTrainer(SFTTrainer):
                 f"{config.text_config.vocab_size}: call model.resize_token_embeddings(len(processor.tokenizer))."
             )
 
+    # ---- What is trained ----
+
+    @property
+    def metamorph(self) -> MetaMorphForConditionalGeneration:
+        """The model itself, out of what PEFT and accelerate wrapped around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def _set_trainable(self) -> None:
+        model, args = self.metamorph, self.args
+        if isinstance(self.model, PeftModel):
+            for name, parameter in self.model.named_parameters():
+                # Whole weights in bfloat16, as TRL leaves them, would lose updates of 1e-4.
+                if parameter.requires_grad and "lora_" not in name:
+                    parameter.data = parameter.data.float()
+            return
+        model.requires_grad_(args.stage == "full")
+        model.model.vision_tower.requires_grad_(args.vision_tower_learning_rate is not None)
+        model.model.projector.requires_grad_(True)
+        model.get_input_embeddings().requires_grad_(True)  # in stage "projector": two rows, see train()
+
+    def _learning_rate_of(self, module: str) -> float:
+        own = {
+            "projector": self.args.projector_learning_rate,
+            "vision_head": self.args.vision_head_learning_rate,
+            "vision_tower": self.args.vision_tower_learning_rate,
+        }.get(module)
+        return (self.args.learning_rate if own is None else own) * self.args.learning_rate_scale
+
+    def trainable_table(self) -> str:
+        """What is trained and what is frozen, a line per module: parameters, trainable ones, peak learning rate."""
+        embeddings = {id(parameter) for parameter in self.metamorph.get_input_embeddings().parameters()}
+        totals, trainable = defaultdict(int), defaultdict(int)
+        for name, parameter in self.model.named_parameters():
+            if "original_module" in name.split("."):  # PEFT's untouched copy of what it trains whole
+                continue
+            is_embedding = id(parameter) in embeddings
+            module = "embeddings" if is_embedding else _module_of(name)
+            size = get_model_param_count(nn.ParameterList([parameter]))
+            totals[module] += size
+            if parameter.requires_grad:
+                only_two_rows = is_embedding and self.args.stage == "projector"
+                trainable[module] += 2 * parameter.shape[-1] if only_two_rows else size
+        lines = [f"{'module':<16}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
+        for module, total in totals.items():
+            rate = f"{self._learning_rate_of(module):.3g}" if trainable[module] else "frozen"
+            lines.append(f"{module:<16}{total:>16,}{trainable[module]:>16,}{rate:>16}")
+        return "\n".join(lines)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """[`~transformers.Trainer`]'s, with its groups split by learning rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        modules = {p: _module_of(name) for name, p in (model or self.model).named_parameters()}
+        embeddings = self.metamorph.get_input_embeddings().weight
+        groups = list(optimizer.param_groups)
+        optimizer.param_groups.clear()
+        for group in groups:
+            split = defaultdict(list)
+            for parameter in group["params"]:
+                # Weight decay would move the embeddings of all other tokens.
+                decayed = self.args.stage == "full" or parameter is not embeddings
+                split[self._learning_rate_of(modules[parameter]), group["weight_decay"] * decayed].append(parameter)
+            for (learning_rate, weight_decay), parameters in split.items():
+                changed = {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}
+                optimizer.add_param_group({**group, **changed})
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        See [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` goes on from the last checkpoint of
+        `output_dir` that was saved to its end.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
+        self._last_log_time = time.monotonic()
+        only_rows = self.args.stage == "projector"
+        with _only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Only then comes trainer_state.json, by which a checkpoint is known to be complete.
+        self.accelerator.wait_for_everyone()
+
+    # ---- The two losses ----
+
+    @property
+    def visual_loss_weight(self) -> float:
+        """Weight of the visual loss: the arguments', else 0 in stage `"projector"` and the model's in `"full"`."""
+        if self.args.visual_loss_weight is not None:
+            return self.args.visual_loss_weight
+        return 0.0 if self.args.stage == "projector" else self.metamorph.config.visual_loss_weight
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Text and visual labels of the whole optimisation step, over all processes. Shape (2,)."""
         if not batch_samples:
             return None
-        image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
+        image_token_id = self.metamorph.config.image_token_id
         counts = torch.zeros(2, dtype=torch.long, device=device)
         for batch in batch_samples:
             labels = batch["labels"][:, 1:]
@@ -153,31 +453,105 @@ class VPiTTrainer(SFTTrainer):
         return self.accelerator.gather(counts.unsqueeze(0)).sum(0)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        scale = 1
+        inputs = self._with_images(inputs)
+        sample_ids, num_skipped = inputs.pop("sample_ids", None), inputs.pop("num_skipped", 0)
         if num_items_in_batch is not None:
-            num_text_items, num_visual_items = num_items_in_batch.clamp(min=1)
-            inputs = {**inputs, "num_text_items": num_text_items, "num_visual_items": num_visual_items}
-            scale = self.accelerator.num_processes  # data parallelism averages gradients over processes
-        outputs = model(**inputs, use_cache=False)
-        text_count, visual_count = outputs.num_text_labels, outputs.num_visual_labels
-        sums = [
-            outputs.text_loss.detach() * (text_count if num_items_in_batch is None else num_text_items),
-            text_count,
-            outputs.visual_loss.detach() * (visual_count if num_items_in_batch is None else num_visual_items),
-            visual_count,
-        ]
-        self._loss_sums["train" if self.model.training else "eval"] += torch.stack([s.float() for s in sums])
-        loss = outputs.loss * scale
+            inputs["num_text_items"], inputs["num_visual_items"] = num_items_in_batch.clamp(min=1)
+        outputs = model(**inputs, use_cache=False, skip_logits=not return_outputs)
+        loss = outputs.text_loss
+        if self.visual_loss_weight:
+            loss = loss + self.visual_loss_weight * outputs.visual_loss
+        if not torch.isfinite(loss):
+            self._report_nonfinite(outputs, sample_ids)
+
+        num_text, num_visual = outputs.num_text_labels, outputs.num_visual_labels
+        is_image_token = inputs["input_ids"] == self.metamorph.config.image_token_id
+        sums = {
+            "text_loss": outputs.text_loss.detach() * inputs.get("num_text_items", num_text),
+            "visual_loss": outputs.visual_loss.detach() * inputs.get("num_visual_items", num_visual),
+            "visual_cosine": outputs.visual_cosine * num_visual,
+            "num_text_labels": num_text,
+            "num_visual_labels": num_visual,
+            "num_images": is_image_token.sum() / self.metamorph.config.num_image_tokens,
+            "skipped_samples": torch.tensor(num_skipped, device=loss.device),
+        }
+        sums = {name: value.float() for name, value in sums.items()}
+        for name, value in sums.items():
+            # A batch that is skipped must not make the means of the others NaN.
+            self._sums["train" if self.model.training else "eval"][name] += value.nan_to_num(0.0, 0.0, 0.0)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
         return (loss, outputs) if return_outputs else loss
+
+    def _with_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """
+        A batch without images gets none of them explicitly, so that the projector always runs. Where modules are
+        sharded (FSDP, ZeRO-3) every process must run the tower, too: it gets a blank image, which stands nowhere.
+        """
+        if "pixel_values" in inputs or "visual_tokens" in inputs:
+            return dict(inputs)
+        config, device = self.metamorph.config, inputs["input_ids"].device
+        if self._has_visual_tokens or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            none = torch.zeros(0, config.num_image_tokens, config.visual_token_dim, device=device)
+            return {**inputs, "visual_tokens": none}
+        blank = torch.zeros(1, 3, config.vision_config.image_size, config.vision_config.image_size, device=device)
+        return {**inputs, "pixel_values": blank, "image_indices": torch.zeros(0, dtype=torch.long, device=device)}
+
+    def _report_nonfinite(self, outputs, sample_ids: list[str] | None) -> None:
+        sentence = (
+            f"Step {self.state.global_step + 1}, process {self.accelerator.process_index}: text_loss is "
+            f"{outputs.text_loss.item()}, visual_loss is {outputs.visual_loss.item()}. The batch holds the samples "
+            f"{'(the collator gives no sample_ids)' if sample_ids is None else ', '.join(map(str, sample_ids))}."
+        )
+        if self.args.on_nonfinite_loss == "raise" or not self.model.training:
+            raise ValueError(f"{sentence} Look at them, lower the learning rate, or set on_nonfinite_loss='skip'.")
+        logger.warning(f"{sentence} This optimisation step is skipped.", main_process_only=False)
+        self.num_nonfinite += 1
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.args.on_nonfinite_loss == "skip" else loss
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        started = time.monotonic()
+        metrics = super().evaluate(*args, **kwargs)
+        self._last_log_time += time.monotonic() - started  # so that training's images per second are training's
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        if mode in self._loss_sums:
-            sums = self.accelerator.gather(self._loss_sums.pop(mode).unsqueeze(0)).sum(0).tolist()
-            for name, total, count in (("text_loss", *sums[:2]), ("visual_loss", *sums[2:])):
-                if count:
-                    self._metrics[mode][name].append(total / count)
+        loss_name = "loss" if mode == "train" else next((name for name in logs if name.endswith("_loss")), "loss")
+        if loss_name in logs and self._sums[mode]:
+            self._add_means(logs, loss_name.removesuffix("loss"), self._sums[mode])
+            self._sums[mode].clear()
+            if mode == "train":
+                now = time.monotonic()
+                logs["images_per_second"] = logs["num_images"] / (now - self._last_log_time)
+                self._last_log_time = now
+            else:  # Trainer's is a mean over batches, whatever they hold
+                visual = logs.get(f"{loss_name.removesuffix('loss')}visual_loss", 0.0)
+                text = logs.get(f"{loss_name.removesuffix('loss')}text_loss", 0.0)
+                logs[loss_name] = text + self.visual_loss_weight * visual
         super().log(logs, start_time)
 
+    def _add_means(self, logs: dict[str, float], prefix: str, sums: dict[str, torch.Tensor]) -> None:
+        totals = self.accelerator.gather(torch.stack(list(sums.values())).unsqueeze(0)).sum(0).tolist()
+        totals = dict(zip(sums, totals, strict=True))
+        self.skipped_samples += int(totals.pop("skipped_samples"))
+        counts = {name: totals.pop(name) for name in ("num_text_labels", "num_visual_labels", "num_images")}
+        for name, total in totals.items():
+            if count := counts["num_text_labels" if name == "text_loss" else "num_visual_labels"]:
+                logs[prefix + name] = total / count
+        logs.update({prefix + name: round(count) for name, count in counts.items()})
+        for name in ("skipped_samples", "skipped_steps"):
+            if value := getattr(self, name):
+                logs[name] = value
 
-__all__ = ["DataCollatorForVPiT", "VPiTTrainer"]
+
+__all__ = [
+    "DataCollatorForVPiT",
+    "VPiTTrainer",
+    "complete_peft_config",
+    "last_complete_checkpoint",
+    "precompute_visual_tokens",
+]
