@@ -1,12 +1,25 @@
 import copy
+import json
+import math
+import resource
+import signal
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
+from peft import LoraConfig, PeftModel
 from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
-from metamorph_hf import VPiTConfig, VPiTTrainer
-from metamorph_hf.vpit_trainer import DataCollatorForVPiT
+from metamorph_hf import MetaMorphForConditionalGeneration, VPiTConfig, VPiTTrainer, modeling_metamorph
+from metamorph_hf.vpit_trainer import (
+    DataCollatorForVPiT,
+    complete_peft_config,
+    last_complete_checkpoint,
+    precompute_visual_tokens,
+)
 
 
 def picture(seed: int) -> Image.Image:
@@ -69,14 +82,25 @@ def arguments(tmp_path, **kwargs) -> VPiTConfig:
     return VPiTConfig(**{**defaults, **kwargs})
 
 
-def train(model, processor, args, examples=EXAMPLES):
+def dataset_of(examples):
     # A transform keeps PIL images and mixed contents as they are, which Arrow columns would not.
-    dataset = Dataset.from_dict({"place": list(range(len(examples)))}).with_transform(
-        lambda columns: {key: [examples[place][key] for place in columns["place"]] for key in ("messages", "images")}
+    return Dataset.from_dict({"place": list(range(len(examples)))}).with_transform(
+        lambda columns: {key: [examples[place][key] for place in columns["place"]] for key in examples[0]}
     )
-    trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=dataset)
+
+
+def build(model, processor, args, examples=EXAMPLES, **kwargs) -> VPiTTrainer:
+    return VPiTTrainer(model, args, processing_class=processor, train_dataset=dataset_of(examples), **kwargs)
+
+
+def train(*args, **kwargs) -> VPiTTrainer:
+    trainer = build(*args, **kwargs)
     trainer.train()
     return trainer
+
+
+def losses(trainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 class TestCollator:
@@ -162,21 +186,6 @@ class TestTrainer:
                     state[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
                 )
 
-    @pytest.mark.parametrize(
-        ("stage", "moves"),
-        [
-            ("projector", ("model.projector.",)),
-            ("full", ("model.projector.", "model.language_model.", "vision_head.")),
-        ],
-    )
-    def test_stage_decides_what_moves(self, tiny_processor, model, tmp_path, stage, moves):
-        before = copy.deepcopy(model.state_dict())
-        train(model, tiny_processor, arguments(tmp_path, stage=stage, per_device_train_batch_size=8))
-        moves = moves + (("lm_head.",) if stage == "full" else ())
-        for name, weight in model.state_dict().items():
-            moved = not torch.equal(weight, before[name])
-            assert moved == name.startswith(moves), f"{name} moved: {moved}"
-
     def test_visual_loss_does_not_vanish(self, tiny_processor, model, tmp_path):
         """TRL's fused head bypasses the model's own forward, and with it the visual loss."""
         before = copy.deepcopy(model.vision_head.state_dict())
@@ -204,3 +213,400 @@ class TestTrainer:
         assert metrics["eval_loss"] > 0
         assert logged["eval_text_loss"] == pytest.approx(expected.text_loss.item(), rel=1e-4)
         assert logged["eval_visual_loss"] == pytest.approx(expected.visual_loss.item(), rel=1e-4)
+
+    def test_evaluation_is_a_mean_over_labels(self, tiny_processor, model, tmp_path):
+        """Batches of 3, 3 and 2 rows with different counts; Trainer's own eval_loss would be a mean over batches."""
+        trainer = build(model, tiny_processor, arguments(tmp_path, per_device_eval_batch_size=3))
+        metrics = trainer.evaluate(trainer.train_dataset)
+        expected = model.eval()(**DataCollatorForVPiT(tiny_processor)(EXAMPLES))
+        assert metrics["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+        assert metrics["eval_visual_cosine"] == pytest.approx(-expected.visual_loss.item(), rel=1e-5)
+        assert metrics["eval_num_images"] == 10
+
+    def test_counts_and_rates_are_logged(self, tiny_processor, model, tmp_path):
+        logs = train(model, tiny_processor, arguments(tmp_path, per_device_train_batch_size=8)).state.log_history[0]
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        visual = (batch["labels"] == tiny_processor.image_token_id).sum().item()
+        assert (logs["num_images"], logs["num_visual_labels"]) == (10, visual)
+        assert logs["num_text_labels"] == (batch["labels"] != -100).sum().item() - visual
+        assert logs["images_per_second"] > 0
+        assert logs["visual_cosine"] == pytest.approx(-logs["visual_loss"], rel=1e-5)
+
+    @pytest.mark.parametrize("loss_type", ["cosine", "l1", "mse"])
+    @pytest.mark.parametrize("weight", [None, 0.25])
+    def test_loss_is_the_weighted_sum(self, tiny_processor, tiny_model, tmp_path, loss_type, weight):
+        model = tiny_model(visual_loss_type=loss_type, visual_loss_weight=3.0)
+        logs = train(model, tiny_processor, arguments(tmp_path, visual_loss_weight=weight)).state.log_history[0]
+        expected = logs["text_loss"] + (3.0 if weight is None else weight) * logs["visual_loss"]
+        assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_text_loss_in_chunks(self, tiny_processor, tiny_model, monkeypatch):
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        gradients = []
+        for limit in (modeling_metamorph.MAX_LOGITS, 7 * 263):
+            monkeypatch.setattr(modeling_metamorph, "MAX_LOGITS", limit)
+            model = tiny_model().train()
+            model(**batch).loss.backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+    def test_no_logits_where_nobody_needs_them(self, tiny_processor, model, tmp_path):
+        """lm_head runs at text labels and the vision head at visual ones, in training and in evaluation."""
+        rows = {"lm_head": 0, "vision_head": 0}
+
+        def count(name):
+            return lambda module, args: rows.update({name: rows[name] + args[0].shape[0]})
+
+        trainer = build(model, tiny_processor, arguments(tmp_path, per_device_train_batch_size=8))
+        model.lm_head.register_forward_pre_hook(count("lm_head"))
+        model.vision_head.register_forward_pre_hook(count("vision_head"))
+        trainer.train()
+        logs = trainer.state.log_history[0]
+        expected = {"lm_head": logs["num_text_labels"], "vision_head": logs["num_visual_labels"]}
+        assert rows == expected
+        trainer.evaluate(trainer.train_dataset)
+        assert rows == {name: 2 * count for name, count in expected.items()}
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_gradient_checkpointing_changes_nothing(self, tiny_processor, tiny_model, tmp_path, use_reentrant):
+        states = []
+        for kwargs in (
+            {},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}},
+        ):
+            model = tiny_model()
+            train(model, tiny_processor, arguments(tmp_path, per_device_train_batch_size=8, **kwargs))
+            states.append(model.state_dict())
+        for name, weight in states[0].items():
+            torch.testing.assert_close(states[1][name], weight, rtol=1e-5, atol=1e-7)
+
+    def test_lengths_group_samples(self, tiny_processor, model, tmp_path):
+        collate = DataCollatorForVPiT(tiny_processor)
+        lengths = [collate([example])["input_ids"].shape[1] for example in EXAMPLES]
+        args = arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=8)
+        trainer = build(model, tiny_processor, args)
+        trainer.train_dataset = Dataset.from_dict({"length": lengths})
+        order = [lengths[place] for place in trainer._get_train_sampler()]
+        assert order == sorted(lengths, reverse=True)
+
+    def test_precomputed_visual_tokens(self, tiny_processor, tiny_model, tmp_path):
+        """The tower is left out, and nothing else changes."""
+        columns = {key: [example[key] for example in EXAMPLES] for key in ("messages", "images")}
+        columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
+        dataset = Dataset.from_dict(columns).cast_column("images", List(ImageFeature()))
+        states = []
+        for precomputed in (False, True):
+            model = tiny_model()
+            used = precompute_visual_tokens(dataset, model, tiny_processor, batch_size=3) if precomputed else dataset
+            rows = [{**row, "messages": json.loads(row["messages"])} for row in used]
+            if precomputed:
+                assert [row["visual_tokens"].shape for row in rows[:4]] == [
+                    (1, 4, 16),
+                    (1, 4, 16),
+                    (0, 4, 16),
+                    (3, 4, 16),
+                ]
+                model.model.vision_tower.forward = None  # calling it would fail
+            train(model, tiny_processor, arguments(tmp_path), rows)
+            states.append(model.state_dict())
+        for name, weight in states[0].items():
+            torch.testing.assert_close(states[1][name], weight, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize(
+        ("option", "reason"),
+        [
+            ({"packing": True}, "packing=True is not supported by VPiT: TRL cannot pack"),
+            ({"padding_free": True}, "padding_free=True is not supported"),
+            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
+            ({"loss_type": "dft"}, "loss_type='dft' is not supported"),
+            ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False is not supported"),
+            ({"on_nonfinite_loss": "ignore"}, "expected 'raise' or 'skip'"),
+            ({"stage": "projector", "vision_head_learning_rate": 1e-3}, "stage 'projector' freezes"),
+        ],
+    )
+    def test_refused_options(self, tmp_path, option, reason):
+        with pytest.raises(ValueError, match=reason):
+            arguments(tmp_path, **option)
+
+
+class TestStages:
+    """What moves, parameter by parameter, and at which learning rate."""
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("stage", ["projector", "full"])
+    @pytest.mark.parametrize("tower", [False, True])
+    def test_what_moves(self, tiny_processor, tiny_model, tmp_path, stage, tied, tower):
+        if tower and stage == "projector":
+            pytest.skip("refused by the configuration")
+        model = tiny_model(tie_word_embeddings=tied)
+        before = copy.deepcopy(model.state_dict())
+        rates = {"vision_tower_learning_rate": 1e-2} if tower else {}
+        args = arguments(
+            tmp_path, stage=stage, per_device_train_batch_size=8, weight_decay=0.1, optim="adamw_torch", **rates
+        )
+        train(model, tiny_processor, args)
+        after = model.state_dict()
+        moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+        embeddings = "model.language_model.embed_tokens.weight"
+        if stage == "projector":
+            rows = (after[embeddings] != before[embeddings]).any(1).nonzero().flatten().tolist()
+            assert rows == sorted([tiny_processor.image_start_token_id, tiny_processor.image_end_token_id])
+            moved -= {"lm_head.weight"} if tied else set()
+            assert moved == {embeddings} | {name for name in before if name.startswith("model.projector.")}
+        else:
+            # The tower's final norm and pooling head are not part of visual tokens.
+            unused = ("post_layernorm", "vision_tower.head")
+            frozen = {n for n in before if "vision_tower" in n and (not tower or any(part in n for part in unused))}
+            assert moved == before.keys() - frozen
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_image_token_rows_get_the_input_gradient(self, tiny_processor, tiny_model, tmp_path, tied):
+        """Against a model whose whole input embedding trains, by the text loss alone, as the released stage 1."""
+        model, twin = tiny_model(tie_word_embeddings=tied), tiny_model()
+        if tied:
+            twin.lm_head.weight.data = twin.model.language_model.embed_tokens.weight.data.clone()
+            model.model.language_model.embed_tokens.weight.data = twin.lm_head.weight.data.clone()
+            model.tie_weights()
+        start = model.get_input_embeddings().weight.detach().clone()
+        train(model, tiny_processor, arguments(tmp_path, stage="projector", per_device_train_batch_size=8))
+        twin.train()(**DataCollatorForVPiT(tiny_processor)(EXAMPLES)).text_loss.backward()
+        rows = [tiny_processor.image_start_token_id, tiny_processor.image_end_token_id]
+        expected = start - 1e-2 * twin.get_input_embeddings().weight.grad
+        torch.testing.assert_close(model.get_input_embeddings().weight[rows], expected[rows])
+        # Training over, the model is whole again: stage 2 reaches every row.
+        model.train()(**DataCollatorForVPiT(tiny_processor)(EXAMPLES[:3])).loss.backward()
+        gradient = model.get_input_embeddings().weight.grad
+        assert gradient.abs().sum(1).count_nonzero() > 2
+
+    def test_stage_1_leaves_the_models_loss_weight_alone(self, tiny_processor, tiny_model, tmp_path):
+        model = tiny_model(visual_loss_weight=2.0)
+        logs = train(model, tiny_processor, arguments(tmp_path, stage="projector")).state.log_history[0]
+        assert logs["loss"] == pytest.approx(logs["text_loss"])
+        assert model.config.visual_loss_weight == 2.0
+
+    def test_learning_rates_of_modules(self, tiny_processor, model, tmp_path):
+        rates = {
+            "projector_learning_rate": 3e-3,
+            "vision_head_learning_rate": 5e-3,
+            "vision_tower_learning_rate": 1e-4,
+        }
+        trainer = build(model, tiny_processor, arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1, **rates))
+        optimizer = trainer.create_optimizer()
+        by_parameter = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        for name, parameter in model.named_parameters():
+            key = next((m for m in ("projector", "vision_head", "vision_tower") if m in name), None)
+            expected = rates.get(f"{key}_learning_rate", 1e-3)
+            assert by_parameter[id(parameter)]["lr"] == pytest.approx(expected), name
+            decayed = not ("norm" in name or name.endswith("bias"))
+            assert by_parameter[id(parameter)]["weight_decay"] == (0.1 if decayed else 0.0), name
+
+    @pytest.mark.parametrize(
+        ("batch", "given", "expected"),
+        [
+            (448, {}, 3.74e-5),  # the released README's stage 1
+            (1536, {}, 6.93e-5),  # its stage 2
+            (48, {}, 1.23e-5),  # its one-node script
+            (48, {"learning_rate": 1e-4}, 1e-4),
+            (64, {"learning_rate": 1e-4, "base_batch_size": 256}, 5e-5),
+        ],
+    )
+    def test_square_root_rule(self, tiny_processor, model, tmp_path, batch, given, expected):
+        given = {"learning_rate": None, **given}
+        args = arguments(tmp_path, per_device_train_batch_size=batch // 8, gradient_accumulation_steps=8, **given)
+        optimizer = build(model, tiny_processor, args).create_optimizer()
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(expected, rel=2e-3)] * 2
+
+    def test_table(self, tiny_processor, model, tmp_path, capsys):
+        build(model, tiny_processor, arguments(tmp_path, stage="projector", projector_learning_rate=2e-3))
+        table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+        size = sum(p.numel() for p in model.model.projector.parameters())
+        assert table["projector"] == [f"{size:,}", f"{size:,}", "0.002"]
+        assert table["embeddings"][1:] == ["64", "0.01"]  # two rows of 32
+        for module in ("vision_tower", "vision_head", "language_model", "lm_head"):
+            assert table[module][1:] == ["0", "frozen"]
+
+    def test_frozen_tower_stays_in_eval_mode(self, model):
+        model.model.vision_tower.requires_grad_(False)
+        assert model.train().training and not model.model.vision_tower.training
+        model.model.vision_tower.requires_grad_(True)
+        assert model.train().model.vision_tower.training
+
+
+class TestPeft:
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_train_save_load_merge(self, tiny_processor, tiny_model, tmp_path, tied, use_dora):
+        model = tiny_model(tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path / "base")
+        tiny_processor.save_pretrained(tmp_path / "base")
+        before = copy.deepcopy(model.state_dict())
+        args = arguments(tmp_path / "run", max_steps=3, learning_rate=1e-1)
+        peft_config = LoraConfig(r=4, use_dora=use_dora)
+        trainer = train(str(tmp_path / "base"), None, args, peft_config=peft_config)
+        trained = trainer.model
+        assert peft_config.target_modules is None, "the caller's configuration must stay as it was"
+        for name, parameter in trained.named_parameters():
+            expected = "lora_" in name or "trainable_tokens_delta" in name or "modules_to_save" in name
+            assert parameter.requires_grad == expected, name
+            assert not (expected and "vision_tower" in name)
+        assert sum("lora_A" in name for name, _ in trained.named_parameters()) == 2 * 7  # all linear layers, 2 blocks
+        logs = trainer.state.log_history[0]
+        assert logs["visual_loss"] != 0
+
+        trainer.save_model(tmp_path / "adapter")
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        with torch.no_grad():
+            expected = trained.eval()(**batch)
+            assert not torch.allclose(expected.logits, tiny_model(tie_word_embeddings=tied)(**batch).logits, atol=1e-3)
+            base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+            loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            torch.testing.assert_close(loaded(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+            merged = loaded.merge_and_unload()
+            torch.testing.assert_close(merged(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+            merged.save_pretrained(tmp_path / "merged")
+            plain = MetaMorphForConditionalGeneration.from_pretrained(tmp_path / "merged")
+            torch.testing.assert_close(plain(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert plain.state_dict().keys() == before.keys()
+        moved = {name for name, weight in plain.state_dict().items() if not torch.equal(weight, before[name])}
+        rows = (plain.get_input_embeddings().weight != before["model.language_model.embed_tokens.weight"]).any(1)
+        image_tokens = sorted([tiny_processor.image_start_token_id, tiny_processor.image_end_token_id])
+        assert rows.nonzero().flatten().tolist() == image_tokens
+        assert {"lm_head.weight", "vision_head.0.weight", "model.projector.0.weight"} <= moved
+        assert not any("vision_tower" in name for name in moved)
+
+    def test_adapters_are_small(self, tiny_config, tiny_processor, tmp_path):
+        """An adapter holds no embedding matrix: two rows of it."""
+        config = tiny_config()
+        config.text_config.vocab_size = 20_000
+        model = MetaMorphForConditionalGeneration(config)
+        train(model, tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4)).save_model(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 100_000
+
+    def test_what_is_given_is_kept(self, model):
+        given = LoraConfig(target_modules=["q_proj"], modules_to_save=["projector"], trainable_token_indices=[1])
+        completed = complete_peft_config(given, model)
+        assert completed.target_modules == {"q_proj"}
+        assert completed.modules_to_save == ["projector"]
+        assert completed.trainable_token_indices == [1]
+
+    def test_not_in_stage_1(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match="leave out peft_config"):
+            build(model, tiny_processor, arguments(tmp_path, stage="projector"), peft_config=LoraConfig())
+
+    def test_whole_modules_are_trained_in_float32(self, tiny_processor, tiny_model, tmp_path):
+        trainer = build(tiny_model().bfloat16(), tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4))
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.dtype == torch.float32, name
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+class TestFaults:
+    def arguments(self, tmp_path, **kwargs):
+        defaults = {
+            "max_steps": 6,
+            "optim": "adamw_torch",
+            "train_sampling_strategy": "random",
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "lr_scheduler_type": "cosine",
+        }
+        return arguments(tmp_path, **{**defaults, **kwargs})
+
+    @pytest.mark.parametrize("stage", ["projector", "full"])
+    def test_resumed_is_uninterrupted(self, tiny_processor, tiny_model, tmp_path, stage):
+        """Same data order and same noise: the loss curve goes on as if nothing had happened."""
+        options = {"stage": stage, "gradient_accumulation_steps": 2}
+        noise = {"visual_token_noise": 1.0}
+        whole = train(tiny_model(**noise), tiny_processor, self.arguments(tmp_path / "whole", **options))
+        args = self.arguments(tmp_path / "cut", **options)
+        cut = train(tiny_model(**noise), tiny_processor, args, callbacks=[_StopAt(5)])
+        # The save of step 4 was interrupted: all but what Trainer writes last.
+        (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1')
+        assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-2")
+        resumed = build(tiny_model(**noise), tiny_processor, args)
+        resumed.train(resume_from_checkpoint=True)
+        assert losses(cut) == losses(whole)[:5]
+        assert losses(resumed) == losses(whole)
+        for name, weight in resumed.model.state_dict().items():
+            assert torch.equal(weight, whole.model.state_dict()[name]), name
+
+    def test_nothing_to_resume_from(self, tiny_processor, model, tmp_path):
+        trainer = build(model, tiny_processor, self.arguments(tmp_path))
+        with pytest.raises(ValueError, match="no complete checkpoint"):
+            trainer.train(resume_from_checkpoint=True)
+
+    def test_full_disk_keeps_the_last_checkpoint(self, tiny_processor, model, tmp_path):
+        """Files may grow to less than the optimizer's: the operating system refuses the rest, as a full disk would."""
+
+        class Fill(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 4:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        trainer = build(model, tiny_processor, self.arguments(tmp_path, save_total_limit=1), callbacks=[Fill()])
+        try:
+            with pytest.raises((OSError, RuntimeError, SafetensorError), match="[Ff]ile too large|write failed"):
+                trainer.train()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+        assert (tmp_path / "checkpoint-4").exists()
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        resumed = build(model, tiny_processor, self.arguments(tmp_path, save_total_limit=1))
+        resumed.train(resume_from_checkpoint=True)
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+    def broken(self):
+        """One example whose visual tokens are NaN, as the fifth of eight."""
+        examples = []
+        for number, example in enumerate(EXAMPLES):
+            tokens = torch.full((len(example["images"]), 4, 16), float("nan") if number == 5 else 0.1)
+            examples.append({"id": f"sample-{number}", "messages": example["messages"], "visual_tokens": list(tokens)})
+        return examples
+
+    def test_nan_is_named(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match=r"Step 3, process 0: text_loss is nan") as error:
+            train(
+                model,
+                tiny_processor,
+                self.arguments(tmp_path, train_sampling_strategy="sequential"),
+                self.broken(),
+            )
+        assert "sample-4" in str(error.value) and "sample-5" in str(error.value)
+
+    def test_nan_is_skipped_and_counted(self, tiny_processor, tiny_model, tmp_path, caplog):
+        """The run is the one that never saw the step, and its logs are finite."""
+        options = {
+            "train_sampling_strategy": "sequential",
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "max_steps": 4,
+        }
+        model = tiny_model()
+        trainer = train(
+            model, tiny_processor, self.arguments(tmp_path, on_nonfinite_loss="skip", **options), self.broken()
+        )
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert all(math.isfinite(log["loss"]) for log in logs)
+        assert [log.get("skipped_steps", 0) for log in logs] == [0, 0, 1, 1]
+        assert "sample-5" in caplog.text
+        twin = tiny_model()
+        examples = self.broken()
+        train(
+            twin, tiny_processor, self.arguments(tmp_path, **{**options, "max_steps": 3}), examples[:4] + examples[6:]
+        )
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, twin.state_dict()[name]), name

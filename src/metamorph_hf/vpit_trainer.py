@@ -306,6 +306,13 @@ class VPiTTrainer(SFTTrainer):
             peft_config = complete_peft_config(peft_config, skeleton, args.vision_tower_learning_rate is not None)
         if data_collator is None:
             data_collator = DataCollatorForVPiT(processing_class, max_length=args.max_length)
+        if args.ddp_find_unused_parameters is None:
+            # Every batch reaches everything that is trained but the tower's final norm, or a head without a loss.
+            no_visual_loss = (
+                config.visual_loss_weight if args.visual_loss_weight is None else args.visual_loss_weight
+            ) == 0
+            tower = args.vision_tower_learning_rate is not None
+            args.ddp_find_unused_parameters = tower or (args.stage == "full" and no_visual_loss)
         self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
         self._last_log_time = time.monotonic()
         self.skipped_samples = self.skipped_steps = 0

@@ -1,0 +1,72 @@
+"""Run by test_distributed.py in one or two processes: trains the tiny model and saves what became of it."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+
+sys.path.append(str(Path(__file__).parent))
+import conftest  # noqa: E402
+from test_vpit_trainer import EXAMPLES, arguments, build, losses  # noqa: E402
+
+
+class Kill(TrainerCallback):
+    """SIGKILL for the last process, with the gradients of step 4 computed and no update made."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(
+    output: Path,
+    kill: str | None = None,
+    resume: bool = False,
+    fsdp: bool = False,
+    tied: bool = False,
+    **options,
+) -> None:
+    """
+    Trains into `output`/final and logs.json. `kill` is "step" (the fourth) or "save" (of step 4, before its end).
+    `options` are the trainer's.
+    """
+    torch.set_num_threads(1)
+    processor = conftest.tiny_processor.__wrapped__(conftest.tiny_tokenizer.__wrapped__())
+    make_config = conftest.tiny_config.__wrapped__(processor.tokenizer)
+    model = conftest.tiny_model.__wrapped__(make_config)(tie_word_embeddings=tied, visual_token_noise=0.0)
+    if fsdp:
+        # Both towers' layers are sharded: a process whose batch has no image must still take part.
+        layers = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
+        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": layers}}
+    args = arguments(output, save_strategy="steps", save_steps=2, max_grad_norm=1.0, **options)
+    if fsdp:
+        # accelerate shards on accelerators alone; this has it take the same path for CPU processes.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = build(model, processor, args, EXAMPLES, callbacks=[Kill()] if kill == "step" else [])
+    if kill == "save":
+        save_rng_state = trainer._save_rng_state
+
+        def die(output_dir):
+            if trainer.state.global_step == 4 and args.process_index == args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save_rng_state(output_dir)
+
+        trainer._save_rng_state = die
+    trainer.train(resume_from_checkpoint=resume)
+    assert fsdp == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    metrics = trainer.evaluate(trainer.train_dataset)
+    trainer.save_model(output / "final")
+    if trainer.is_world_process_zero():
+        (output / "logs.json").write_text(json.dumps({"losses": losses(trainer), "eval_loss": metrics["eval_loss"]}))
+
+
+if __name__ == "__main__":
+    for case in json.loads(sys.argv[1]):
+        run(**{**case, "output": Path(case["output"])})
