@@ -33,9 +33,10 @@ MetaMorphForConditionalGeneration.register_for_auto_class("AutoModel")
 MetaMorphProcessor.register_for_auto_class()
 
 # TRL takes seconds to import and is an extra, so it loads on first use.
-_LAZY = {"VPiTConfig": "vpit_config", "VPiTTrainer": "vpit_trainer"}
+_LAZY = {"LogSamplesCallback": "vpit_callbacks", "VPiTConfig": "vpit_config", "VPiTTrainer": "vpit_trainer"}
 
 __all__ = [
+    "LogSamplesCallback",
     "MetaMorphConfig",
     "MetaMorphForConditionalGeneration",
     "MetaMorphModel",
