@@ -12,8 +12,9 @@ EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 sys.path.insert(0, str(EMOJI))
 
 import emoji_tasks  # noqa: E402
+from emoji_pictures import training_stream  # noqa: E402
 from emoji_tasks import CYCLES, EVALUATIONS, HELD_OUT_PHRASINGS, MIXTURE, TONES, UNDERSTANDING, EmojiTasks  # noqa: E402
-from train import build_tokenizer, look_alikes, training_stream  # noqa: E402
+from train import build_tokenizer, look_alikes  # noqa: E402
 
 
 LOOKING = ("name", "category", "yes_no", "thinking")
@@ -195,7 +196,8 @@ class TestTrainingStream:
         """Each visual token says its view and picture."""
         tasks, count = EmojiTasks(rows), 2 * len(rows)
         views = torch.stack([torch.stack([torch.full((count,), v), torch.arange(count)], -1) for v in range(3)])
-        stream = training_stream(tasks, {"edit": 1, "thinking": 1}, views[:, :, None], size=64, group=8)
+        arguments = (tasks, {"edit": 1, "thinking": 1}, 64, 8, "visual_tokens", lambda *key: views[key][None], 3)
+        stream = training_stream(*arguments)
         asked, answered = [], []
         for record in stream:
             numbers = [tokens.squeeze().tolist() for tokens in record["visual_tokens"]]
@@ -203,5 +205,5 @@ class TestTrainingStream:
             asked += numbers[:in_question]
             answered += numbers[in_question:]
         assert {view for view, _ in asked} == {0, 1, 2} and {view for view, _ in answered} == {0}
-        again = training_stream(tasks, {"edit": 1, "thinking": 1}, views[:, :, None], size=64, group=8)
+        again = training_stream(*arguments)
         assert [t.tolist() for t in stream[5]["visual_tokens"]] == [t.tolist() for t in again[5]["visual_tokens"]]

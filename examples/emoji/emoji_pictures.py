@@ -1,11 +1,16 @@
-"""The emoji pictures in memory: rows of `emoji.parquet`, and pixels of every picture id of `emoji_tasks`."""
+"""The emoji pictures in memory: rows of `emoji.parquet`, pixels of all picture ids of `emoji_tasks`, conversations."""
 
+import random
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from emoji_tasks import EmojiTasks
 from tqdm import tqdm
 
 from metamorph_hf import MetaMorphForConditionalGeneration
@@ -34,3 +39,51 @@ def encode_pictures(
     model.eval()
     batches = tqdm(pixels.split(batch_size), desc="encoding pictures", leave=False)
     return torch.cat([model.get_visual_tokens(batch.float() / 127.5 - 1).float() for batch in batches])
+
+
+def training_stream(
+    tasks: EmojiTasks,
+    mixture: dict[str, float],
+    size: int,
+    group: int,
+    column: str,
+    look_up: Callable[[int, int], Any],
+    num_views: int = 1,
+) -> Dataset:
+    """
+    `size` conversations, made when they are read. Each depends on its place alone, so resuming changes nothing.
+    Conversations of like length stand together in groups of `group`, so that little of a batch is padding.
+
+    Args:
+        column (`str`): What pictures are called: `"images"` or `"visual_tokens"`.
+        look_up (`Callable`): Gives the picture for (view, picture id).
+        num_views (`int`): A question shows one of this many views of a picture; an answer shows view 0.
+    """
+    pool = 16 * group
+
+    @lru_cache(maxsize=4)
+    def records_of_pool(number: int) -> list[dict]:
+        rng = random.Random(f"pool {number}")
+        names = rng.choices(list(mixture), weights=mixture.values(), k=pool)
+        records = [tasks.sample(name, rng) for name in names]
+        for record in records:
+            asked = sum(part["type"] == "image" for part in record["messages"][0]["content"])
+            record["views"] = [rng.randrange(num_views) if n < asked else 0 for n in range(len(record["images"]))]
+        records.sort(
+            key=lambda record: 4 * 18 * len(record["images"]) + len(str(record["messages"]))
+        )  # 4 letters a token
+        groups = [records[start : start + group] for start in range(0, pool, group)]
+        rng.shuffle(groups)
+        return [record for records in groups for record in records]
+
+    def read(columns: dict) -> dict:
+        records = [records_of_pool(place // pool)[place % pool] for place in columns["place"]]
+        return {
+            "messages": [record["messages"] for record in records],
+            column: [
+                [look_up(view, image) for view, image in zip(record["views"], record["images"], strict=True)]
+                for record in records
+            ],
+        }
+
+    return Dataset.from_dict({"place": range(size)}).with_transform(read)

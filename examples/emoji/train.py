@@ -13,14 +13,12 @@ A step that is finished is not run again; one that was interrupted goes on from 
 
 import argparse
 import random
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from diffusers import DDIMScheduler
-from emoji_pictures import encode_pictures, load_pictures
+from emoji_pictures import encode_pictures, load_pictures, training_stream
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
 from evaluate import draw, rank_of_answer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -34,7 +32,6 @@ from transformers import (
     SiglipVisionModel,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from metamorph_hf import (
     GridUNet2DConditionModel,
@@ -48,6 +45,7 @@ from metamorph_hf import (
     VPiTTrainer,
 )
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
+from metamorph_hf.vpit_trainer import last_complete_checkpoint
 
 
 HERE = Path(__file__).parent
@@ -150,42 +148,6 @@ def look_alikes(visual_tokens: torch.Tensor) -> torch.Tensor:
     return ((similarity > 0.95) & (similarity < 0.9999)).any(1)
 
 
-def training_stream(tasks: EmojiTasks, mixture: dict, views: torch.Tensor, size: int, group: int) -> Dataset:
-    """
-    `size` conversations, made when they are read. Each depends on its place alone, so resuming changes nothing.
-    Conversations of like length stand together in groups of `group`, so that little of a batch is padding.
-    A question shows one of a picture's `views`, an answer the picture as it is.
-    """
-    pool = 16 * group
-
-    @lru_cache(maxsize=4)
-    def records_of_pool(number: int) -> list[dict]:
-        rng = random.Random(f"pool {number}")
-        names = rng.choices(list(mixture), weights=mixture.values(), k=pool)
-        records = [tasks.sample(name, rng) for name in names]
-        for record in records:
-            asked = sum(part["type"] == "image" for part in record["messages"][0]["content"])
-            record["views"] = [rng.randrange(len(views)) if n < asked else 0 for n in range(len(record["images"]))]
-        records.sort(
-            key=lambda record: 4 * 18 * len(record["images"]) + len(str(record["messages"]))
-        )  # 4 letters a token
-        groups = [records[start : start + group] for start in range(0, pool, group)]
-        rng.shuffle(groups)
-        return [record for records in groups for record in records]
-
-    def read(columns: dict) -> dict:
-        records = [records_of_pool(place // pool)[place % pool] for place in columns["place"]]
-        return {
-            "messages": [record["messages"] for record in records],
-            "visual_tokens": [
-                [views[view, image] for view, image in zip(record["views"], record["images"], strict=True)]
-                for record in records
-            ],
-        }
-
-    return Dataset.from_dict({"place": range(size)}).with_transform(read)
-
-
 class FreeRunning(TrainerCallback):
     """Draws without help, now and then: the loss under teacher forcing says little about that."""
 
@@ -243,11 +205,13 @@ def train_stage(
         report_to="none",
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
-    stream = training_stream(tasks, mixture, views, steps * batch, micro_batch)
+    stream = training_stream(
+        tasks, mixture, steps * batch, micro_batch, "visual_tokens", lambda view, image: views[view, image], len(views)
+    )
     trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
     if stage == "full":
         trainer.add_callback(FreeRunning(trainer, tasks, views[0], every=max(1, min(500, steps // 2))))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
     return trainer.model
 
 
