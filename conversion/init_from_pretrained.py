@@ -64,6 +64,10 @@ def add_image_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
     llm = load_whole(AutoModelForCausalLM, name, dtype=dtype, **source).eval()
+    if gguf_file is not None:
+        del llm.config.quantization_config  # its weights were dequantised, and can be trained
+    elif hasattr(llm.config, "quantization_config"):
+        raise ConversionError(f"The weights of {name} are quantised: name the model that they were made from.")
     head = llm.get_output_embeddings()
     if head is None:
         raise ConversionError(f"{name} is a {type(llm).__name__} without output embeddings: it cannot predict tokens.")
@@ -86,8 +90,10 @@ def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreT
 
 
 def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A vision encoder, or the one of a model that has a text encoder too (CLIP, SigLIP)."""
+    """A vision encoder, or the one of a model that has more (CLIP, SigLIP, a MetaMorph)."""
     config = AutoConfig.from_pretrained(name)
+    if isinstance(config, MetaMorphConfig):
+        return load_whole(MetaMorphForConditionalGeneration, name, dtype=dtype).model.vision_tower
     config = getattr(config, "vision_config", config)
     for needed in ("hidden_size", "patch_size", "image_size"):
         if not isinstance(getattr(config, needed, None), int):
@@ -157,6 +163,9 @@ def main() -> None:
     parser.add_argument("--llm", metavar="P", required=True, help="folder or repository of a causal language model")
     parser.add_argument("--gguf-file", metavar="F", help="a GGUF file in --llm to read the language model from")
     parser.add_argument("--vision-tower", metavar="P", required=True, help="folder or repository of a vision encoder")
+    parser.add_argument(
+        "--image-processor", metavar="P", help="folder or repository of its image processor (default: --vision-tower)"
+    )
     parser.add_argument("--num-image-tokens", metavar="N", type=int, default=64, help="a square number (default: 64)")
     parser.add_argument(
         "--token-reduction",
@@ -191,7 +200,10 @@ def main() -> None:
         tower = load_tower(args.vision_tower, dtype)
         image_ids = add_image_tokens(llm, tokenizer)
         processor = build_processor(
-            AutoImageProcessor.from_pretrained(args.vision_tower), tokenizer, args.num_image_tokens, args.chat_format
+            AutoImageProcessor.from_pretrained(args.image_processor or args.vision_tower),
+            tokenizer,
+            args.num_image_tokens,
+            args.chat_format,
         )
         model = join(
             llm,

@@ -118,7 +118,7 @@ def training_facts(trainer: VPiTTrainer, args: DataArguments, base: str) -> dict
         ),
         "processes": config.world_size,
         "peak learning rate": f"{config.learning_rate * config.learning_rate_scale:.3g}",
-        "schedule": f"{config.lr_scheduler_type}, warm-up {config.warmup_steps:g}",
+        "schedule": f"{config.lr_scheduler_type.value}, warm-up {config.warmup_steps:g}",
         "visual loss weight": trainer.visual_loss_weight,
         "mixed precision": config.mixed_precision,
         **{
@@ -136,7 +136,7 @@ def write_card(trainer: VPiTTrainer, facts: dict[str, Any]) -> None:
     trainer.create_model_card()
     path = Path(trainer.args.output_dir) / "README.md"
     card = ModelCard.load(path)
-    card.text += "\n## Training facts\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in facts.items())
+    card.text += "\n\n## Training facts\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v} |\n" for k, v in facts.items())
     card.save(path)
     (path.parent / "training_facts.json").write_text(json.dumps(facts, indent=1))
 

@@ -822,6 +822,8 @@ class TestInitFromPretrained:
             monkeypatch, folder, tmp_path / "tower", tmp_path / "ours", "--gguf-file", gguf.name, "--dtype", "float32"
         )
 
+        written = json.loads((tmp_path / "ours" / "config.json").read_text())
+        assert "quantization_config" not in written["text_config"], "it would be refused in training"
         processor = AutoProcessor.from_pretrained(tmp_path / "ours")
         messages = [{"role": "user", "content": "Why is the sky blue?"}]
         inputs = processor.tokenizer(
