@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphPipeline, VisualTokenProjector
-from metamorph_hf.vpit_trainer import DataCollatorForVPiT
+from metamorph_hf.vpit_collator import DataCollatorForVPiT
 
 
 GOLDEN = Path(__file__).parent / "golden"

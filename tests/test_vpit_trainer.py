@@ -23,8 +23,8 @@ from metamorph_hf import (
     VPiTTrainer,
     modeling_metamorph,
 )
+from metamorph_hf.vpit_collator import DataCollatorForVPiT
 from metamorph_hf.vpit_trainer import (
-    DataCollatorForVPiT,
     complete_peft_config,
     last_complete_checkpoint,
     precompute_visual_tokens,
@@ -156,7 +156,10 @@ class TestCollator:
         [
             ({"images": []}, r"Example 7 has 1 image parts in its messages, but 0 images"),
             ({"images": [picture(0), picture(1)]}, r"1 image parts in its messages, but 2 images"),
-            ({"images": ["/no/such/picture.png"]}, r"Example 7, image 0 cannot be read \(/no/such/picture.png\)"),
+            (
+                {"images": ["/no/such/picture.png"]},
+                r"Example 7 has image 0, which cannot be read \(/no/such/pic",
+            ),
         ],
     )
     def test_bad_images_are_named(self, tiny_processor, change, message):

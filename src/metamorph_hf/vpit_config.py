@@ -37,7 +37,14 @@ class VPiTConfig(SFTConfig):
             What to do when a loss is NaN or infinite: `"raise"` stops and names step, batch and samples; `"skip"`
             names them in a warning, makes no update from the whole optimisation step, and counts it.
         max_length (`int`, *optional*, defaults to 4096):
-            Longest conversation in tokens, visual tokens included. A longer one is refused, never cut.
+            Longest conversation in tokens, visual tokens included. None is ever cut through an image.
+        on_too_long (`str`, *optional*, defaults to `"refuse"`):
+            What to do with a longer one: `"refuse"`, it is a bad sample, or `"drop_turns"`, whole turns from its end.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
+            What to do with a sample that cannot be used: `"raise"` stops and names it; `"skip"` leaves it out, counts
+            it, and lists it in `rejected_samples-<process>.jsonl` in `output_dir`.
+        max_bad_share (`float`, *optional*, defaults to 0.01):
+            The run stops when more than this share of the samples since it began was skipped.
         lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`), warmup_steps (`float`, defaults to 0.03): The
             share of all steps that warm up.
         num_train_epochs (`float`, *optional*, defaults to 1.0).
@@ -45,7 +52,7 @@ class VPiTConfig(SFTConfig):
         remove_unused_columns (`bool`, *optional*, defaults to `False`): The collator reads messages and images itself.
 
     Raises:
-        ValueError: if `stage` or `on_nonfinite_loss` is unknown, a learning rate is given for what the stage freezes,
+        ValueError: if a choice is unknown, a learning rate is given for what the stage freezes,
             or an option of [`~trl.SFTConfig`] is set that cannot be kept with visual tokens.
     """
 
@@ -79,6 +86,15 @@ class VPiTConfig(SFTConfig):
     max_length: int | None = field(
         default=4096, metadata={"help": "Longest conversation in tokens, visual tokens included."}
     )
+    on_too_long: Literal["refuse", "drop_turns"] = field(
+        default="refuse", metadata={"help": "On a longer one: 'refuse', or 'drop_turns' from its end."}
+    )
+    on_bad_sample: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "On a sample that cannot be used: 'raise', or 'skip' and count it."}
+    )
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "Stop when more than this share of the samples was skipped."}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
@@ -90,8 +106,11 @@ class VPiTConfig(SFTConfig):
     def __post_init__(self):
         if self.stage not in ("projector", "full"):
             raise ValueError(f"stage is {self.stage!r}, expected 'projector' (stage 1) or 'full' (stage 2).")
-        if self.on_nonfinite_loss not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite_loss is {self.on_nonfinite_loss!r}, expected 'raise' or 'skip'.")
+        choices = {"on_nonfinite_loss": ("raise", "skip"), "on_bad_sample": ("raise", "skip")}
+        choices["on_too_long"] = ("refuse", "drop_turns")
+        for name, (one, other) in choices.items():
+            if getattr(self, name) not in (one, other):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {one!r} or {other!r}.")
         if self.stage == "projector":
             for name in ("vision_head_learning_rate", "vision_tower_learning_rate"):
                 if getattr(self, name) is not None:

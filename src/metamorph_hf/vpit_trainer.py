@@ -5,9 +5,8 @@ import copy
 import json
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +17,7 @@ from accelerate.logging import get_logger
 from datasets import Array3D, Dataset, Features
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
-from transformers.image_utils import load_image
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
@@ -29,93 +26,11 @@ from trl import SFTTrainer
 from .configuration_metamorph import MetaMorphConfig
 from .modeling_metamorph import MetaMorphForConditionalGeneration
 from .processing_metamorph import MetaMorphProcessor
+from .vpit_collator import DataCollatorForVPiT, read_image
 from .vpit_config import VPiTConfig
 
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class DataCollatorForVPiT:
-    r"""
-    Conversations with images in any turn to a padded batch whose `labels` say everything: assistant turns are targets,
-    their images (`image_token_id`) included, all else is -100.
-
-    Each example has `messages` in the standard chat form and, one per image part and in reading order, either `images`
-    (anything that `transformers.image_utils.load_image` reads) or `visual_tokens` (tensors of shape (N, V) from
-    `model.get_visual_tokens`, so that the tower need not run).
-
-    Args:
-        processor (`MetaMorphProcessor`): Its chat template needs `{% generation %}` marks.
-        max_length (`int`, *optional*): Longest conversation in tokens.
-
-    Raises:
-        ValueError: if images and image parts differ in number, an image cannot be read, a conversation is longer than
-            `max_length`, or some examples of a batch bring pixels and others visual tokens. The example is named by
-            its `id`, else by its place in the batch.
-    """
-
-    processor: MetaMorphProcessor
-    max_length: int | None = None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        image_ids = tokenizer(processor.replace_image_token(), add_special_tokens=False).input_ids
-        encoded = tokenizer.apply_chat_template(
-            [example["messages"] for example in examples],
-            chat_template=processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        input_ids, labels, images, visual_tokens = [], [], [], []
-        for index, (example, ids, mask) in enumerate(
-            zip(examples, encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        ):
-            name = f"Example {example.get('id', f'{index} of the batch')}"
-            expanded_ids, expanded_labels = [], []
-            for token, learned in zip(ids, mask, strict=True):
-                tokens = image_ids if token == processor.image_token_id else [token]
-                expanded_ids += tokens
-                expanded_labels += tokens if learned else [-100] * len(tokens)
-            placeholders = ids.count(processor.image_token_id)
-            given = example["visual_tokens"] if "visual_tokens" in example else example.get("images") or []
-            if len(given) != placeholders:
-                raise ValueError(f"{name} has {placeholders} image parts in its messages, but {len(given)} images.")
-            if self.max_length is not None and len(expanded_ids) > self.max_length:
-                raise ValueError(
-                    f"{name} has {len(expanded_ids)} tokens, more than max_length={self.max_length}. Shorten it, "
-                    "leave it out, or raise max_length: cutting it could cut through an image."
-                )
-            if "visual_tokens" in example:
-                visual_tokens += [torch.as_tensor(tokens) for tokens in given]
-            else:
-                images += [self._read(image, f"{name}, image {number}") for number, image in enumerate(given)]
-            input_ids.append(torch.tensor(expanded_ids))
-            labels.append(torch.tensor(expanded_labels))
-        if images and visual_tokens:
-            raise ValueError("Some examples of the batch bring `images`, others `visual_tokens`: use one of the two.")
-
-        lengths = torch.tensor([len(ids) for ids in input_ids])
-        batch = {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-            "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        }
-        if visual_tokens:
-            batch["visual_tokens"] = torch.stack(visual_tokens)
-        if images:
-            batch["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return batch
-
-    @staticmethod
-    def _read(image: Any, name: str):
-        try:
-            return load_image(image).convert("RGB")
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{name} cannot be read ({image if isinstance(image, str) else type(image)}): {error}"
-            ) from error
 
 
 def complete_peft_config(
@@ -162,7 +77,7 @@ def precompute_visual_tokens(
     The dataset with a column `visual_tokens` in the place of `images`, so that training need not run the vision tower.
 
     Args:
-        dataset ([`~datasets.Dataset`]): With a column `images`: lists of anything that `load_image` reads.
+        dataset ([`~datasets.Dataset`]): With a column `images`: lists of anything that [`read_image`] reads.
         model ([`MetaMorphForConditionalGeneration`]): Encodes on the device and in the dtype it is in.
         processor ([`MetaMorphProcessor`]): The model's.
         batch_size (`int`, *optional*, defaults to 32): Rows whose images are encoded together.
@@ -175,7 +90,7 @@ def precompute_visual_tokens(
 
     @torch.no_grad()
     def encode(rows: dict[str, list]) -> dict[str, list[np.ndarray]]:
-        images = [load_image(image).convert("RGB") for row in rows["images"] for image in row]
+        images = [read_image(image) for row in rows["images"] for image in row]
         tokens = torch.zeros(0, *shape)
         if images:
             pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -239,7 +154,7 @@ class _SkipNonfiniteSteps(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
         if self.trainer.accelerator.reduce(self.trainer.num_nonfinite) > 0:
             optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradient
-            self.trainer.skipped_steps += 1
+            self.trainer.totals["skipped_steps"] += 1
         self.trainer.num_nonfinite.zero_()
 
 
@@ -256,7 +171,7 @@ class VPiTTrainer(SFTTrainer):
     Each loss is a mean over its own labels in the whole optimisation step, over all devices and accumulation steps.
     Logged apart, for training and evaluation, over all processes since the last log: `text_loss`, `visual_loss`,
     `visual_cosine`, `num_text_labels`, `num_visual_labels`, `num_images`, and for training `images_per_second`; once
-    there are any, `skipped_samples` and `skipped_steps` since training began.
+    there are any, `skipped_samples`, `shortened_samples` and `skipped_steps` since training began.
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
@@ -305,7 +220,8 @@ class VPiTTrainer(SFTTrainer):
                 skeleton = MetaMorphForConditionalGeneration(config) if isinstance(model, str) else model
             peft_config = complete_peft_config(peft_config, skeleton, args.vision_tower_learning_rate is not None)
         if data_collator is None:
-            data_collator = DataCollatorForVPiT(processing_class, max_length=args.max_length)
+            options = (args.max_length, args.on_bad_sample, args.on_too_long)
+            data_collator = DataCollatorForVPiT(processing_class, *options)
         if args.ddp_find_unused_parameters is None:
             # Every batch reaches everything that is trained but the tower's final norm, or a head without a loss.
             no_visual_loss = (
@@ -315,7 +231,7 @@ class VPiTTrainer(SFTTrainer):
             args.ddp_find_unused_parameters = tower or (args.stage == "full" and no_visual_loss)
         self._sums = {mode: defaultdict(float) for mode in ("train", "eval")}
         self._last_log_time = time.monotonic()
-        self.skipped_samples = self.skipped_steps = 0
+        self.totals = Counter()  # of samples seen, skipped and shortened, and of steps skipped
         super().__init__(
             model,
             args,
@@ -461,7 +377,8 @@ class VPiTTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         inputs = self._with_images(inputs)
-        sample_ids, num_skipped = inputs.pop("sample_ids", None), inputs.pop("num_skipped", 0)
+        sample_ids = inputs.pop("sample_ids", None)
+        num_skipped, num_shortened = self._note_rejected(inputs.pop("rejected", []))
         if num_items_in_batch is not None:
             inputs["num_text_items"], inputs["num_visual_items"] = num_items_in_batch.clamp(min=1)
         outputs = model(**inputs, use_cache=False, skip_logits=not return_outputs)
@@ -481,6 +398,8 @@ class VPiTTrainer(SFTTrainer):
             "num_visual_labels": num_visual,
             "num_images": is_image_token.sum() / self.metamorph.config.num_image_tokens,
             "skipped_samples": torch.tensor(num_skipped, device=loss.device),
+            "shortened_samples": torch.tensor(num_shortened, device=loss.device),
+            "samples": torch.tensor(len(sample_ids or []), device=loss.device),
         }
         sums = {name: value.float() for name, value in sums.items()}
         for name, value in sums.items():
@@ -503,6 +422,16 @@ class VPiTTrainer(SFTTrainer):
             return {**inputs, "visual_tokens": none}
         blank = torch.zeros(1, 3, config.vision_config.image_size, config.vision_config.image_size, device=device)
         return {**inputs, "pixel_values": blank, "image_indices": torch.zeros(0, dtype=torch.long, device=device)}
+
+    def _note_rejected(self, rejected: list[dict[str, str]]) -> tuple[int, int]:
+        """Appends what the collator left out or shortened to this process' list; returns how many of each."""
+        if rejected:
+            path = Path(self.args.output_dir) / f"rejected_samples-{self.accelerator.process_index}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in rejected)
+        kinds = [sample["kind"] for sample in rejected]
+        return kinds.count("skipped"), kinds.count("shortened")
 
     def _report_nonfinite(self, outputs, sample_ids: list[str] | None) -> None:
         sentence = (
@@ -544,15 +473,23 @@ class VPiTTrainer(SFTTrainer):
     def _add_means(self, logs: dict[str, float], prefix: str, sums: dict[str, torch.Tensor]) -> None:
         totals = self.accelerator.gather(torch.stack(list(sums.values())).unsqueeze(0)).sum(0).tolist()
         totals = dict(zip(sums, totals, strict=True))
-        self.skipped_samples += int(totals.pop("skipped_samples"))
+        for name in ("skipped_samples", "shortened_samples", "samples"):
+            self.totals[name] += int(totals.pop(name))
         counts = {name: totals.pop(name) for name in ("num_text_labels", "num_visual_labels", "num_images")}
         for name, total in totals.items():
             if count := counts["num_text_labels" if name == "text_loss" else "num_visual_labels"]:
                 logs[prefix + name] = total / count
         logs.update({prefix + name: round(count) for name, count in counts.items()})
-        for name in ("skipped_samples", "skipped_steps"):
-            if value := getattr(self, name):
-                logs[name] = value
+        for name in ("skipped_samples", "shortened_samples", "skipped_steps"):
+            if self.totals[name]:
+                logs[name] = self.totals[name]
+        skipped, seen = self.totals["skipped_samples"], self.totals["skipped_samples"] + self.totals["samples"]
+        if skipped > self.args.max_bad_share * seen:
+            raise ValueError(
+                f"{skipped} of {seen} samples were skipped, a larger share than max_bad_share="
+                f"{self.args.max_bad_share:g}. {self.args.output_dir}/rejected_samples-*.jsonl says why: mend them, "
+                "or raise max_bad_share."
+            )
 
 
 __all__ = [
