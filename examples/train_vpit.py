@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
@@ -34,6 +34,7 @@ from metamorph_hf import (
     VPiTConfig,
     VPiTTrainer,
 )
+from metamorph_hf.vpit_data import Source, load_mixture, mixture_table
 from metamorph_hf.vpit_trainer import last_complete_checkpoint, precompute_visual_tokens
 
 
@@ -46,11 +47,18 @@ class DataArguments:
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": "JSON, JSONL or parquet file, or Hub dataset. Default: the emoji of this repository."},
+        metadata={"help": "LLaVA JSON or JSONL, or Hub dataset of messages and images. Default: the emoji pictures."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset while training."})
+    mixture: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "Sources and their shares, in a YAML file: see load_mixture and examples/configs/mixture.yaml."
+        },
+    )
+    mixture_size: int | None = field(default=None, metadata={"help": "Samples in a mixture that has weights."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths start from."})
     eval_samples: int = field(default=0, metadata={"help": "Samples to keep back for evaluation."})
     precompute: bool = field(
@@ -83,20 +91,21 @@ def emoji_conversations(training_args: VPiTConfig, size: int) -> Dataset:
 
 def load_data(args: DataArguments, training_args: VPiTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """What to train on, and what was kept back for evaluation."""
-    if args.dataset is None:
+    if args.mixture is not None:
+        dataset = load_mixture(args.mixture, training_args.seed, args.mixture_size)
+        PartialState().print(mixture_table(dataset))
+    elif args.dataset is None:
         per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps
         steps = training_args.max_steps if training_args.max_steps > 0 else 1000
         dataset = emoji_conversations(training_args, per_step * training_args.world_size * steps + args.eval_samples)
         training_args.train_sampling_strategy = "sequential"  # conversations of like length stand together
-    elif Path(args.dataset).is_file():
-        kind = "parquet" if args.dataset.endswith(".parquet") else "json"
-        dataset = load_dataset(kind, data_files=args.dataset, split="train")
     else:
-        dataset = load_dataset(args.dataset, args.dataset_config, split=args.dataset_split, streaming=args.streaming)
+        options = {"name": args.dataset_config, "split": args.dataset_split, "streaming": args.streaming}
+        task = "llava" if args.dataset.endswith((".json", ".jsonl")) else "chat"
+        source = Source(task, args.dataset, **options, options={"image_root": args.image_root})
+        dataset = load_mixture([source], training_args.seed)
     if not args.eval_samples:
         return dataset, None
-    if isinstance(dataset, IterableDataset):
-        return dataset.skip(args.eval_samples), dataset.take(args.eval_samples)
     return dataset.skip(args.eval_samples), dataset.take(args.eval_samples)
 
 
@@ -108,7 +117,7 @@ def training_facts(trainer: VPiTTrainer, args: DataArguments, base: str) -> dict
     return {
         "base model": base,
         "stage": config.stage,
-        "data": args.dataset or "the emoji of metamorph_hf",
+        "data": json.dumps(args.mixture) if args.mixture else args.dataset or "the emoji of metamorph_hf",
         "adapter": "none"
         if adapter is None
         else f"{adapter.peft_type.value}, rank {adapter.r}, alpha {adapter.lora_alpha}",

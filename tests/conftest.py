@@ -18,7 +18,7 @@ from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
 
 sys.path.append(str(Path(__file__).parents[1] / "conversion"))
-from convert_metamorph_to_hf import convert  # noqa: E402
+from convert_metamorph_to_hf import build_processor, convert  # noqa: E402
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -153,3 +153,36 @@ def tiny_images() -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (4, 20, 24, 3), dtype=torch.uint8, generator=generator)
     return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer(tmp_path_factory):
+    """The real one, from the tiktoken file of the package `llama-models`, without the two image tokens."""
+    from importlib.resources import files
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *[f"<|reserved_special_token_{n}|>" for n in (0, 1, 2, 3)]]
+    names += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+    names += [f"<|reserved_special_token_{n}|>" for n in range(5, 251)]
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    file = files("llama_models") / "llama3" / "tokenizer.model"
+    converter = TikTokenConverter(str(file), pattern=pattern, extra_special_tokens=names)
+    tokenizer = converter.converted()
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+    )
+    return lambda: PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|end_of_text|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def llama3_processor(llama3_tokenizer, golden_image_processor) -> MetaMorphProcessor:
+    """With the released code's chat format and 4 visual tokens an image."""
+    return build_processor(llama3_tokenizer(), golden_image_processor, MetaMorphConfig(num_image_tokens=4))

@@ -4,6 +4,7 @@ N visual tokens per image, V width of a visual token.
 """
 
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.image_utils import load_image
@@ -43,10 +45,13 @@ def read_image(image: Any) -> PIL.Image.Image:
             image = image["path"] if image.get("bytes") is None else image["bytes"]
         if isinstance(image, bytes):
             image = PIL.Image.open(io.BytesIO(image))
-        image = load_image(str(image) if isinstance(image, Path) else image)
+        elif isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
+            image = PIL.Image.open(image)
+        if not isinstance(image, PIL.Image.Image):
+            image = load_image(image)
         if image.mode.startswith("I"):  # PIL would cut 16 bits off at 255
             image = PIL.Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-        image = image.convert("RGB")
+        image = PIL.ImageOps.exif_transpose(image).convert("RGB")
     # PIL raises all of these, some for broken headers.
     except (OSError, ValueError, TypeError, SyntaxError, KeyError, AttributeError, EOFError) as error:
         raise BadSample(f"cannot be read ({_describe(source)}): {error}") from error
