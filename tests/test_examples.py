@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from peft import PeftModel
 from PIL import Image
+from transformers import AutoModel
+from trl import ModelConfig, TrlParser
 
-from metamorph_hf import MetaMorphPipeline
+from metamorph_hf import MetaMorphPipeline, VPiTConfig
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -85,6 +89,19 @@ def test_benchmark(tmp_path):
 
 
 @pytest.mark.slow
+def test_benchmark_of_training(tmp_path):
+    sizes = ("--hidden", 64, "--layers", 1, "--vocabulary", 2000, "--tokens", 64, "--visual-tokens", 4)
+    done = run(
+        "benchmark_training.py", *sizes, "--tower-hidden", 64, "--tower-layers", 1, "--repeats", 1, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert abs(results["loss, ours - twin's"]) < 1e-4
+    gradients = [value for name, value in results.items() if name.startswith("gradients")]
+    assert len(gradients) == 4 and max(gradients) <= 1e-5
+
+
+@pytest.mark.slow
 class TestEmojiRecipe:
     def test_quick_passes_all_steps_and_resumes(self, tmp_path):
         arguments = ("--quick", "--work", tmp_path / "work", "--out", tmp_path / "out")
@@ -105,3 +122,71 @@ class TestEmojiRecipe:
         assert numbers["seen_phrasings_top5"] >= numbers["seen_phrasings_top1"]
         assert numbers["generate_seconds"] > 0
         assert (tmp_path / "sheet.png").is_file()
+
+
+class TestTrainVPiT:
+    """What the README's journey does, with fewer steps, on the pictures and the model of the repository."""
+
+    def test_lora(self, tmp_path):
+        config = EXAMPLES / "configs" / "cpu_smoke.yaml"
+        flags = ["--max_steps", 4, "--sample_steps", 4, "--eval_samples", 4, "--use_peft", "--lora_r", 4]
+        flags += ["--model_name_or_path", CHECKPOINT, "--visualizer", CHECKPOINT, "--eval_strategy", "steps"]
+        done = run("train_vpit.py", "--config", config, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        out = tmp_path / "runs" / "smoke"
+        (sample,) = json.loads((out / "samples" / "step-000004.json").read_text())
+        assert sample["answer"].count("<image>") == len(sample["images"])
+        facts = json.loads((out / "training_facts.json").read_text())
+        assert (facts["steps"], facts["adapter"]) == (4, "LORA, rank 4, alpha 32")
+        for folder in (out, out / "merged"):
+            assert "| adapter | LORA, rank 4, alpha 32 |" in (folder / "README.md").read_text()
+        logs = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        assert any("eval_visual_loss" in log or "eval_text_loss" in log for log in logs)
+        adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(CHECKPOINT / "model", dtype="float32"), out)
+        merged = AutoModel.from_pretrained(out / "merged")
+        ids = torch.arange(7, 27).unsqueeze(0)
+        with torch.no_grad():
+            expected, found = adapted.eval()(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
+        # The merged model is saved in the base's float16.
+        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+    @pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_configurations_are_read(self, tmp_path, monkeypatch, config):
+        monkeypatch.syspath_prepend(EXAMPLES)
+        from train_vpit import DataArguments
+
+        flags = ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+        data, training, model = TrlParser((DataArguments, VPiTConfig, ModelConfig)).parse_args_and_config(flags)
+        written = yaml.safe_load(config.read_text())
+        for name, value in written.items():
+            if name not in ("output_dir", "bf16", "mixture", "report_to"):
+                holder = next(part for part in (data, training, model) if hasattr(part, name))
+                assert getattr(holder, name) == pytest.approx(value), name
+        assert (data.mixture is None) == ("mixture" not in written)
+
+    def test_without_a_model(self, tmp_path):
+        done = run("train_vpit.py", "--output_dir", tmp_path / "out", "--use_cpu", "--bf16", "false", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "name a model to start from" in done.stderr
+
+
+class TestInspectData:
+    def test_samples_and_page(self, tmp_path):
+        (tmp_path / "mixture.yaml").write_text(
+            f"mixture:\n  - {{task: text_to_image, path: parquet, data_files: {EXAMPLES / 'emoji' / 'emoji.parquet'}, "
+            "columns: {caption: name}, num_samples: 20}\n"
+        )
+        flags = ["--model", CHECKPOINT, "--samples", 2, "--html", "page.html", "--throughput"]
+        done = run("inspect_data.py", "mixture.yaml", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "20 samples read" in done.stdout
+        assert done.stdout.count("{<image> x 16}") == 2
+        assert "[<image_end><|end|>]" in done.stdout
+        page = (tmp_path / "page.html").read_text()
+        assert page.count("<img ") == 2 and page.count("<h3>text_to_image") == 2
+        assert "training step" in done.stdout
+
+    def test_no_mixture(self, tmp_path):
+        (tmp_path / "empty.yaml").write_text("seed: 1\n")
+        done = run("inspect_data.py", "empty.yaml", "--model", CHECKPOINT, cwd=tmp_path)
+        assert done.returncode == 1 and "empty.yaml has no mixture" in done.stderr

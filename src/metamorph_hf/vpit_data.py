@@ -86,6 +86,7 @@ class Source:
             A `.jsonl` or `.json` file, or whatever [`~datasets.load_dataset`] takes: a Hub repository, or a builder
             (`"parquet"`, `"webdataset"`, `"imagefolder"`...) with `data_files`.
         name, split, data_files (*optional*): For `load_dataset`; the split defaults to `"train"`.
+        columns (`dict`, *optional*): The family's names of columns to the source's, such as `{"caption": "title"}`.
         streaming (`bool`, *optional*, defaults to `False`): Read while training.
         weight (`float`, *optional*): Its share of the mixture, relative to the other weights.
         num_samples (`int`, *optional*): How many of its samples to take, drawn by the seed; repeated if it has fewer.
@@ -100,6 +101,7 @@ class Source:
     name: str | None = None
     split: str = "train"
     data_files: str | list[str] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
     weight: float | None = None
     num_samples: int | None = None
@@ -116,6 +118,12 @@ class Source:
                     f"{self.path} has {name}={value}, expected more than 0: leave out what is not wanted."
                 )
 
+    @property
+    def label(self) -> str:
+        """What messages and tables call it."""
+        files = [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
+        return ", ".join(files[:1]) + " and more" * (len(files) > 1) or self.path
+
     def open(self) -> Sequence[Row] | IterableDataset:
         """Its rows, images undecoded."""
         if self.path.endswith(".jsonl"):
@@ -131,11 +139,12 @@ class Source:
 
     def record(self, row: Row | None, index: int, seed: int, error: BadSample | None = None) -> Record:
         """The family's record of a row, or one that says why there is none. Random choices depend on `index` alone."""
-        about = {"task": self.task, "source": self.path, "bad": None, "messages": None, "images": None}
+        about = {"task": self.task, "source": self.label, "bad": None, "messages": None, "images": None}
         about["id"] = f"{row['id']} (row {index})" if row is not None and row.get("id") is not None else f"row {index}"
         try:
             if error is not None:
                 raise error
+            row = {**row, **{name: row.get(column) for name, column in self.columns.items()}}
             rng = random.Random(f"{seed} {self.path} {index}")
             return {**about, **FAMILIES[self.task](row, rng, **self.options)}
         except BadSample as error:
