@@ -96,7 +96,8 @@ def test_benchmark_of_training(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])["results"]
-    assert abs(results["loss, ours - twin's"]) < 1e-4
+    # The twin lets the placeholder take its share of probability, one token of 2,000.
+    assert abs(results["loss, ours - twin's"]) < 1e-3
     gradients = [value for name, value in results.items() if name.startswith("gradients")]
     assert len(gradients) == 4 and max(gradients) <= 1e-5
 

@@ -475,11 +475,13 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
         def loss_sum(hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
             logits = self.lm_head(hidden_states).float()
-            # The placeholder is never predicted as text, so it takes no probability.
-            column = torch.tensor([self.config.image_token_id], device=logits.device)
-            return F.cross_entropy(
-                logits.index_fill_(1, column, float("-inf")), labels.to(logits.device), reduction="sum"
+            # The placeholder is never predicted as text, so it takes no probability. Added in place, as the gradient
+            # then passes without a copy.
+            penalty = torch.zeros(logits.shape[-1], device=logits.device)
+            logits += penalty.index_fill(
+                0, torch.tensor([self.config.image_token_id], device=logits.device), -torch.inf
             )
+            return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
 
         rows = max(1, MAX_LOGITS // self.config.text_config.vocab_size)
         if len(labels) <= rows:
