@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors import SafetensorError
 from tensorboard.backend.event_processing import event_accumulator
-from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
 
 from metamorph_hf import (
     LogSamplesCallback,
@@ -491,6 +492,21 @@ class TestPeft:
         assert rows.nonzero().flatten().tolist() == image_tokens
         assert {"lm_head.weight", "vision_head.0.weight", "model.projector.0.weight"} <= moved
         assert not any("vision_tower" in name for name in moved)
+
+    def test_qlora(self, tiny_processor, tiny_model, tmp_path):
+        """The language model in 4 bits with adapters; projector and vision head whole, in float32."""
+        tiny_model().save_pretrained(tmp_path / "base")
+        tiny_processor.save_pretrained(tmp_path / "base")
+        args = arguments(tmp_path / "run", max_steps=2, learning_rate=1e-1)
+        options = {"peft_config": LoraConfig(r=4), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+        trainer = build(str(tmp_path / "base"), None, args, **options)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert all(p.dtype == torch.float32 for name, p in before.items() if "lora_" not in name)
+        assert any("vision_head" in name for name in before) and any("projector" in name for name in before)
+        assert any(isinstance(module, Linear4bit) for module in trainer.model.modules())
+        trainer.train()
+        for name, parameter in trainer.model.named_parameters():
+            assert (name in before and not torch.equal(parameter, before[name])) == parameter.requires_grad, name
 
     def test_adapters_are_small(self, tiny_config, tiny_processor, tmp_path):
         """An adapter holds no embedding matrix: two rows of it."""

@@ -85,6 +85,10 @@ class MetaMorphMLP(nn.Sequential):
             layers += [nn.Linear(width, next_width), nn.GELU()]
         super().__init__(*layers[:-1])
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self[0].weight  # of higher precision than the language model, where that is in float16 or quantised
+        return super().forward(input.to(weight.dtype) if weight.is_floating_point() else input)
+
 
 class MetaMorphPreTrainedModel(PreTrainedModel):
     config: MetaMorphConfig
@@ -93,6 +97,11 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    # Quantisation, too, passes over these: the tower's output is what others' visual tokens are compared with.
+    _keep_in_fp32_modules = [
+        *("vision_tower", "model.vision_tower", "projector", "model.projector"),
+        "vision_head",
+    ]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -215,10 +224,9 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             share = (share.clamp(max=1) * noise_mask[:, None, None]).to(fed_in.dtype)
             noise = F.normalize(torch.randn_like(fed_in), dim=-1) * fed_in.norm(dim=-1, keepdim=True)
             fed_in = self.normalize_visual_tokens(torch.lerp(fed_in, noise, share))
-        projector_dtype = next(p.dtype for p in self.projector.parameters() if p.is_floating_point())
         return MetaMorphImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.projector(fed_in.to(projector_dtype)),
+            pooler_output=self.projector(fed_in),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             visual_tokens=visual_tokens,
