@@ -6,10 +6,23 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging
 from PIL import Image
+from transformers import CLIPConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from metamorph_hf import (
     GridUNet2DConditionModel,
@@ -245,6 +258,122 @@ class TestPainting:
         np.testing.assert_array_equal(first, second)
         assert not np.allclose(first, other)
 
+    def test_a_row_of_guidance_scales(self, pipe):
+        """Each picture of the row is the one that its scale alone gives, from the same noise."""
+        tokens = torch.randn(2, 4, 16)
+        row = pipe.decode_visual_tokens(tokens, guidance_scale=[1.0, 2.0, 5.0], generator=seeded(), output_type="pt")
+        for place, scale in enumerate((1.0, 2.0, 5.0)):
+            alone = pipe.decode_visual_tokens(tokens, guidance_scale=scale, generator=seeded(), output_type="pt")
+            torch.testing.assert_close(row[place::3], alone, rtol=1e-4, atol=1e-5)
+        output = pipe(["a cat", "a dog"], guidance_scale=[1.0, 3.0], num_images_per_prompt=2)
+        assert output.image_counts == [4, 4] and len(output.images) == 8
+
+    @pytest.mark.parametrize(
+        "scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler]
+    )
+    def test_several_pictures_and_chunks(self, pipe, scheduler):
+        """With a generator per image, neither the batch nor the chunks that are painted at once change a picture."""
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        tokens, options = torch.randn(3, 4, 16), {"num_images_per_prompt": 2, "output_type": "pt"}
+        whole = pipe.decode_visual_tokens(tokens, generator=[seeded(n) for n in range(3)], **options)
+        assert whole.shape == (6, 3, 8, 8)
+        assert not torch.allclose(whole[0], whole[1])
+        if scheduler is not EulerAncestralDiscreteScheduler:  # it draws more noise as it goes, pictures taking turns
+            alone = [pipe.decode_visual_tokens(tokens[n : n + 1], generator=[seeded(n)], **options) for n in range(3)]
+            torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-4, atol=1e-5)
+            chunks = pipe.decode_visual_tokens(
+                tokens, generator=[seeded(n) for n in range(3)], batch_size=4, **options
+            )
+            torch.testing.assert_close(whole, chunks, rtol=1e-4, atol=1e-5)
+
+    def test_latents_and_sizes(self, pipe):
+        tokens, noise = torch.randn(1, 4, 16), torch.randn(1, 3, 4, 4, generator=seeded(3))
+        given = pipe.decode_visual_tokens(tokens, latents=noise, output_type="pt")
+        torch.testing.assert_close(given, pipe.decode_visual_tokens(tokens, generator=seeded(3), output_type="pt"))
+        assert pipe.decode_visual_tokens(tokens, height=12, width=16)[0].size == (16, 12)
+
+    def test_schedules(self, pipe):
+        seen = []
+
+        def watch(pipe, step, timestep, tensors):
+            seen.append(int(timestep))
+            return tensors
+
+        tokens = torch.randn(1, 4, 16)
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        pipe.decode_visual_tokens(tokens, timesteps=[900, 300, 10], callback_on_step_end=watch)
+        assert seen == [900, 300, 10]
+        with pytest.raises(ValueError, match="DDPMScheduler takes no sigmas of yours"):
+            pipe.decode_visual_tokens(tokens, sigmas=[1.0, 0.5])
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        assert len(pipe.decode_visual_tokens(tokens, sigmas=[10.0, 1.0, 0.0])) == 1
+        with pytest.raises(ValueError, match="`timesteps` and `sigmas` are given"):
+            pipe.decode_visual_tokens(tokens, timesteps=[1], sigmas=[1.0])
+
+    def test_negative_visual_tokens(self, pipe):
+        tokens, options = torch.randn(2, 4, 16), {"output_type": "pt"}
+        plain = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
+        away = pipe.decode_visual_tokens(tokens, negative_visual_tokens=tokens[1], generator=seeded(), **options)
+        assert not torch.allclose(plain[0], away[0])
+        same = pipe.decode_visual_tokens(tokens, guidance_scale=1.0, generator=seeded(), **options)
+        torch.testing.assert_close(away[1], same[1], rtol=1e-4, atol=1e-5)  # away from itself leads nowhere
+
+    def test_reconstruct(self, pipe, tiny_images):
+        pixels = pipe.processor.image_processor(tiny_images[:2], return_tensors="pt")["pixel_values"]
+        tokens = pipe.model.get_visual_tokens(pixels)
+        torch.testing.assert_close(pipe.get_visual_tokens(tiny_images[:2]), tokens)
+        expected = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="pt")
+        torch.testing.assert_close(pipe.reconstruct(tiny_images[:2], generator=seeded(), output_type="pt"), expected)
+
+    def test_safety_checker(self, pipe, components):
+        config = CLIPConfig(
+            text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+            vision_config={
+                **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
+                **{"image_size": 16, "patch_size": 8},
+            },
+            projection_dim=8,
+        )
+        checker = StableDiffusionSafetyChecker(config).eval()
+        size = {"size": {"height": 16, "width": 16}, "crop_size": {"height": 16, "width": 16}}
+        components |= {"safety_checker": checker, "feature_extractor": CLIPImageProcessorPil(**size)}
+        checked = build(components)
+        with torch.no_grad():
+            checker.concept_embeds_weights.fill_(2.0)  # no picture is this like a concept
+            assert checked("a cat", generator=seeded()).nsfw_content_detected == [False]
+            checker.concept_embeds_weights.fill_(-2.0)
+            output = checked("a cat", generator=seeded(), output_type="np")
+        assert output.nsfw_content_detected == [True] and (output.images == 0.5).all()
+        assert pipe("a cat").nsfw_content_detected is None
+
+    def test_answering_has_a_progress_bar(self, pipe, capsys):
+        pipe.set_progress_bar_config(disable=False)
+        pipe("a cat", max_new_tokens=8)
+        assert "Answering" in capsys.readouterr().err
+
+    def test_freeu_and_slicing(self, pipe):
+        tokens = torch.randn(2, 4, 16)
+        plain = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="pt")
+        pipe.enable_attention_slicing()
+        pipe.vae.enable_slicing()
+        sliced = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="pt")
+        torch.testing.assert_close(sliced, plain, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"height": 7}, "`height` is 7, but must be a multiple of 2"),
+            ({"latents": torch.zeros(1, 3, 5, 5)}, r"shape \(1, 3, 5, 5\), expected \(2, 3, 4, 4\)"),
+            ({"negative_visual_tokens": torch.zeros(3, 4, 16)}, "2 images but 3 negative ones"),
+            ({"generator": [seeded()]}, "2 images but 1 generators"),
+            ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
+            ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
+        ],
+    )
+    def test_bad_input(self, pipe, options, reason):
+        with pytest.raises(ValueError, match=reason):
+            pipe.decode_visual_tokens(**{"visual_tokens": torch.randn(2, 4, 16), **options})
+
     def test_callback_sees_and_changes_latents(self, pipe):
         steps = []
 
@@ -303,6 +432,36 @@ class TestErrors:
     def test_one_generator_per_image(self, pipe):
         with pytest.raises(ValueError, match="Got 3 images but 2 generators"):
             pipe.decode_visual_tokens(torch.randn(3, 4, 16), generator=[seeded(), seeded()])
+
+    @pytest.mark.parametrize(
+        ("part", "change", "reason"),
+        [
+            ("projector", {"cross_attention_dim": 12}, "projector's cross_attention_dim is 12, but the U-Net's"),
+            ("projector", {"visual_token_dim": 12}, "model's visual_token_dim is 16, but the projector's"),
+            ("vae", {"latent_channels": 4}, "VAE's latent_channels is 4, but the U-Net's in_channels is 3"),
+        ],
+    )
+    def test_components_that_do_not_fit(self, components, part, change, reason):
+        old = components[part]
+        components[part] = type(old).from_config({**old.config, **change})
+        with pytest.raises(ValueError, match=reason):
+            build(components)
+
+    def test_from_a_stable_diffusion_pipeline(self, components, pipe):
+        """Its U-Net, VAE and scheduler, with a MetaMorph model in the place of the text encoder."""
+        names = ("unet", "vae", "scheduler")
+        stable = StableDiffusionPipeline(
+            **{name: components[name] for name in names},
+            text_encoder=None,
+            tokenizer=None,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        ours = {name: components[name] for name in ("model", "processor", "projector")}
+        made = MetaMorphPipeline.from_pipe(stable, **ours, default_num_inference_steps=2)
+        assert made.unet is components["unet"] and made.config.default_num_inference_steps == 2
+        assert made("a cat").image_counts == [1]
 
     def test_template_without_a_place(self, components):
         with pytest.raises(ValueError, match="needs a {} where the caption goes"):

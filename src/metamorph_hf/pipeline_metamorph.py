@@ -8,19 +8,21 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria
 from transformers.dynamic_module_utils import custom_object_save
 
 
@@ -46,17 +48,31 @@ class MetaMorphPipelineOutput(BaseOutput):
     """
     Args:
         images (`list[PIL.Image.Image]`, or `np.ndarray` or `torch.Tensor` with I first):
-            The pictures of all answers, in order.
+            The pictures of all answers, in order; those of one drawing (`num_images_per_prompt`, and for each of them
+            the scales of `guidance_scale`) follow each other.
         text (`list[str]` of length B): The answers, with `<image>` where a picture stands.
         image_counts (`list[int]` of length B): How many of `images` belong to each answer.
+        nsfw_content_detected (`list[bool]`, *optional*): What the safety checker blackened, if there is one.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     text: list[str]
     image_counts: list[int]
+    nsfw_content_detected: list[bool] | None = None
 
 
-class MetaMorphPipeline(DiffusionPipeline):
+class _ProgressCriteria(StoppingCriteria):
+    """Never stops; moves a progress bar on by a step."""
+
+    def __init__(self, progress_bar):
+        self.progress_bar = progress_bar
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        self.progress_bar.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
     r"""
     Answers prompts with text and pictures: MetaMorph writes text and visual tokens, and a latent diffusion U-Net that
     attends to the visual tokens paints them.
@@ -69,10 +85,16 @@ class MetaMorphPipeline(DiffusionPipeline):
         unet ([`UNet2DConditionModel`]): Its `sample_size` decides the size of the pictures.
         vae ([`AutoencoderKL`] or [`PatchVAE`]): Latents to pixels.
         scheduler ([`SchedulerMixin`]): Any that works with a Stable Diffusion U-Net.
+        safety_checker ([`PreTrainedModel`], *optional*), feature_extractor (*optional*):
+            Stable Diffusion's: the first blackens pictures that the second has prepared for it.
         instruction_template (`str`, *optional*, defaults to `"Generate an image of {}."`):
             What a caption is put in, at `{}`. `None` sends captions as they are.
         default_num_inference_steps (`int`, defaults to 50), default_guidance_scale (`float`, defaults to 7.5):
             What suits these weights, where a call does not say.
+
+    Raises:
+        ValueError: if the template has no place for the caption, or two components do not fit: widths of visual
+            tokens (model, projector), of cross-attention (projector, U-Net), or channels of latents (U-Net, VAE).
 
     Example:
 
@@ -86,16 +108,19 @@ class MetaMorphPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "model->projector->unet->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
-    _optional_components = ["model", "processor"]
+    _optional_components = ["model", "processor", "safety_checker", "feature_extractor"]
+    _exclude_from_cpu_offload = ["safety_checker"]
 
     def __init__(
         self,
         model: PreTrainedModel | None,
         processor: ProcessorMixin | None,
         projector: ModelMixin,
-        unet: ModelMixin,
-        vae: ModelMixin,
+        unet: UNet2DConditionModel | ModelMixin,  # `from_pipe` takes over what is named here
+        vae: AutoencoderKL | ModelMixin,
         scheduler: SchedulerMixin,
+        safety_checker: PreTrainedModel | None = None,
+        feature_extractor: Any = None,
         instruction_template: str | None = "Generate an image of {}.",
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 7.5,
@@ -106,15 +131,46 @@ class MetaMorphPipeline(DiffusionPipeline):
                 f"`instruction_template` is {instruction_template!r}, but needs a {{}} where the caption goes. "
                 "Pass None to send captions as they are."
             )
+        if (safety_checker is None) != (feature_extractor is None):
+            raise ValueError("`safety_checker` and `feature_extractor` go together: pass both or none.")
+        self._check_fit(model, projector, unet, vae)
         self.register_modules(
-            model=model, processor=processor, projector=projector, unet=unet, vae=vae, scheduler=scheduler
+            model=model,
+            processor=processor,
+            projector=projector,
+            unet=unet,
+            vae=vae,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
         )
         self.register_to_config(
             instruction_template=instruction_template,
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
-        self.image_processor = VaeImageProcessor()
+        # An AutoencoderKL halves at every block but the first; a PatchVAE says its patch.
+        blocks = vae.config.get("block_out_channels")
+        self.vae_scale_factor = vae.config.patch_size if blocks is None else 2 ** (len(blocks) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @staticmethod
+    def _check_fit(model, projector, unet, vae) -> None:
+        pairs = [
+            ("projector", "cross_attention_dim", projector.config, "U-Net", "cross_attention_dim", unet.config),
+            ("VAE", "latent_channels", vae.config, "U-Net", "in_channels", unet.config),
+        ]
+        if model is not None:
+            pairs.append(
+                ("model", "visual_token_dim", model.config, "projector", "visual_token_dim", projector.config)
+            )
+        for one, name, config, other, other_name, other_config in pairs:
+            value, other_value = getattr(config, name), getattr(other_config, other_name)
+            if value != other_value:
+                raise ValueError(
+                    f"The {one}'s {name} is {value}, but the {other}'s {other_name} is {other_value}: they do not fit "
+                    "together."
+                )
 
     def save_config(self, save_directory, **kwargs) -> None:
         """Writes `model_index.json`, and beside it and the components the code that `trust_remote_code` needs."""
@@ -129,12 +185,16 @@ class MetaMorphPipeline(DiffusionPipeline):
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @property
-    def guidance_scale(self) -> float:
+    def guidance_scale(self) -> float | list[float]:
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        return max(self._scales) > 1
+
+    @property
+    def _scales(self) -> list[float]:
+        return self._guidance_scale if isinstance(self._guidance_scale, list) else [self._guidance_scale]
 
     @property
     def num_timesteps(self) -> int:
@@ -180,7 +240,10 @@ class MetaMorphPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"Got {count} prompts but {len(generator)} generators: pass one generator per prompt.")
 
-    def check_paint_inputs(self, output_type, callback_on_step_end_tensor_inputs) -> None:
+    def check_paint_inputs(self, output_type, callback_on_step_end_tensor_inputs, height=None, width=None) -> None:
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < self.vae_scale_factor or pixels % self.vae_scale_factor):
+                raise ValueError(f"`{name}` is {pixels}, but must be a multiple of {self.vae_scale_factor}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -208,9 +271,19 @@ class MetaMorphPipeline(DiffusionPipeline):
         return conversations
 
     def generate_visual_tokens(
-        self, conversations: list[Conversation], max_new_tokens: int, generation_kwargs: dict
+        self, conversations: list[Conversation], max_new_tokens: int = 512, generation_kwargs: dict | None = None
     ) -> tuple[list[str], list[torch.Tensor]]:
-        """The model's answers: B texts, and for each its images' visual tokens (images, N, V)."""
+        """
+        The model's answers, unpainted.
+
+        Args:
+            conversations (list of B `list[dict]`): Messages in the standard chat form.
+            max_new_tokens (`int`, defaults to 512): Length of an answer.
+            generation_kwargs (`dict`, *optional*): More for `model.generate`.
+
+        Returns:
+            B texts, with `<image>` where an image stands, and B tensors (images, N, V) of visual tokens.
+        """
         inputs = self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
@@ -221,37 +294,99 @@ class MetaMorphPipeline(DiffusionPipeline):
         ).to(self._execution_device, dtype=self.model.dtype)
         # Offloading moves a model in when `forward` is called, but `generate` reads its device before that.
         generate = apply_forward_hook(type(self.model).generate)
-        answers = generate(
-            self.model, **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generation_kwargs
-        )
+        with self.progress_bar(total=max_new_tokens) as progress_bar:
+            progress_bar.set_description("Answering")
+            criteria = [*(generation_kwargs or {}).get("stopping_criteria", []), _ProgressCriteria(progress_bar)]
+            options = {**(generation_kwargs or {}), "stopping_criteria": criteria}
+            answers = generate(
+                self.model, **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options
+            )
         text = self.processor.decode_generated(answers.sequences[:, inputs["input_ids"].shape[1] :])
         return text, answers.visual_tokens
 
-    def encode_visual_tokens(self, visual_tokens: torch.Tensor) -> torch.Tensor:
-        """Visual tokens (I, N, V) to cross-attention states; after as many zeros if guidance needs them."""
-        states = self.projector(visual_tokens.to(self._execution_device, self.projector.dtype)).to(self.unet.dtype)
-        return torch.cat([torch.zeros_like(states), states]) if self.do_classifier_free_guidance else states
+    @torch.no_grad()
+    def get_visual_tokens(self, images: PIL.Image.Image | list[PIL.Image.Image]) -> torch.Tensor:
+        """The visual tokens (I, N, V) of pictures, as the model's vision tower sees them."""
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        encode = apply_forward_hook(type(self.model).get_visual_tokens)
+        return encode(self.model, pixels.to(self._execution_device))
 
-    def prepare_latents(self, count: int, generator, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def reconstruct(self, images: PIL.Image.Image | list[PIL.Image.Image], **kwargs):
+        """
+        Pictures through the vision tower and back: the best that the visualizer can do for any answer. `kwargs` are
+        those of [`~MetaMorphPipeline.decode_visual_tokens`], which also says what is returned.
+        """
+        return self.decode_visual_tokens(self.get_visual_tokens(images), **kwargs)
+
+    def encode_visual_tokens(
+        self, visual_tokens: torch.Tensor, negative_visual_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Visual tokens (I, N, V) to cross-attention states, after negative ones (zeros) if guidance needs them."""
+        dtype, device = self.projector.dtype, self._execution_device
+        states = self.projector(visual_tokens.to(device, dtype)).to(self.unet.dtype)
+        if not self.do_classifier_free_guidance:
+            return states
+        if negative_visual_tokens is None:
+            return torch.cat([torch.zeros_like(states), states])
+        if negative_visual_tokens.ndim == 2:
+            negative_visual_tokens = negative_visual_tokens.unsqueeze(0)
+        negative = self.projector(negative_visual_tokens.to(device, dtype)).to(self.unet.dtype)
+        if len(negative) not in (1, len(states)):
+            raise ValueError(
+                f"Got {len(states)} images but {len(negative)} negative ones: pass as many, or one for all."
+            )
+        return torch.cat([negative.expand_as(states), states])
+
+    def prepare_latents(
+        self, count: int, height: int | None, width: int | None, generator, dtype: torch.dtype, device, latents=None
+    ) -> torch.Tensor:
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"Got {count} images but {len(generator)} generators: pass one generator per image.")
         size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        default_height, default_width = (size, size) if isinstance(size, int) else size
+        height = default_height if height is None else height // self.vae_scale_factor
+        width = default_width if width is None else width // self.vae_scale_factor
         shape = (count, self.unet.config.in_channels, height, width)
-        return randn_tensor(shape, generator, device, dtype) * self.scheduler.init_noise_sigma
+        if latents is None:
+            latents = randn_tensor(shape, generator, torch.device(device), dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` have shape {tuple(latents.shape)}, expected {shape}.")
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
-    def prepare_extra_step_kwargs(self, generator) -> dict:
+    def set_timesteps(self, num_inference_steps, timesteps, sigmas, device) -> None:
+        custom = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+        if len(custom) > 1:
+            raise ValueError("`timesteps` and `sigmas` are given: pass one of the two.")
+        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        if unknown := custom.keys() - accepted:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes no {unknown.pop()} of yours: leave them out, or change it."
+            )
+        options = custom or {"num_inference_steps": num_inference_steps or self.config.default_num_inference_steps}
+        self.scheduler.set_timesteps(**options, device=device)
+
+    def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
         # Schedulers differ in what their `step` takes.
         accepted = inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if "generator" in accepted else {}
+        options = {"generator": generator, "eta": eta}
+        return {name: value for name, value in options.items() if name in accepted}
 
     @torch.no_grad()
     def decode_visual_tokens(
         self,
         visual_tokens: torch.Tensor,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | list[float] | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents: torch.Tensor | None = None,
+        negative_visual_tokens: torch.Tensor | None = None,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
@@ -261,25 +396,36 @@ class MetaMorphPipeline(DiffusionPipeline):
 
         Args:
             visual_tokens (`torch.Tensor` of shape (I, N, V)): In the model's space, L2-normalised if its are.
+            num_inference_steps (`int`, *optional*): Denoising steps; `default_num_inference_steps` if not given.
+            timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*):
+                A schedule of your own, where the scheduler takes one.
+            guidance_scale (`float` or `list[float]`, *optional*):
+                How far to go from what the U-Net predicts without visual tokens towards what it predicts with them;
+                1 goes exactly there, at half the cost. A list gives a row of pictures, one per scale and all of the
+                same noise, as the paper shows them. `default_guidance_scale` if not given.
+            num_images_per_prompt (`int`, defaults to 1): Pictures of each of the I images, of different noise.
+            height, width (`int`, *optional*): In pixels; the U-Net's `sample_size` decides if not given.
+            latents (`torch.Tensor` of shape (I * num_images_per_prompt, C, h, w), *optional*): Noise to start from.
+            negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*):
+                What to go away from instead of the unconditional zeros.
+            eta (`float`, defaults to 0.0): DDIM's; other schedulers ignore it.
             generator (`torch.Generator` or list of I of them, *optional*): Makes the pictures reproducible.
-
-        The other arguments are those of [`~MetaMorphPipeline.__call__`].
+            batch_size (`int`, *optional*): How many pictures to paint at once; all if not given.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each denoising step as `callback(pipe, step, timestep, tensors)`; returns the tensors it
+                changes.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Which of `latents` and `prompt_embeds` (the cross-attention states) `tensors` holds.
 
         Returns:
-            The I images, in the form that `output_type` names.
+            The I images (times `num_images_per_prompt` and scales), in the form that `output_type` names.
+
+        Raises:
+            ValueError: if shapes, counts or options do not fit, or a visual token is NaN or infinite.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_paint_inputs(output_type, callback_on_step_end_tensor_inputs)
-        images = self._paint(
-            visual_tokens,
-            num_inference_steps,
-            guidance_scale,
-            generator,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        images, _ = self._paint(**arguments)
         self.maybe_free_model_hooks()
         return images
 
@@ -287,55 +433,110 @@ class MetaMorphPipeline(DiffusionPipeline):
         self,
         visual_tokens,
         num_inference_steps,
+        timesteps,
+        sigmas,
         guidance_scale,
+        num_images_per_prompt,
+        height,
+        width,
+        latents,
+        negative_visual_tokens,
+        eta,
         generator,
+        batch_size,
         output_type,
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
     ):
-        if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
+        """What [`~MetaMorphPipeline.decode_visual_tokens`] returns, and what the safety checker blackened."""
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_paint_inputs(output_type, callback_on_step_end_tensor_inputs, height, width)
+        if not visual_tokens.isfinite().all():
+            raise ValueError("`visual_tokens` hold NaN or infinite numbers: the model that made them is broken.")
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self._interrupt = False
-        device = self._execution_device
+        scales, device, dtype = len(self._scales), self._execution_device, self.unet.dtype
+        repeats = num_images_per_prompt * scales
 
-        # Prepare what the U-Net attends to, timesteps and latents: all images in one batch
-        prompt_embeds = self.encode_visual_tokens(visual_tokens)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self.prepare_latents(len(visual_tokens), generator, prompt_embeds.dtype, device)
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator)
+        # Prepare what the U-Net attends to, and noise: one for all scales
+        prompt_embeds = self.encode_visual_tokens(visual_tokens, negative_visual_tokens)
+        halves = prompt_embeds.chunk(2) if self.do_classifier_free_guidance else (prompt_embeds,)
+        halves = [half.repeat_interleave(repeats, dim=0) for half in halves]
+        if isinstance(generator, list):  # an image's noises come one after the other from its generator
+            generator = [source for source in generator for _ in range(num_images_per_prompt)]
+        count = len(visual_tokens) * num_images_per_prompt
+        self.set_timesteps(num_inference_steps, timesteps, sigmas, device)  # init_noise_sigma may depend on it
+        latents = self.prepare_latents(count, height, width, generator, dtype, device, latents)
+        latents = latents.repeat_interleave(scales, dim=0)
+        generators = None
+        if isinstance(generator, list):
+            generators = [source for source in generator for _ in range(scales)]
 
-        # Denoise
-        timesteps = self.scheduler.timesteps if len(visual_tokens) else []
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-                latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-                noise_pred = self.unet(latent_model_input, t, encoder_hidden_states=prompt_embeds).sample
-                if self.do_classifier_free_guidance:
-                    unconditional, conditional = noise_pred.chunk(2)
-                    noise_pred = unconditional + self.guidance_scale * (conditional - unconditional)
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, wanted)
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                progress_bar.update()
+        # Denoise, in chunks
+        size = batch_size or max(1, len(latents))
+        starts = range(0, len(latents), size)
+        self._num_timesteps = len(self.scheduler.timesteps) if len(latents) else 0
+        painted = []
+        with self.progress_bar(total=self._num_timesteps * len(starts)) as progress_bar:
+            for start in starts:
+                if start:  # a scheduler remembers what it has seen
+                    self.set_timesteps(num_inference_steps, timesteps, sigmas, device)
+                chunk = slice(start, start + size)
+                painted.append(
+                    self._denoise(
+                        latents[chunk],
+                        torch.cat([half[chunk] for half in halves]),
+                        self.prepare_extra_step_kwargs(generators[chunk] if generators else generator, eta),
+                        chunk,
+                        callback_on_step_end,
+                        callback_on_step_end_tensor_inputs,
+                        progress_bar,
+                    )
+                )
+        latents = torch.cat(painted) if painted else latents
 
         # Decode
         if output_type == "latent":
-            return latents
+            return latents, None
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         # Not every VAE can decode an empty batch.
         images = self.vae.decode(latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])).sample
-        images = images[: len(latents)]
-        return self.image_processor.postprocess(images, output_type=output_type)
+        images, flagged = self.run_safety_checker(images[: len(latents)])
+        return self.image_processor.postprocess(images, output_type=output_type), flagged
+
+    def _denoise(
+        self, latents, prompt_embeds, extra_step_kwargs, chunk, callback, callback_tensor_inputs, progress_bar
+    ) -> torch.Tensor:
+        for i, t in enumerate(self.scheduler.timesteps):
+            if self.interrupt:
+                continue
+            latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+            latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+            noise_pred = self.unet(latent_model_input, t, encoder_hidden_states=prompt_embeds).sample
+            if self.do_classifier_free_guidance:
+                unconditional, conditional = noise_pred.chunk(2)
+                scale = torch.tensor(self._scales, device=latents.device, dtype=latents.dtype)
+                places = torch.arange(chunk.start, chunk.start + len(latents), device=latents.device)
+                scale = scale[places % len(scale)].view(-1, 1, 1, 1)
+                noise_pred = unconditional + scale * (conditional - unconditional)
+            latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+            if callback is not None:
+                tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                changed = callback(self, i, t, {name: tensors[name] for name in callback_tensor_inputs})
+                latents = changed.pop("latents", latents)
+                prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+            progress_bar.update()
+        return latents
+
+    def run_safety_checker(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
+        """What Stable Diffusion's checker makes of pictures (I, 3, H, W) in [-1, 1], and which it blackened."""
+        if self.safety_checker is None or not len(images):
+            return images, None
+        pictures = self.image_processor.postprocess(images, output_type="pil")
+        clip_input = self.feature_extractor(pictures, return_tensors="pt").to(images.device)
+        return self.safety_checker(images=images, clip_input=clip_input.pixel_values.to(images.dtype))
 
     @torch.no_grad()
     def __call__(
@@ -344,8 +545,17 @@ class MetaMorphPipeline(DiffusionPipeline):
         image: PIL.Image.Image | str | list | None = None,
         messages: Conversation | list[Conversation] | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | list[float] | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents: torch.Tensor | None = None,
+        negative_visual_tokens: torch.Tensor | None = None,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         max_new_tokens: int = 512,
@@ -366,23 +576,15 @@ class MetaMorphPipeline(DiffusionPipeline):
             messages (`list[dict]` or list of such lists, *optional*):
                 Instead of `prompt`: a conversation `[{"role": "user", "content": [{"type": "image", "image": image},
                 {"type": "text", "text": "..."}]}]` or several of them.
-            num_inference_steps (`int`, *optional*): Denoising steps; `default_num_inference_steps` if not given.
-            guidance_scale (`float`, *optional*):
-                How far to go from what the U-Net predicts without visual tokens towards what it predicts with them;
-                1 goes exactly there, at half the cost. `default_guidance_scale` if not given.
             generator (`torch.Generator` or list of B of them, *optional*):
                 Makes the painting reproducible. With one per prompt, a prompt's pictures do not depend on the others.
                 The answer itself is random only if it is sampled, and then follows `torch.manual_seed`.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): False gives the plain tuple (images, text, image_counts).
             max_new_tokens (`int`, defaults to 512):
                 Length of an answer. An image takes N + 2 tokens, and one that has begun is finished.
             generation_kwargs (`dict`, *optional*): More for `model.generate`, such as `{"do_sample": True}`.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each denoising step as `callback(pipe, step, timestep, tensors)`; returns the tensors it
-                changes.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                Which of `latents` and `prompt_embeds` (the cross-attention states) `tensors` holds.
+
+        The other arguments are those of [`~MetaMorphPipeline.decode_visual_tokens`]; I is the images of all answers.
 
         Returns:
             [`MetaMorphPipelineOutput`], or a tuple if `return_dict` is `False`.
@@ -392,10 +594,11 @@ class MetaMorphPipeline(DiffusionPipeline):
 
         # 1. Check inputs
         self.check_inputs(prompt, image, messages, generator, output_type, callback_on_step_end_tensor_inputs)
+        self.check_paint_inputs(output_type, callback_on_step_end_tensor_inputs, height, width)
 
         # 2. Generate text and visual tokens
         conversations = self.prepare_conversations(prompt, image, messages)
-        text, visual_tokens = self.generate_visual_tokens(conversations, max_new_tokens, generation_kwargs or {})
+        text, visual_tokens = self.generate_visual_tokens(conversations, max_new_tokens, generation_kwargs)
         image_counts = [len(images) for images in visual_tokens]
         for index, (answer, count) in enumerate(zip(text, image_counts)):
             if count == 0:
@@ -404,22 +607,34 @@ class MetaMorphPipeline(DiffusionPipeline):
             generator = [source for source, count in zip(generator, image_counts) for _ in range(count)]
 
         # 3. to 5. Prepare latents, denoise, decode
-        images = self._paint(
+        images, flagged = self._paint(
             torch.cat(visual_tokens),
-            num_inference_steps,
-            guidance_scale,
-            generator,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            latents=latents,
+            negative_visual_tokens=negative_visual_tokens,
+            eta=eta,
+            generator=generator,
+            batch_size=batch_size,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        image_counts = [count * num_images_per_prompt * len(self._scales) for count in image_counts]
 
         # Offload all models
         self.maybe_free_model_hooks()
 
         if not return_dict:
             return images, text, image_counts
-        return MetaMorphPipelineOutput(images=images, text=text, image_counts=image_counts)
+        return MetaMorphPipelineOutput(
+            images=images, text=text, image_counts=image_counts, nsfw_content_detected=flagged
+        )
 
 
 def register_in_diffusers() -> None:
