@@ -37,7 +37,6 @@ def run(
     Trains into `output`/final and logs.json. `kill` is "step" (the fourth) or "save" (of step 4, before its end).
     `options` are the trainer's.
     """
-    torch.set_num_threads(1)
     processor = conftest.tiny_processor.__wrapped__(conftest.tiny_tokenizer.__wrapped__())
     make_config = conftest.tiny_config.__wrapped__(processor.tokenizer)
     model = conftest.tiny_model.__wrapped__(make_config)(tie_word_embeddings=tied, visual_token_noise=0.0)
@@ -68,5 +67,6 @@ def run(
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     for case in json.loads(sys.argv[1]):
         run(**{**case, "output": Path(case["output"])})

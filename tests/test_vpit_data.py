@@ -344,6 +344,7 @@ class TestCollator:
             ),
             ({"messages": [{"role": "assistant", "content": "<image_start>"}]}, "has <image_start> in a text"),
             ({"bad": "has no caption."}, "has no caption"),
+            ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "has a text that is no valid Unicode"),
             ({"images": ["1.png"]}, "has 0 image parts in its messages, but 1 images"),
         ],
     )
@@ -370,7 +371,7 @@ class TestCollator:
     def test_any_record_is_a_batch_or_a_refusal(self, tiny_processor, data):
         """Never an exception of another kind."""
         text = st.sampled_from(
-            ["", " ", "hi", "<image>", "<image_start>", "\u0000", "a" * 50, "{{ x }}", "\ud83d\ude00"]
+            ["", " ", "hi", "<image>", "<image_start>", "\x00", "a" * 50, "{{ x }}", "\u263a", "\ud83d"]
         )
         odd = st.sampled_from([None, 3, "x", [], {}, [None], b"x", 1.5])
         part = st.one_of(

@@ -490,6 +490,18 @@ class TestPeft:
         assert {"lm_head.weight", "vision_head.0.weight", "model.projector.0.weight"} <= moved
         assert not any("vision_tower" in name for name in moved)
 
+    def test_load_adapter(self, tiny_processor, tiny_model, tmp_path):
+        """transformers' own way to load an adapter gives what PEFT's gives."""
+        args = arguments(tmp_path, max_steps=2, learning_rate=1e-1)
+        trainer = train(tiny_model(), tiny_processor, args, peft_config=LoraConfig(r=4))
+        trainer.save_model(tmp_path / "adapter")
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        tiny_model().save_pretrained(tmp_path / "base")
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+        model.load_adapter(str(tmp_path / "adapter"))
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
+
     def test_qlora(self, tiny_processor, tiny_model, tmp_path):
         """The language model in 4 bits with adapters; projector and vision head whole, in float32."""
         tiny_model().save_pretrained(tmp_path / "base")

@@ -251,6 +251,10 @@ class DataCollatorForVPiT:
             return {"type": "image"}
         if kind != "text" or not isinstance(part.get("text"), str):
             raise BadSample(f"has a content part that is neither text nor an image: {str(part)[:100]}.")
+        try:
+            part["text"].encode()
+        except UnicodeEncodeError as error:
+            raise BadSample(f"has a text that is no valid Unicode: {error}") from error
         if found := [word for word in self._image_words if word in part["text"]]:
             raise BadSample(f'has {found[0]} in a text: images are parts of their own, {{"type": "image"}}.')
         return {"type": "text", "text": part["text"]}
