@@ -191,3 +191,40 @@ class TestInspectData:
         (tmp_path / "empty.yaml").write_text("seed: 1\n")
         done = run("inspect_data.py", "empty.yaml", "--model", CHECKPOINT, cwd=tmp_path)
         assert done.returncode == 1 and "empty.yaml has no mixture" in done.stderr
+
+
+@pytest.mark.slow
+class TestTrainVisualizer:
+    FLAGS = ("--model", CHECKPOINT, "--base", CHECKPOINT, "--cpu", "--batch-size", 3, "--schedule", "constant")
+    FLAGS += ("--learning-rate", 1e-3, "--accumulation", 2, "--checkpoint-every", 2, "--ema")
+
+    def train(self, cwd, *flags):
+        done = run("train_visualizer.py", EXAMPLES / "emoji" / "emoji.parquet", *self.FLAGS, *flags, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def test_resumed_is_uninterrupted(self, tmp_path):
+        """The same pictures with the same noise, and the same moving average; the tower's tokens cached or not."""
+        self.train(tmp_path, "--output", "whole", "--steps", 4, "--validation-every", 4, "--validation-steps", 2)
+        self.train(tmp_path, "--output", "cut", "--steps", 2)
+        shutil.rmtree(tmp_path / "cut" / "unet")
+        (tmp_path / "cut" / "checkpoint-3").mkdir()  # a save that was interrupted
+        again = self.train(tmp_path, "--output", "cut", "--steps", 4)
+        assert "going on from cut/checkpoint-2" in again.stdout
+        whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
+        before = MetaMorphPipeline.from_pretrained(CHECKPOINT)
+        for part in ("unet", "projector"):
+            weights = getattr(whole, part).state_dict()
+            assert any((weights[n].float() != w.float()).any() for n, w in getattr(before, part).state_dict().items())
+            for name, weight in getattr(cut, part).state_dict().items():
+                assert torch.equal(weight, weights[name]), name
+        grid = Image.open(tmp_path / "whole" / "validation" / "step-000004.png")
+        assert grid.size == (5 * 64, 4 * 64)  # an original and four guidance scales, of four pictures
+
+    def test_lora(self, tmp_path):
+        self.train(tmp_path, "--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)
+        assert (tmp_path / "out" / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
+        made, before = (MetaMorphPipeline.from_pretrained(folder).unet for folder in (tmp_path / "out", CHECKPOINT))
+        assert made.state_dict().keys() == before.state_dict().keys()
+        moved = {n for n, w in made.state_dict().items() if not torch.allclose(w, before.state_dict()[n].float())}
+        assert moved and all(any(f".{part}." in name for part in ("to_q", "to_k", "to_v", "to_out")) for name in moved)

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from emoji_pictures import encode_pictures, load_pictures, training_stream
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
+from emoji_visualizer import fit_vae, train_unet
 from evaluate import draw, rank_of_answer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from train_siglip import augment, train_siglip
-from train_visualizer import fit_vae, train_unet
 from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,

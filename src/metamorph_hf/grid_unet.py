@@ -50,6 +50,13 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
         self.grid_proj = nn.Linear(cross_attention_dim, 4 * grid_channels)
         self.conv_in = nn.Conv2d(in_channels + grid_channels, block_out_channels[0], kernel_size=3, padding=1)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
+        # The saved configuration holds all of the parent's arguments, which diffusers would warn of one by one.
+        inherited = cls._get_init_keys(UNet2DConditionModel) - cls._get_init_keys(cls)
+        own = {name: value for name, value in config_dict.items() if name not in inherited}
+        return super().extract_init_dict(own, **kwargs)
+
     def forward(self, sample: torch.Tensor, timestep, encoder_hidden_states: torch.Tensor, **kwargs):
         """
         Args:

@@ -4,6 +4,7 @@ A VAE turns 64x64 pixels into 8x8 latents, then a U-Net learns to denoise such l
 tokens of the same picture, at a size that two CPU cores train in under an hour.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +15,10 @@ from diffusers.training_utils import EMAModel
 from tqdm import trange
 
 from metamorph_hf import GridUNet2DConditionModel, PatchVAE, VisualTokenProjector
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from train_visualizer import diffusion_loss  # noqa: E402
 
 
 CHECKPOINT_EVERY = 100  # steps, about two minutes
@@ -141,7 +146,6 @@ def train_unet(
         ema.load_state_dict(saved["ema"])
         first_step = saved["step"]
 
-    train_timesteps = noise_scheduler.config.num_train_timesteps
     projector.train()
     unet.train()
     average = None
@@ -149,19 +153,18 @@ def train_unet(
     for step in progress:
         indices, generator = batch_of(len(images), batch_size, step, seed)
         clean, tokens = latents[indices], visual_tokens[indices].float()
-        # Evenly spread over the batch, so that its loss does not depend on luck with the noise levels.
-        spread = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
-        timesteps = (spread * train_timesteps).long()
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
         kept = torch.rand(len(clean), 1, 1, generator=generator) >= dropout
         condition = projector(disturb(tokens, token_noise, generator)) * kept
-        if prediction_type == "v_prediction":
-            target = noise_scheduler.get_velocity(clean, noise, timesteps)
-        else:
-            target = {"epsilon": noise, "sample": clean}[prediction_type]
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        loss = F.mse_loss(unet(noisy, timesteps, encoder_hidden_states=condition).sample, target)
+        loss = diffusion_loss(
+            lambda noisy, timesteps, condition=condition: (
+                unet(
+                    noisy.contiguous(memory_format=torch.channels_last), timesteps, encoder_hidden_states=condition
+                ).sample
+            ),
+            noise_scheduler,
+            clean,
+            generator,
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
