@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +331,7 @@ def main() -> None:
                     tokens = pipe.model.get_visual_tokens(batch["pixel_values"]) if tokens is None else tokens
                 kept = (torch.rand(len(clean), generator=generator) >= args.conditioning_dropout).to(clean)
                 loss = diffusion_loss(
-                    lambda noisy, timesteps, tokens=tokens.float(), kept=kept: painter(noisy, timesteps, tokens, kept),
+                    partial(painter, visual_tokens=tokens.float(), kept=kept),
                     noise_scheduler,
                     clean.float(),
                     generator,

@@ -225,6 +225,12 @@ class TestTrainVisualizer:
         self.train(tmp_path, "--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)
         assert (tmp_path / "out" / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
         made, before = (MetaMorphPipeline.from_pretrained(folder).unet for folder in (tmp_path / "out", CHECKPOINT))
+        adapted = MetaMorphPipeline.from_pretrained(CHECKPOINT).unet
+        adapted.load_lora_adapter(tmp_path / "out" / "unet_lora", prefix=None)
+        inputs = (torch.randn(1, 32, 8, 8), 500, torch.randn(1, 16, 192))
+        with torch.no_grad():
+            expected, found = adapted(*inputs).sample, made(*inputs).sample
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
         assert made.state_dict().keys() == before.state_dict().keys()
         moved = {n for n, w in made.state_dict().items() if not torch.allclose(w, before.state_dict()[n].float())}
         assert moved and all(any(f".{part}." in name for part in ("to_q", "to_k", "to_v", "to_out")) for name in moved)
