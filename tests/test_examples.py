@@ -226,7 +226,7 @@ class TestTrainVisualizer:
         assert (tmp_path / "out" / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
         made, before = (MetaMorphPipeline.from_pretrained(folder).unet for folder in (tmp_path / "out", CHECKPOINT))
         adapted = MetaMorphPipeline.from_pretrained(CHECKPOINT).unet
-        adapted.load_lora_adapter(tmp_path / "out" / "unet_lora", prefix=None)
+        adapted.load_lora_adapter(str(tmp_path / "out" / "unet_lora"), prefix=None, use_safetensors=True)
         inputs = (torch.randn(1, 32, 8, 8), 500, torch.randn(1, 16, 192))
         with torch.no_grad():
             expected, found = adapted(*inputs).sample, made(*inputs).sample
