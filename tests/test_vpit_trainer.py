@@ -609,6 +609,31 @@ class TestFaults:
         resumed.train(resume_from_checkpoint=True)
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
+    def test_bad_samples_are_skipped_and_listed(self, tiny_processor, tiny_model, tmp_path, capsys):
+        """The run is the one of the others: counted, listed and told apart by task."""
+        options = {"max_steps": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+        bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
+        examples = [*EXAMPLES[:2], bad, EXAMPLES[2], *EXAMPLES[3:7]]
+        tagged = [{**example, "id": str(n), "task": "edit"} for n, example in enumerate(examples)]
+        args = self.arguments(tmp_path / "bad", on_bad_sample="skip", max_bad_share=0.5, **options)
+        trainer = train(tiny_model(), tiny_processor, args, tagged)
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert [log["skipped_samples"] for log in logs] == [1, 1]
+        (line,) = (tmp_path / "bad" / "rejected_samples-0.jsonl").read_text().splitlines()
+        rejected = json.loads(line)
+        assert (rejected["sample"], rejected["task"]) == ("Example 2", "edit") and "/no/such.png" in rejected["reason"]
+        assert ["edit", "1", "0"] in [row.split() for row in capsys.readouterr().out.splitlines()]
+        batches = [[examples[n] for n in (0, 1, 3)], examples[4:]]
+        twin = tiny_model().train()
+        expected = [twin(**DataCollatorForVPiT(tiny_processor)(batch)).loss.item() for batch in batches[:1]]
+        assert logs[0]["loss"] == pytest.approx(expected[0], rel=1e-5)
+
+    def test_too_many_bad_samples_stop_the_run(self, tiny_processor, model, tmp_path):
+        bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
+        args = self.arguments(tmp_path, on_bad_sample="skip", per_device_train_batch_size=4)
+        with pytest.raises(ValueError, match="1 of 4 samples were skipped, a larger share than max_bad_share=0.01"):
+            train(model, tiny_processor, args, [bad, *EXAMPLES[:3]])
+
     def broken(self):
         """One example whose visual tokens are NaN, as the fifth of eight."""
         examples = []

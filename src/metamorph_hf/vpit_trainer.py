@@ -347,7 +347,20 @@ class VPiTTrainer(SFTTrainer):
         self._last_log_time = time.monotonic()
         only_rows = self.args.stage == "projector"
         with _only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(self.rejected_table(), end="")
+        return result
+
+    def rejected_table(self) -> str:
+        """How many samples this run left out or shortened, a line per task; empty if none."""
+        counts = defaultdict(Counter)
+        for path in Path(self.args.output_dir).glob("rejected_samples-*.jsonl"):
+            for line in path.read_text().splitlines():
+                sample = json.loads(line)
+                counts[str(sample["task"])][sample["kind"]] += 1
+        lines = [f"{task:<24}{kinds['skipped']:>10}{kinds['shortened']:>12}" for task, kinds in sorted(counts.items())]
+        return "\n".join([f"{'task':<24}{'skipped':>10}{'shortened':>12}", *lines, ""]) if lines else ""
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
