@@ -809,6 +809,6 @@ class TestInitFromPretrained:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         assert torch.equal(own.input_ids, inputs.input_ids)
-        options = {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False}
+        options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
         model = AutoModel.from_pretrained(tmp_path / "ours")
         assert torch.equal(model.generate(**inputs, **options), llm.generate(**inputs, **options))
