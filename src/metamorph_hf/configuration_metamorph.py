@@ -47,6 +47,8 @@ class MetaMorphConfig(PreTrainedConfig):
     """
 
     model_type = "metamorph"
+    # transformers' generic code knows the two under these names.
+    attribute_map = {"vision_start_token_id": "image_start_token_id", "vision_end_token_id": "image_end_token_id"}
     sub_configs_defaults = {
         "text_config": SubConfigSpec(
             config_class=AutoConfig,

@@ -196,8 +196,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return generation_config, model_kwargs
 
     def _can_draw(self, generation_config: GenerationConfig) -> bool:
-        suppressed = self.config.image_start_token_id in (generation_config.suppress_tokens or [])
-        return generation_config.max_images != 0 and not suppressed
+        bad_words = [word[0] for word in generation_config.bad_words_ids or [] if len(word) == 1]
+        never = [*(generation_config.suppress_tokens or []), *bad_words]
+        return generation_config.max_images != 0 and self.config.image_start_token_id not in never
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         supported = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

@@ -78,6 +78,11 @@ class MetaMorphMLP(nn.Sequential):
             layers += [nn.Linear(width, next_width), nn.GELU()]
         super().__init__(*layers[:-1])
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Loaded in float16, these few layers stay in float32; weights quantised to integers still have float biases.
+        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return super().forward(hidden_states.to(dtype))
+
 
 class MetaMorphPreTrainedModel(PreTrainedModel):
     config: MetaMorphConfig
@@ -95,6 +100,10 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
 
 class MetaMorphModel(MetaMorphPreTrainedModel):
     """Vision tower, projector and language model, without `lm_head` and vision head."""
+
+    # Neither quantised nor cast to float16, since generated visual tokens run through it in a closed loop. A pattern
+    # from the start of a module's name.
+    _keep_in_fp32_modules = [r"(model\.)?projector"]
 
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
@@ -143,11 +152,14 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """
         return self._encode(pixel_values)[1]
 
-    def _encode(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+    def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        wants_all = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
         patch_size = self.config.vision_config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=[-1], return_dict=True
+            pixel_values.to(self.vision_tower.dtype),
+            output_hidden_states=True if wants_all else [-1],
+            **{**kwargs, "return_dict": True},
         )
         patches = outputs.hidden_states[-1][:, -num_patches:]  # drops class and register tokens, which stand first
         return outputs, self.normalize_visual_tokens(self.reduce_patches(patches))
@@ -179,7 +191,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             raise ValueError("Give either `pixel_values` or `visual_tokens`, one of the two.")
         outputs = BaseModelOutputWithPooling()
         if visual_tokens is None:
-            outputs, visual_tokens = self._encode(pixel_values)
+            outputs, visual_tokens = self._encode(pixel_values, **kwargs)
         expected = (self.config.num_image_tokens, self.config.visual_token_dim)
         if visual_tokens.ndim != 3 or tuple(visual_tokens.shape[1:]) != expected:
             raise ValueError(
@@ -192,10 +204,9 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             share = (share.clamp(max=1) * noise_mask[:, None, None]).to(fed_in.dtype)
             noise = F.normalize(torch.randn_like(fed_in), dim=-1) * fed_in.norm(dim=-1, keepdim=True)
             fed_in = self.normalize_visual_tokens(torch.lerp(fed_in, noise, share))
-        projector_dtype = next(p.dtype for p in self.projector.parameters() if p.is_floating_point())
         return MetaMorphImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.projector(fed_in.to(projector_dtype)),
+            pooler_output=self.projector(fed_in),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             visual_tokens=visual_tokens,
@@ -307,6 +318,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
     # The loss is a sum of two means over different counts, so Trainer's single `num_items_in_batch` cannot scale it.
     accepts_loss_kwargs = False
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _keep_in_fp32_modules = ["vision_head"]  # and the projector, see there
 
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
