@@ -91,6 +91,7 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\.head\."]  # SigLIP's pooling head, in older checkpoints
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -283,7 +284,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         prompt_length = inputs_embeds.shape[1]
         if generated_visual_tokens is not None:
             prompt_length -= generated_visual_tokens.shape[1]
-            generated = self.projector(generated_visual_tokens).to(inputs_embeds.dtype)
+            generated = self.projector(generated_visual_tokens).to(inputs_embeds.device, inputs_embeds.dtype)
             is_generated = (input_ids[:, prompt_length:] == self.config.image_token_id).unsqueeze(-1)
             generated = torch.where(is_generated, generated, inputs_embeds[:, prompt_length:])
             inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], generated], dim=1)
