@@ -5,9 +5,11 @@ of a visual token, P patches per image.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import file_exists
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -17,6 +19,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_metamorph import MetaMorphConfig
 from .generation_metamorph import MetaMorphGenerationMixin
+from .model_card_metamorph import create_model_card
 
 
 @dataclass
@@ -97,6 +100,12 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # Both ways to push pass here, with a card of transformers' making where the repository had none.
+        if not file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            create_model_card(self.config, repo_id).save(Path(working_dir) / "README.md")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class MetaMorphModel(MetaMorphPreTrainedModel):
