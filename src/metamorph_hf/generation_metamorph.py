@@ -189,6 +189,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
     """
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        if kwargs.pop("generation_mode", "text") != "text":  # what pipeline("any-to-any") passes on
+            raise ValueError(
+                "`generate` gives visual tokens, which no pipeline of transformers makes pixels of: use "
+                "MetaMorphPipeline for pictures, or `generate` with force_image=True and "
+                "return_dict_in_generate=True for visual tokens."
+            )
         options = {name: kwargs.pop(name) for name in ("max_images", "force_image") if name in kwargs}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         options = {"max_images": None, "force_image": False, **generation_config.to_dict(), **options}

@@ -1,5 +1,6 @@
 """What a repository of a MetaMorph says of itself: which parts it was made of, and how to use it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -50,20 +51,21 @@ Questions about an image: add `{{"type": "image", "image": picture}}` to the con
 """
 
 
-def create_model_card(config: MetaMorphConfig, name: str) -> ModelCard:
+def create_model_card(config: MetaMorphConfig, name: str, tags: Iterable[str] = ()) -> ModelCard:
     """
     The card that `push_to_hub` writes where there is none.
 
     Args:
         config ([`MetaMorphConfig`]): Its sub-configurations' `name_or_path` say what the parts were made of.
         name (`str`): What users load the model by, such as `"user/model"`.
+        tags (`Iterable[str]`): More tags.
     """
     sources = [config.text_config.name_or_path, config.vision_config.name_or_path]
     base_models = [source for source in sources if _is_repository(source)]
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="any-to-any",
-        tags=["metamorph", "image-text-to-text", "text-to-image"],
+        tags=list(dict.fromkeys(["metamorph", "image-text-to-text", "text-to-image", *tags])),
         base_model=base_models or None,
     )
     llm, tower = (

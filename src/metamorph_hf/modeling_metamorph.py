@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import file_exists
+from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -103,8 +103,9 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # Both ways to push pass here, with a card of transformers' making where the repository had none.
-        if not file_exists(repo_id, "README.md", token=kwargs.get("token")):
-            create_model_card(self.config, repo_id).save(Path(working_dir) / "README.md")
+        if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            path = Path(working_dir) / "README.md"
+            create_model_card(self.config, repo_id, ModelCard.load(path).data.tags or ()).save(path)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
