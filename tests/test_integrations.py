@@ -139,11 +139,12 @@ class TestPrecision:
     def test_quantized_cache(self, tiny_model, inputs, backend):
         pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
         options = {"quanto": {"nbits": 4}, "hqq": {"nbits": 8, "axis_key": 1, "axis_value": 1}}[backend]
-        cache = {"cache_implementation": "quantized", "cache_config": {"backend": backend, "q_group_size": 16, **options}}
+        options = {"backend": backend, "q_group_size": 16, **options}
+        cache = {"cache_implementation": "quantized", "cache_config": options}
         model = tiny_model()
         found = model.generate(**inputs, **cache, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
-        error = (found.visual_tokens[0] - answer(model, inputs).visual_tokens[0]).abs().max()
-        assert found.visual_tokens[0].shape == (1, 4, 16) and 0 < error < 0.5
+        second = found.visual_tokens[0][0, 1] - answer(model, inputs).visual_tokens[0][0, 1]  # the first one to see it
+        assert 0 < second.norm() < (0.05 if options["nbits"] == 8 else 0.8)  # sqrt(2) if unrelated
 
 
 class TestAttention:
