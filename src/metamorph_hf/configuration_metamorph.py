@@ -111,7 +111,7 @@ class MetaMorphConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         # Visual tokens are what the tower's last layer gives; tied, its hidden state would be the one after the norm.
         self.vision_config.tie_last_hidden_states = False
-        # Nobody reads what SigLIP's pooling head gives, and its attention can be neither offloaded nor trained.
+        # Nobody reads what SigLIP's pooling head gives, and its attention cannot be offloaded.
         self.vision_config.vision_use_head = False
         if self.grid_side**2 != self.num_image_tokens:
             raise ValueError(
