@@ -27,6 +27,7 @@ from transformers.utils import (
 )
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration
+from metamorph_hf.model_card_metamorph import create_model_card
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -279,12 +280,13 @@ def write_shards(folder: Path, shards: Iterator[dict[str, torch.Tensor]], count:
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2))
 
 
-def save_description(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Configuration, generation defaults and the code that `trust_remote_code` needs, beside weights already there."""
+def save_description(model: PreTrainedModel, folder: Path, dtype: torch.dtype, name: str) -> None:
+    """Configuration, generation defaults, model card and the code that `trust_remote_code` needs, beside weights."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
+    create_model_card(model.config, name).save(folder / "README.md")
     if not model.generation_config.do_sample:  # set all the same in older files, and not saved by newer libraries
         model.generation_config.update(temperature=None, top_p=None, top_k=None, typical_p=None)
     model.generation_config.save_pretrained(folder)

@@ -196,7 +196,9 @@ def convert_config(source: dict, shapes: dict[str, tuple[int, ...]], tower: Sigl
     reduction = source["image_token_reduction"]
     token_dim = tower.hidden_size * (4 if reduction == "concat_interpolation" else 1)
     return MetaMorphConfig(
-        text_config=LlamaConfig(**{**text, "vocab_size": vocab_size + 1}),
+        text_config=LlamaConfig(
+            **{**text, "vocab_size": vocab_size + 1}, name_or_path=source.get("_name_or_path", "")
+        ),
         vision_config=tower,
         # The released code appends its two image tokens last, and marks images by -200; here that is one more id.
         image_start_token_id=vocab_size - 2,
@@ -313,6 +315,7 @@ def convert(
             tower_weights = {TOWER_PREFIX + k: tensor for k, tensor in loaded.items() if not k.startswith("head.")}
             shapes |= {name: tuple(tensor.shape) for name, tensor in tower_weights.items()}
     tower.vision_use_head = False  # nobody reads what it pools
+    tower.name_or_path = str(vision_tower or "")
     config = convert_config(source_config, shapes, tower)
 
     model = empty_model(config)
@@ -371,7 +374,7 @@ def convert(
     saved_dtype = dtype or DTYPES[source_config.get("torch_dtype") or source_config.get("dtype") or "float32"]
     with whole_folder(target) as folder:
         write_shards(folder, converted_shards(weights, names, tower_weights, dtype), count, "Converting")
-        save_description(model, folder, saved_dtype)
+        save_description(model, folder, saved_dtype, target.name)
         if processor is not None:
             processor.save_pretrained(folder)
         seen = check_forward(folder, on_disk=True)

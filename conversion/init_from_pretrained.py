@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor
+from metamorph_hf.model_card_metamorph import create_model_card
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
 
@@ -102,6 +103,7 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
                 "with a square patch grid, such as SigLIP, SigLIP 2 of a fixed resolution, CLIP or DINOv2."
             )
     config.tie_last_hidden_states = False
+    config.name_or_path = name  # also of a tower taken out of a larger model
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False  # nobody reads what it pools
     return load_whole(type(AutoModel.from_config(config)), name, config=config, dtype=dtype)
@@ -223,6 +225,7 @@ def main() -> None:
             )
         model.get_visual_tokens(pixels)
         model.save_pretrained(folder)
+        create_model_card(model.config, args.target.name).save(folder / "README.md")
         processor.save_pretrained(folder)
         seen = check_forward(folder, on_disk=False)
     counts = {

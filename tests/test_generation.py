@@ -207,10 +207,12 @@ class TestDecoding:
         assert_same(outputs, generate(golden_model, inputs, max_new_tokens=4))
         assert len(outputs.visual_tokens[0]) == 1
 
-    def test_chunked_prefill(self, golden_model, prompt):
-        inputs = prompt("two_images")
-        for size in (5, 11):
-            assert_same(generate(golden_model, inputs, prefill_chunk_size=size), generate(golden_model, inputs))
+    @pytest.mark.parametrize("kwargs", [{}, {"cache_implementation": "static"}])
+    def test_chunked_prefill(self, golden_model, prompt, kwargs):
+        inputs = prompt("image_prompt_image_answer")
+        for size in (5, 11):  # through the middle of the prompt's image
+            outputs = generate(golden_model, inputs, prefill_chunk_size=size, **kwargs)
+            assert_same(outputs, generate(golden_model, inputs))
 
     def test_eager_attention_is_causal(self, golden, prompt, golden_model):
         """The released code attends to the future under eager attention."""
@@ -264,6 +266,32 @@ class TestDecoding:
         expected = generate(golden_model, inputs)
         assert outputs.sequences.tolist() == expected.sequences[:, embeds.shape[1] :].tolist()
         torch.testing.assert_close(outputs.visual_tokens[0], expected.visual_tokens[0], rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [{}, {"max_images": 1}, {"force_image": True}, {"max_images": 0}, {"cache_implementation": "static"}],
+    )
+    def test_embeddings_that_begin_an_image(self, golden_model, batch, kwargs):
+        """Rows whose embeddings end with `<image_start>`, and rows whose do not."""
+        ids, length = batch["input_ids"].clone(), batch["input_ids"].shape[1]
+        ids[::2, -1] = IMAGE_START
+        embeds = golden_model.get_input_embeddings()(ids).detach()
+        inputs = {"attention_mask": batch["attention_mask"], "pixel_values": batch["pixel_values"]}
+        outputs = generate(golden_model, {"inputs_embeds": embeds, **inputs}, max_new_tokens=24, **kwargs)
+        expected = generate(golden_model, {"input_ids": ids, **inputs}, max_new_tokens=24, **kwargs)
+        assert outputs.sequences.tolist() == expected.sequences[:, length:].tolist()
+        for tokens, expected_tokens in zip(outputs.visual_tokens, expected.visual_tokens):
+            torch.testing.assert_close(tokens, expected_tokens, rtol=0, atol=1e-5)
+        assert (len(outputs.visual_tokens[0]) > 0) is (kwargs.get("max_images") != 0)
+
+    def test_criterion_stops_inside_an_image_that_embeddings_begin(self, golden_model):
+        embeds = golden_model.get_input_embeddings()(torch.tensor([[208, 92, IMAGE_START]])).detach()
+        outputs = generate(golden_model, {"inputs_embeds": embeds}, stopping_criteria=[StopAfter(5)])
+        assert outputs.unfinished_images.tolist() == [True] and outputs.sequences.tolist() == [[IMAGE] * 5]
+
+    def test_empty_prompt(self, golden_model):
+        with pytest.raises(ValueError, match="The prompt is empty"):
+            generate(golden_model, {"input_ids": torch.zeros(1, 0, dtype=torch.long)})
 
     def test_second_turn_on_the_same_cache(self, golden_model, prompt):
         inputs, cache = prompt("two_images"), DynamicCache()
@@ -534,11 +562,43 @@ class TestGenerateFeatures:
         with pytest.raises(ValueError, match=r"cannot draw images.*max_images=0"):
             generate(golden_model, prompt("one_image"), **kwargs)
 
+    def test_guidance_cannot_draw(self, golden_model, prompt):
+        with pytest.raises(ValueError, match=r"guidance_scale\) cannot draw images.*max_images=0"):
+            generate(golden_model, prompt("one_image"), guidance_scale=1.5)
+
+    def test_guidance_of_text(self, golden_model, prompt):
+        inputs = prompt("image_prompt_image_answer")
+        outputs = generate(
+            golden_model, inputs, guidance_scale=1.5, max_images=0, max_new_tokens=2, output_scores=True
+        )
+        with torch.no_grad():
+            guided = golden_model(**inputs).logits[0, -1].log_softmax(-1)
+            plain = golden_model(input_ids=inputs["input_ids"][:, -1:]).logits[0, -1].log_softmax(-1)
+        shift = outputs.scores[0][0, :IMAGE_START] - (plain + 1.5 * (guided - plain))[:IMAGE_START]
+        torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=1e-3, atol=1e-3)  # softmax takes no notice
+
+    @pytest.mark.parametrize("how", ["generate_batch", "paged"])
+    def test_continuous_batching(self, golden_model, prompt, how):
+        inputs = prompt("one_image")
+        with pytest.raises(NotImplementedError, match="Continuous batching .* hands on token ids alone"):
+            if how == "generate_batch":
+                golden_model.generate_batch(inputs["input_ids"].tolist())
+            else:
+                golden_model.generate(**inputs, cache_implementation="paged")
+
+    def test_image_out_of_the_any_to_any_pipeline(self, golden_model, prompt):
+        """The pipeline itself needs torchvision; this is what it passes on."""
+        generate(golden_model, prompt("one_image"), max_new_tokens=1, generation_mode="text")
+        with pytest.raises(ValueError, match="no pipeline of transformers makes pixels of: use MetaMorphPipeline"):
+            generate(golden_model, prompt("one_image"), generation_mode="image")
+
     def test_assistant_cannot_draw(self, golden_model, prompt):
         with pytest.raises(ValueError, match="assisted generation cannot draw images"):
             generate(golden_model, prompt("one_image"), assistant_model=copy.deepcopy(golden_model))
 
-    @pytest.mark.parametrize("off", [{"suppress_tokens": [IMAGE_START]}, {"max_images": 0}])
+    @pytest.mark.parametrize(
+        "off", [{"suppress_tokens": [IMAGE_START]}, {"bad_words_ids": [[150, 151], [IMAGE_START]]}, {"max_images": 0}]
+    )
     def test_beams_without_images(self, golden_model, batch, off):
         kwargs = {**off, "max_new_tokens": 6}
         outputs = generate(golden_model, batch, num_beams=3, **kwargs)

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 from conftest import PLACEHOLDER
 from convert_metamorph_to_hf import our_name
 from transformers import (
@@ -11,7 +10,6 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    BitsAndBytesConfig,
 )
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphModel
@@ -634,29 +632,3 @@ class TestConfig:
     def test_unknown_choice(self, tiny_config, name):
         with pytest.raises(Exception, match=name):
             tiny_config(**{name: "poem"})
-
-
-class TestQuantization:
-    def test_only_the_language_model(self, tiny_model, tmp_path):
-        """Visual tokens stay what they are, and an image is still drawn."""
-        tiny_model().save_pretrained(tmp_path)
-        plain = AutoModel.from_pretrained(tmp_path)
-        options = BitsAndBytesConfig(load_in_4bit=True)
-        model = AutoModel.from_pretrained(tmp_path, quantization_config=options, dtype="bfloat16")
-        quantized = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-        assert len(quantized) == 2 * 7 and all("language_model" in name for name in quantized)
-        pixels = torch.randn(2, 3, 16, 16)
-        torch.testing.assert_close(
-            model.get_visual_tokens(pixels).float(), plain.get_visual_tokens(pixels), rtol=0.05, atol=0.02
-        )
-        outputs = model.generate(
-            torch.tensor([[9, 10]]), force_image=True, max_new_tokens=8, return_dict_in_generate=True, do_sample=False
-        )
-        assert outputs.visual_tokens[0].shape[1:] == (4, 16) and outputs.visual_tokens[0].isfinite().all()
-
-    def test_half_precision_keeps_small_modules(self, tiny_model, tmp_path):
-        tiny_model().save_pretrained(tmp_path)
-        model = AutoModel.from_pretrained(tmp_path, dtype="float16")
-        for name, parameter in model.named_parameters():
-            kept = any(part in name for part in ("projector", "vision_head", "vision_tower"))
-            assert parameter.dtype == (torch.float32 if kept else torch.float16), name

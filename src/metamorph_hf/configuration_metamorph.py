@@ -47,6 +47,8 @@ class MetaMorphConfig(PreTrainedConfig):
     """
 
     model_type = "metamorph"
+    # transformers' generic code knows the two under these names.
+    attribute_map = {"vision_start_token_id": "image_start_token_id", "vision_end_token_id": "image_end_token_id"}
     sub_configs_defaults = {
         "text_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -109,6 +111,8 @@ class MetaMorphConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         # Visual tokens are what the tower's last layer gives; tied, its hidden state would be the one after the norm.
         self.vision_config.tie_last_hidden_states = False
+        # Nobody reads what SigLIP's pooling head gives, and its attention cannot be offloaded.
+        self.vision_config.vision_use_head = False
         if self.grid_side**2 != self.num_image_tokens:
             raise ValueError(
                 f"num_image_tokens is {self.num_image_tokens}, but visual tokens form a square grid: use a square "

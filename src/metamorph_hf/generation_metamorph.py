@@ -45,6 +45,7 @@ class ImageTokensLogitsProcessor(LogitsProcessor):
     """Forces exactly `num_image_tokens` placeholders after `<image_start>`, then `<image_end>`.
 
     Args:
+        begun (`torch.Tensor` of shape (B,), bool, *optional*): Rows whose prompt of `inputs_embeds` begins an image.
         force_at (`int`, *optional*): Where `<image_start>` itself is forced, a length of `input_ids`.
     """
 
@@ -54,17 +55,21 @@ class ImageTokensLogitsProcessor(LogitsProcessor):
         image_start_token_id: int,
         image_end_token_id: int,
         num_image_tokens: int,
+        begun: torch.BoolTensor | None = None,
         force_at: int | None = None,
     ):
         self.image_token_id = image_token_id
         self.image_start_token_id = image_start_token_id
         self.image_end_token_id = image_end_token_id
         self.num_image_tokens = num_image_tokens
+        self.begun = begun
         self.force_at = force_at
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         last = input_ids[:, -1:]  # nothing in the first step after a prompt of `inputs_embeds`
         inside = ((last == self.image_token_id) | (last == self.image_start_token_id)).any(dim=-1)
+        if self.begun is not None and input_ids.shape[1] == 0:
+            inside = self.begun
         full = torch.zeros_like(inside)
         if input_ids.shape[1] >= self.num_image_tokens:
             full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(dim=-1)
@@ -90,10 +95,10 @@ class ForbiddenTokensLogitsProcessor(LogitsProcessor):
 class MaxImagesLogitsProcessor(LogitsProcessor):
     """Forbids `<image_start>` to rows that have begun `max_images` images. It counts, so it serves one answer only."""
 
-    def __init__(self, image_start_token_id: int, max_images: int):
+    def __init__(self, image_start_token_id: int, max_images: int, begun: torch.BoolTensor | None = None):
         self.image_start_token_id = image_start_token_id
         self.max_images = max_images
-        self.begun = 0
+        self.begun = 0 if begun is None else begun.long()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.begun = self.begun + (input_ids[:, -1:] == self.image_start_token_id).any(dim=-1)
@@ -184,6 +189,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
     """
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        if kwargs.pop("generation_mode", "text") != "text":  # what pipeline("any-to-any") passes on
+            raise ValueError(
+                "`generate` gives visual tokens, which no pipeline of transformers makes pixels of: use "
+                "MetaMorphPipeline for pictures, or `generate` with force_image=True and "
+                "return_dict_in_generate=True for visual tokens."
+            )
         options = {name: kwargs.pop(name) for name in ("max_images", "force_image") if name in kwargs}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         options = {"max_images": None, "force_image": False, **generation_config.to_dict(), **options}
@@ -196,8 +207,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return generation_config, model_kwargs
 
     def _can_draw(self, generation_config: GenerationConfig) -> bool:
-        suppressed = self.config.image_start_token_id in (generation_config.suppress_tokens or [])
-        return generation_config.max_images != 0 and not suppressed
+        bad_words = [word[0] for word in generation_config.bad_words_ids or [] if len(word) == 1]
+        never = [*(generation_config.suppress_tokens or []), *bad_words]
+        return generation_config.max_images != 0 and self.config.image_start_token_id not in never
+
+    def _embeds_begin_image(self, inputs_embeds: torch.Tensor | None = None, **kwargs) -> torch.BoolTensor:
+        """Which prompts, given as `inputs_embeds` alone, end with `<image_start>`, (B,)."""
+        if inputs_embeds is None:
+            raise ValueError("The prompt is empty: give `input_ids` or `inputs_embeds` of one position at least.")
+        image_start = torch.tensor(self.config.image_start_token_id, device=inputs_embeds.device)
+        return (inputs_embeds[:, -1] == self.get_input_embeddings()(image_start)).all(-1)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         supported = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -207,7 +226,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "one, so there are no alternatives to rank or verify. Use greedy search or sampling (num_beams=1, no "
                 "assistant), or switch images off with max_images=0."
             )
+        if generation_config.guidance_scale not in (None, 1) and self._can_draw(generation_config):
+            raise ValueError(
+                "Classifier-free guidance (guidance_scale) cannot draw images: its second pass reads the answer as "
+                "ids, without visual tokens, and guides the choice of text only. Leave guidance_scale out, or switch "
+                "images off with max_images=0."
+            )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Continuous batching (`generate_batch`, the paged cache) hands on token ids alone, and no visual tokens: "
+            "call `generate` with a batch."
+        )
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         context = self.config.text_config.max_position_embeddings
@@ -221,11 +252,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         config, device = self.config, kwargs.get("device")
+        begun = None
+        if kwargs["input_ids_seq_length"] == 0:
+            begun = self._embeds_begin_image(**kwargs["model_kwargs"])
         # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
         never_text = torch.tensor([config.image_token_id, config.image_end_token_id], device=device)
         processors.insert(0, ForbiddenTokensLogitsProcessor(never_text))
         if generation_config.max_images is not None:
-            processors.insert(0, MaxImagesLogitsProcessor(config.image_start_token_id, generation_config.max_images))
+            processors.insert(
+                0, MaxImagesLogitsProcessor(config.image_start_token_id, generation_config.max_images, begun)
+            )
         if self._can_draw(generation_config):
             processors.append(
                 ImageTokensLogitsProcessor(
@@ -233,6 +269,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
                     config.image_start_token_id,
                     config.image_end_token_id,
                     config.num_image_tokens,
+                    begun=begun,
                     force_at=kwargs["input_ids_seq_length"] if generation_config.force_image else None,
                 )
             )
@@ -327,6 +364,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         is_visual = sequences[:, prompt_length:] == config.image_token_id
         counts = is_visual.sum(-1)
         begun = (sequences[:, max(prompt_length - 1, 0) :] == config.image_start_token_id).sum(-1)
+        if prompt_length == 0:
+            begun = begun + self._embeds_begin_image(**kwargs)
         unfinished_images = self._can_draw(generation_config) & (counts < begun * config.num_image_tokens)
         if unfinished_images.any():
             logger.warning(

@@ -5,9 +5,11 @@ of a visual token, P patches per image.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
@@ -18,6 +20,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_metamorph import MetaMorphConfig
 from .generation_metamorph import MetaMorphGenerationMixin
+from .model_card_metamorph import create_model_card
 
 
 # Logits that training holds at once, in float32: 256 MiB. More are computed in chunks, and again in the backward pass.
@@ -85,9 +88,10 @@ class MetaMorphMLP(nn.Sequential):
             layers += [nn.Linear(width, next_width), nn.GELU()]
         super().__init__(*layers[:-1])
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self[0].weight  # of higher precision than the language model, where that is in float16 or quantised
-        return super().forward(input.to(weight.dtype) if weight.is_floating_point() else input)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Loaded in float16, these few layers stay in float32; weights quantised to integers still have float biases.
+        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return super().forward(hidden_states.to(dtype))
 
 
 class MetaMorphPreTrainedModel(PreTrainedModel):
@@ -97,16 +101,22 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    # Quantisation, too, passes over these: the tower's output is what others' visual tokens are compared with.
-    _keep_in_fp32_modules = [
-        *("vision_tower", "model.vision_tower", "projector", "model.projector"),
-        "vision_head",
-    ]
+    # Neither quantised nor cast to float16: the tower's output is what others' visual tokens are compared with, and
+    # generated ones run through projector and head in a closed loop. Patterns from the start of a module's name.
+    _keep_in_fp32_modules = [r"(model\.)?(vision_tower|projector)", "vision_head"]
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\.head\."]  # SigLIP's pooling head, in older checkpoints
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # Both ways to push pass here, with a card of transformers' making where the repository had none.
+        if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            path = Path(working_dir) / "README.md"
+            create_model_card(self.config, repo_id, ModelCard.load(path).data.tags or ()).save(path)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class MetaMorphModel(MetaMorphPreTrainedModel):
@@ -168,13 +178,16 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """
         return self._encode(pixel_values)[1]
 
-    def _encode(self, pixel_values: torch.Tensor) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+    def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        wants_all = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
         patch_size = self.config.vision_config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         # Gradient checkpointing makes the inputs of every layer require gradients, a frozen tower's too.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_tower_is_trained()):
             outputs = self.vision_tower(
-                pixel_values.to(self.vision_tower.dtype), output_hidden_states=[-1], return_dict=True
+                pixel_values.to(self.vision_tower.dtype),
+                output_hidden_states=True if wants_all else [-1],
+                **{**kwargs, "return_dict": True},
             )
         patches = outputs.hidden_states[-1][:, -num_patches:]  # drops class and register tokens, which stand first
         return outputs, self.normalize_visual_tokens(self.reduce_patches(patches))
@@ -209,7 +222,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             raise ValueError("Give either `pixel_values` or `visual_tokens`, one of the two.")
         outputs = BaseModelOutputWithPooling()
         if visual_tokens is None:
-            outputs, visual_tokens = self._encode(pixel_values)
+            outputs, visual_tokens = self._encode(pixel_values, **kwargs)
         expected = (self.config.num_image_tokens, self.config.visual_token_dim)
         if visual_tokens.ndim != 3 or tuple(visual_tokens.shape[1:]) != expected:
             raise ValueError(
@@ -306,7 +319,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         prompt_length = inputs_embeds.shape[1]
         if generated_visual_tokens is not None:
             prompt_length -= generated_visual_tokens.shape[1]
-            generated = self.projector(generated_visual_tokens).to(inputs_embeds.dtype)
+            generated = self.projector(generated_visual_tokens).to(inputs_embeds.device, inputs_embeds.dtype)
             is_generated = (input_ids[:, prompt_length:] == self.config.image_token_id).unsqueeze(-1)
             generated = torch.where(is_generated, generated, inputs_embeds[:, prompt_length:])
             inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], generated], dim=1)
@@ -341,6 +354,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
     # The loss is a sum of two means over different counts, so Trainer's single `num_items_in_batch` cannot scale it.
     accepts_loss_kwargs = False
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
