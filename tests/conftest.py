@@ -1,6 +1,7 @@
 """Small real objects for every test: the released implementation's golden numbers, and a tiny model of our own."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
+
+# pytest-xdist's workers, and what they start, share the cores: more threads than cores slow torch down tenfold.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 sys.path.append(str(Path(__file__).parents[1] / "conversion"))
 from convert_metamorph_to_hf import build_processor, convert  # noqa: E402
