@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import ConversionError, run
 from conftest import SPECIAL_TOKENS, byte_tokenizer
 from convert_metamorph_to_hf import build_processor, convert, convert_stage1
+from convert_metamorph_to_hf import main as convert_metamorph
 from convert_visualizer_to_diffusers import main as convert_visualizer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from init_from_pretrained import main as init_from_pretrained
 from safetensors.torch import load_file, save_file
+from test_remote_code import run_as_stranger
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -84,6 +87,11 @@ def split(folder: Path, as_pickle: bool = False) -> None:
 def to_pickle(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+
+
+def command(monkeypatch, main, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    main()
 
 
 class TestReleasedCheckpoint:
@@ -364,13 +372,8 @@ print("MB", peak - start)
         assert result.returncode == 0, result.stderr
         assert float(result.stdout.rpartition("MB ")[2]) < 250  # libraries included; the checkpoint is 400
 
-    def test_command(self, tmp_path):
-        """With a tokenizer of Llama 3's tokens, another dtype; then its stage 1, and a target that exists."""
-        script = str(Path(__file__).parents[1] / "conversion" / "convert_metamorph_to_hf.py")
-
-        def command(*arguments):
-            return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
-
+    def test_command(self, tiny_images, tmp_path, monkeypatch):
+        """With a tokenizer of Llama 3's tokens, another dtype, also loaded without this package; then its stage 1."""
         source = Path(shutil.copytree(CHECKPOINT, tmp_path / "released"))
         edit_json(source / "config.json", tie_word_embeddings=False, vocab_size=265)
         edit_weights(
@@ -385,16 +388,35 @@ print("MB", peak - start)
         tokenizer.save_pretrained(tmp_path / "tokenizer")
         ours = tmp_path / "ours"
         arguments = ("--vision-tower", TOWER, "--tokenizer", tmp_path / "tokenizer", "--dtype", "bfloat16")
-        result = command(source, ours, *arguments)
-        assert result.returncode == 0, result.stderr
+        command(monkeypatch, convert_metamorph, source, ours, *arguments)
         assert AutoModel.from_pretrained(ours, dtype="auto").dtype == torch.bfloat16
         processor = AutoProcessor.from_pretrained(ours)
         assert processor.tokenizer.convert_tokens_to_ids("<image>") == 265
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And?"}]}]
+        (ours / "text.txt").write_text(processor.apply_chat_template(messages, add_generation_prompt=True))
+        tiny_images[0].save(ours / "picture.png")
+        inputs = processor(text=(ours / "text.txt").read_text(), images=tiny_images[:1], return_tensors="pt")
+        with torch.no_grad():
+            expected = AutoModel.from_pretrained(ours)(**inputs).logits
+        found = run_as_stranger(
+            """
+processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+picture = Image.open(folder + "/picture.png")
+inputs = processor(text=open(folder + "/text.txt").read(), images=[picture], return_tensors="pt")
+with torch.no_grad():
+    found = model(**inputs).logits
+""",
+            ours,
+            tmp_path,
+        )
+        assert torch.equal(found, expected)
 
         stage1 = torch.load(STAGE1, weights_only=True)
         torch.save(stage1, tmp_path / "mm_projector.bin")
-        result = command(tmp_path / "mm_projector.bin", tmp_path / "with_stage1", "--base", ours)
-        assert result.returncode == 0, result.stderr
+        command(
+            monkeypatch, convert_metamorph, tmp_path / "mm_projector.bin", tmp_path / "with_stage1", "--base", ours
+        )
         assert torch.equal(
             AutoModel.from_pretrained(tmp_path / "with_stage1", dtype="auto").model.projector[0].bias,
             stage1["model.mm_projector.0.bias"].bfloat16(),
@@ -404,9 +426,15 @@ print("MB", peak - start)
             (ours / "inside", ("--base", ours), "lies inside"),
             (tmp_path / "new", ("--base", ours, "--tokenizer", ours), "leave both out"),
         ):
-            result = command(tmp_path / "mm_projector.bin", target, *more)
-            assert result.returncode == 1 and sentence in result.stderr
-            assert "Traceback" not in result.stderr
+            with pytest.raises(ConversionError, match=sentence):
+                command(monkeypatch, convert_metamorph, tmp_path / "mm_projector.bin", target, *more)
+
+    def test_refusal_of_the_script(self, tmp_path):
+        script = Path(__file__).parents[1] / "conversion" / "convert_metamorph_to_hf.py"
+        result = subprocess.run(
+            [sys.executable, script, tmp_path / "none", tmp_path / "new"], capture_output=True, text=True
+        )
+        assert result.returncode == 1 and "is no folder" in result.stderr and "Traceback" not in result.stderr
 
 
 class TestChatFormat:
@@ -466,11 +494,6 @@ def diffusion_base(tmp_path_factory) -> Path:
     return folder
 
 
-def command(monkeypatch, main, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    main()
-
-
 class TestVisualizer:
     @pytest.fixture
     def source(self, tmp_path) -> Path:
@@ -523,6 +546,31 @@ class TestVisualizer:
         assert isinstance(pipeline.model, MetaMorphForConditionalGeneration)
         assert (pipeline.model.dtype, pipeline.unet.dtype) == (torch.bfloat16, torch.float32)
         assert pipeline.projector.config.num_image_tokens == 4
+
+        def paint(pipeline):
+            return pipeline.decode_visual_tokens(
+                F.normalize(torch.ones(1, 4, 32), dim=-1),
+                num_inference_steps=2,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            )
+
+        found = run_as_stranger(
+            """
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype={"model": "auto"})
+found = pipeline.decode_visual_tokens(
+    torch.nn.functional.normalize(torch.ones(1, 4, 32), dim=-1),
+    num_inference_steps=2,
+    generator=torch.Generator().manual_seed(0),
+    output_type="pt",
+)
+""",
+            tmp_path / "ours",
+            tmp_path,
+        )
+        assert torch.equal(found, paint(pipeline))
 
     def test_processor_of_another_model(self, golden, source, diffusion_base, tmp_path, monkeypatch):
         model = Path(shutil.copytree(golden.converted, tmp_path / "model"))
@@ -809,6 +857,6 @@ class TestInitFromPretrained:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         assert torch.equal(own.input_ids, inputs.input_ids)
-        options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+        options = {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False}
         model = AutoModel.from_pretrained(tmp_path / "ours")
         assert torch.equal(model.generate(**inputs, **options), llm.generate(**inputs, **options))
