@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 sys.path.append(str(Path(__file__).parent))
 import conftest  # noqa: E402
-from test_vpit_trainer import EXAMPLES, arguments, build, losses  # noqa: E402
+from test_vpit_trainer import EXAMPLES, arguments, build, examples_with_nan, losses  # noqa: E402
 
 
 class Kill(TrainerCallback):
@@ -30,12 +30,14 @@ def run(
     kill: str | None = None,
     resume: bool = False,
     fsdp: bool = False,
+    zero: int | None = None,
     tied: bool = False,
+    nan: bool = False,
     **options,
 ) -> None:
     """
-    Trains into `output`/final and logs.json. `kill` is "step" (the fourth) or "save" (of step 4, before its end).
-    `options` are the trainer's.
+    Trains into `output`/final and logs.json. `kill` is "step" (the fourth) or "save" (of step 4, before its end),
+    `zero` DeepSpeed's stage; `nan` gives a sample without a finite loss. `options` are the trainer's.
     """
     processor = conftest.tiny_processor.__wrapped__(conftest.tiny_tokenizer.__wrapped__())
     make_config = conftest.tiny_config.__wrapped__(processor.tokenizer)
@@ -44,11 +46,21 @@ def run(
         # Both towers' layers are sharded: a process whose batch has no image must still take part.
         layers = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": layers}}
+    if zero is not None:
+        options["deepspeed"] = {
+            "zero_optimization": {"stage": zero, "stage3_gather_16bit_weights_on_model_save": True},
+            "zero_allow_untested_optimizer": True,  # SGD
+            "zero_force_ds_cpu_optimizer": False,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        }
     args = arguments(output, save_strategy="steps", save_steps=2, max_grad_norm=1.0, **options)
     if fsdp:
         # accelerate shards on accelerators alone; this has it take the same path for CPU processes.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = build(model, processor, args, EXAMPLES, callbacks=[Kill()] if kill == "step" else [])
+    examples = examples_with_nan() if nan else EXAMPLES
+    trainer = build(model, processor, args, examples, callbacks=[Kill()] if kill == "step" else [])
     if kill == "save":
         save_rng_state = trainer._save_rng_state
 
@@ -60,10 +72,12 @@ def run(
         trainer._save_rng_state = die
     trainer.train(resume_from_checkpoint=resume)
     assert fsdp == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-    metrics = trainer.evaluate(trainer.train_dataset)
+    logs = {"skipped_steps": trainer.totals["skipped_steps"]}
+    if not nan:  # of a step that is skipped only finite parts are logged; in evaluation NaN stops the run
+        logs |= {"losses": losses(trainer), "eval_loss": trainer.evaluate(trainer.train_dataset)["eval_loss"]}
     trainer.save_model(output / "final")
     if trainer.is_world_process_zero():
-        (output / "logs.json").write_text(json.dumps({"losses": losses(trainer), "eval_loss": metrics["eval_loss"]}))
+        (output / "logs.json").write_text(json.dumps(logs))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,15 @@ def arguments(tmp_path, **kwargs) -> VPiTConfig:
     return VPiTConfig(**{**defaults, **kwargs})
 
 
+def examples_with_nan() -> list[dict]:
+    """Visual tokens instead of images; those of sample 5 are NaN."""
+    examples = []
+    for number, example in enumerate(EXAMPLES):
+        tokens = torch.full((len(example["images"]), 4, 16), float("nan") if number == 5 else 0.1)
+        examples.append({"id": f"sample-{number}", "messages": example["messages"], "visual_tokens": list(tokens)})
+    return examples
+
+
 def dataset_of(examples):
     # A transform keeps PIL images and mixed contents as they are, which Arrow columns would not.
     return Dataset.from_dict({"place": list(range(len(examples)))}).with_transform(
@@ -634,21 +643,13 @@ class TestFaults:
         with pytest.raises(ValueError, match="1 of 4 samples were skipped, a larger share than max_bad_share=0.01"):
             train(model, tiny_processor, args, [bad, *EXAMPLES[:3]])
 
-    def broken(self):
-        """One example whose visual tokens are NaN, as the fifth of eight."""
-        examples = []
-        for number, example in enumerate(EXAMPLES):
-            tokens = torch.full((len(example["images"]), 4, 16), float("nan") if number == 5 else 0.1)
-            examples.append({"id": f"sample-{number}", "messages": example["messages"], "visual_tokens": list(tokens)})
-        return examples
-
     def test_nan_is_named(self, tiny_processor, model, tmp_path):
         with pytest.raises(ValueError, match=r"Step 3, process 0: text_loss is nan") as error:
             train(
                 model,
                 tiny_processor,
                 self.arguments(tmp_path, train_sampling_strategy="sequential"),
-                self.broken(),
+                examples_with_nan(),
             )
         assert "sample-4" in str(error.value) and "sample-5" in str(error.value)
 
@@ -662,14 +663,14 @@ class TestFaults:
         }
         model = tiny_model()
         trainer = train(
-            model, tiny_processor, self.arguments(tmp_path, on_nonfinite_loss="skip", **options), self.broken()
+            model, tiny_processor, self.arguments(tmp_path, on_nonfinite_loss="skip", **options), examples_with_nan()
         )
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert all(math.isfinite(log["loss"]) for log in logs)
         assert [log.get("skipped_steps", 0) for log in logs] == [0, 0, 1, 1]
         assert "sample-5" in caplog.text
         twin = tiny_model()
-        examples = self.broken()
+        examples = examples_with_nan()
         train(
             twin, tiny_processor, self.arguments(tmp_path, **{**options, "max_steps": 3}), examples[:4] + examples[6:]
         )
