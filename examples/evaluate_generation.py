@@ -1,19 +1,19 @@
-"""Measure the pictures of a pipeline: FID, CLIP score, PSNR, and whether a picture is found again among the right ones.
+"""Measure a pipeline's pictures: FID, CLIP score, PSNR, and whether a picture is found again among the real ones.
 
-    python examples/evaluate_generation.py --output runs/emoji                             # the emoji model, no download
-    python examples/evaluate_generation.py --output runs/visualizer --task reconstruct     # its visualizer alone
-    python examples/evaluate_generation.py --output runs/coco --pipeline my-pipeline --captions coco-30k --coco coco/ \\
+    python examples/evaluate_generation.py --output runs/emoji                            # the emoji model
+    python examples/evaluate_generation.py --output runs/visualizer --task reconstruct    # its visualizer alone
+    python examples/evaluate_generation.py --output runs/coco --pipeline my-pipeline --captions coco-30k --coco coco \\
         --clip-network openai/clip-vit-large-patch14
     python examples/evaluate_generation.py --output runs/sd --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --captions mine.jsonl --judge my-pipeline
+        --captions mine.jsonl --judge my-pipeline                                         # another one, to compare
 
-`--captions` takes a JSONL file. A line is {"caption": "a cat", "image": "cat.png", "id": "cat"}: `image`, the real
-picture, from the file's folder, is optional for text-to-image (without it neither FID nor retrieval are measured), and
-`caption` for reconstruct; `id` names the painted picture and is the line's number if it is left out.
+A line of a captions file is {"caption": "a cat", "image": "cat.png", "id": "cat"}. `image`, the real picture, lies in
+the file's folder; text-to-image can do without (and then measures neither FID nor retrieval), reconstruct without
+`caption`. `id` names the painted picture; the line's number if it is left out.
 
-OUTPUT gets pictures/ID.png (pictures/ID.txt for an answer without a picture), contact_sheet.png and result.json. Started
-again, it goes on: a picture's noise depends on the seed and its id alone. On several devices: accelerate launch
-examples/evaluate_generation.py ...
+The output folder gets pictures/ID.png (ID.txt for an answer without a picture), contact_sheet.png and result.json.
+Started again, it goes on: a picture's noise depends on seed and id alone, not on batch or process. On several devices:
+accelerate launch examples/evaluate_generation.py ...
 """
 
 import argparse
@@ -22,11 +22,9 @@ import importlib.util
 import inspect
 import json
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +34,13 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchmetrics
 import transformers
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from evaluation_captions import COCO_CAPTIONS, Row, read_rows
 from generate import EMOJI, load_pipeline
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from tqdm import tqdm
@@ -48,110 +48,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 import metamorph_hf
 from metamorph_hf import MetaMorphPipeline
-from metamorph_hf.vpit_collator import BadSample, read_image
+from metamorph_hf.vpit_collator import read_image
 
 
-COCO_CAPTIONS = Path("annotations") / "captions_val2014.json"
-COCO_COUNT = 30_000
+LIBRARIES = (metamorph_hf, torch, transformers, diffusers, accelerate, torchmetrics)
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity stores them
-
-
-@dataclass
-class Row:
-    """A caption to paint, or a picture to reconstruct: `image` is what `read_image` takes."""
-
-    id: str
-    caption: str
-    image: Any = None
-
-    def reference(self, size: tuple[int, int] | None = None) -> Image.Image:
-        """The real picture: its centre square, or cropped and resized to (width, height)."""
-        try:
-            image = read_image(self.image)
-        except BadSample as error:
-            sys.exit(f"The image of {self.id!r} cannot be read: {error}")
-        return ImageOps.fit(image, size or (min(image.size),) * 2, Image.Resampling.BICUBIC)
-
-
-def read_jsonl(path: Path, task: str) -> list[Row]:
-    if not path.is_file():
-        sys.exit(f"The captions file {path} does not exist: give a JSONL file, emoji, emoji-held-out or coco-30k.")
-    rows, needed = [], "image" if task == "reconstruct" else "caption"
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            sys.exit(f"{place}, is not JSON: {error}.")
-        if not isinstance(entry, dict) or not isinstance(entry.get(needed), str) or not entry[needed].strip():
-            sys.exit(f'{place}, has no {needed}: --task {task} needs {{"{needed}": "..."}} in every line.')
-        if not all(isinstance(entry.get(field, ""), str) for field in ("caption", "image")):
-            sys.exit(f"{place}: caption and image must be strings.")
-        image = path.parent / entry["image"] if "image" in entry else None
-        if image is not None and not image.is_file():
-            sys.exit(f"{place}: the image {image} does not exist.")
-        name = str(entry.get("id", number))
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            sys.exit(f"{place}: the id {name!r} names a file, so it may have letters, digits, '_', '-' and '.' only.")
-        rows.append(Row(name, entry.get("caption", ""), image))
-    counts = {row.id: 0 for row in rows}
-    for row in rows:
-        counts[row.id] += 1
-    if twice := [name for name, count in counts.items() if count > 1]:
-        sys.exit(f"{path} has {len(twice)} ids more than once, the first is {twice[0]!r}: ids must be unique.")
-    if len({row.image is None for row in rows}) > 1:
-        sys.exit(f"{path} has images in some lines only: give one in every line, or in none.")
-    return rows
-
-
-def read_emoji(held_out: bool) -> list[Row]:
-    """Google's drawings, or 200 of Twitter's: the emoji visualizer was trained on Google's alone."""
-    sys.path.append(str(EMOJI.parent))
-    from datasets import Dataset
-    from datasets import Image as ImageColumn
-    from emoji_tasks import EmojiTasks
-
-    dataset = Dataset.from_parquet(str(EMOJI.parent / "emoji.parquet")).cast_column("image", ImageColumn(decode=False))
-    rows = dataset.to_list()
-    tasks = EmojiTasks(rows)
-    places = tasks.google
-    if held_out:
-        places = [tasks.index["twitter", base, ""] for base in sorted(tasks.held_out_drawings)]
-    return [Row(f"{rows[i]['vendor']}-{rows[i]['unified']}", rows[i]["name"], rows[i]["image"]) for i in places]
-
-
-def read_coco(folder: Path | None) -> list[Row]:
-    """30,000 of the 40,504 pictures of COCO 2014 val, and for each one of its captions, both drawn with seed 0."""
-    if folder is None or not (folder / COCO_CAPTIONS).is_file():
-        sys.exit(
-            f"coco-30k needs --coco FOLDER with {COCO_CAPTIONS} (from annotations_trainval2014.zip of cocodataset.org) "
-            "and val2014/ (from val2014.zip)."
-        )
-    content = json.loads((folder / COCO_CAPTIONS).read_text(encoding="utf-8"))
-    captions: dict[int, list[str]] = {}
-    for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
-        captions.setdefault(entry["image_id"], []).append(" ".join(entry["caption"].split()))
-    files = {entry["id"]: folder / "val2014" / entry["file_name"] for entry in content["images"]}
-    rng = random.Random(0)
-    chosen = rng.sample(sorted(captions), min(COCO_COUNT, len(captions)))
-    rows = [Row(str(image), rng.choice(captions[image]), files[image]) for image in chosen]
-    if missing := [row.image for row in rows if not row.image.is_file()]:
-        sys.exit(f"{len(missing)} of the {len(rows)} COCO images do not exist, the first is {missing[0]}.")
-    return rows
-
-
-def read_rows(args: argparse.Namespace) -> list[Row]:
-    if args.captions in ("emoji", "emoji-held-out"):
-        rows = read_emoji(args.captions == "emoji-held-out")
-    else:
-        rows = read_coco(args.coco) if args.captions == "coco-30k" else read_jsonl(Path(args.captions), args.task)
-    if args.limit is not None and args.limit < len(rows):
-        rows = random.Random(0).sample(rows, max(0, args.limit))
-    if not rows:
-        sys.exit(f"{args.captions} holds no captions (--limit {args.limit}): there is nothing to measure.")
-    return rows
 
 
 def painting_options(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
@@ -240,6 +141,13 @@ def measure(
     return columns
 
 
+def load_network(auto_class: type, network: str, **kwargs) -> Any:
+    try:
+        return auto_class.from_pretrained(network, **kwargs)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{network} cannot be loaded by {auto_class.__name__}: {error}")
+
+
 def inception_is_there() -> bool:
     weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
     return weights.is_file() and importlib.util.find_spec("torch_fidelity") is not None
@@ -248,13 +156,14 @@ def inception_is_there() -> bool:
 def load_features(network: str | None, judge: MetaMorphPipeline | None, device: torch.device) -> tuple[str, Callable]:
     """The network of the FID, in words, and a function from I pictures to its features (I, d)."""
     if network == "inception" or (network is None and inception_is_there()):
+        if importlib.util.find_spec("torch_fidelity") is None:
+            sys.exit("--fid-network inception needs torch-fidelity: pip install torch-fidelity torchvision.")
         inception = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device)
-        return "Inception-v3, 2048 features", lambda images: inception(
-            torch.stack([*map(to_pixels, images)]).to(device)
-        )
+        return "Inception-v3, 2048 features", lambda images: inception(to_pixels(images).to(device))
     if network is not None:
-        processor = AutoImageProcessor.from_pretrained(network)
-        encoder = AutoModel.from_pretrained(network).get_encoder(modality="image").eval().to(device)
+        processor = load_network(AutoImageProcessor, network)
+        model = load_network(AutoModel, network, dtype=torch.float32)
+        encoder = model.get_encoder(modality="image").eval().to(device)
 
         def pooled(images: list[Image.Image]) -> torch.Tensor:
             return encoder(processor(images, return_tensors="pt")["pixel_values"].to(device)).pooler_output
@@ -268,9 +177,10 @@ def load_features(network: str | None, judge: MetaMorphPipeline | None, device: 
 def load_clip(network: str, device: torch.device) -> Callable[[list[Image.Image], list[str]], torch.Tensor]:
     """Hundred times the cosine (I,) of pictures and captions in a CLIP or SigLIP (CLIPScore, arXiv 2104.08718)."""
     # Not torchmetrics' CLIPScore: it knows seven names, and not the outputs of transformers 5.
-    model, processor = AutoModel.from_pretrained(network).eval().to(device), AutoProcessor.from_pretrained(network)
+    model = load_network(AutoModel, network, dtype=torch.float32).eval().to(device)
     if "text_config" not in model.config.sub_configs:
         sys.exit(f"{network} is a {type(model).__name__}, which reads no text: --clip-network takes a CLIP or SigLIP.")
+    processor = load_network(AutoProcessor, network)
 
     def score(images: list[Image.Image], captions: list[str]) -> torch.Tensor:
         inputs = processor(images=images, text=captions, padding="max_length", truncation=True, return_tensors="pt")
@@ -280,9 +190,9 @@ def load_clip(network: str, device: torch.device) -> Callable[[list[Image.Image]
     return score
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """(3, H, W), uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def to_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """(I, 3, H, W), uint8."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def rank_among(encoded: torch.Tensor, references: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -335,16 +245,103 @@ def frechet_distance(real: torch.Tensor, painted: torch.Tensor) -> float:
     return fid.compute().item()
 
 
+@torch.no_grad()
+def compare(
+    accelerator: Accelerator,
+    rows: list[Row],
+    painted: list[int],
+    args: argparse.Namespace,
+    judge: MetaMorphPipeline | None,
+    features: Callable | None,
+    clip_score: Callable | None,
+) -> dict[str, torch.Tensor]:
+    """
+    Painted pictures with real ones and captions.
+
+    Args:
+        painted: The places of the rows that have a picture.
+
+    Returns:
+        Whatever can be measured of `features` (painted, d) and `real_features` (rows, d) for the FID; `rank`,
+        `clip_score` and `psnr`, (painted,) each.
+    """
+    over_all = partial(measure, accelerator, size=args.batch_size)
+
+    def read(place: int) -> Image.Image:
+        return read_image(args.output / "pictures" / f"{rows[place].id}.png")
+
+    size, real, tokens = read(painted[0]).size, {}, None
+
+    def encode(batch: list[Row]) -> dict[str, torch.Tensor]:
+        images = [row.reference(size) for row in batch]
+        columns = {"features": features(images).float()}
+        return columns if judge is None else {**columns, "tokens": judge.get_visual_tokens(images).half()}
+
+    def judge_batch(batch: list[int]) -> dict[str, torch.Tensor]:
+        images, columns = [read(place) for place in batch], {}
+        if features is not None:
+            columns["features"] = features(images).float()
+        if tokens is not None:
+            encoded = judge.get_visual_tokens(images).half()
+            columns["rank"] = rank_among(encoded, tokens, torch.tensor(batch, device=tokens.device))
+        if clip_score is not None:
+            columns["clip_score"] = clip_score(images, [rows[place].caption for place in batch])
+        if args.task == "reconstruct":
+            originals = to_pixels([rows[place].reference(size) for place in batch]).float()
+            options = {"data_range": 255.0, "reduction": "none", "dim": (1, 2, 3)}
+            columns["psnr"] = peak_signal_noise_ratio(to_pixels(images).float(), originals, **options)
+        return columns
+
+    if features is not None:
+        real = over_all(items=rows, desc="encoding real pictures", compute=encode)
+        if "tokens" in real:
+            tokens = real["tokens"].to(accelerator.device)
+    found = over_all(items=painted, desc="comparing", compute=judge_batch)
+    return {**found, "real_features": real["features"]} if real else found
+
+
+def summarise(
+    found: dict[str, torch.Tensor], rows: list[Row], unpainted: list[dict]
+) -> tuple[dict[str, float], list[str]]:
+    """The numbers, and the sentences that go with them."""
+    metrics, notes, painted = {}, [], len(rows) - len(unpainted)
+    if unpainted:
+        notes.append(
+            f"{len(unpainted)} of the {len(rows)} answers have no picture: they count as not found again and as a "
+            "CLIP score of 0, and the FID is of the others."
+        )
+    if "features" not in found:
+        notes.append("The captions have no real pictures: neither FID nor retrieval are measured.")
+    elif painted == 1:
+        notes.append("One picture has no FID.")
+    else:
+        metrics["fid"] = frechet_distance(found["real_features"], found["features"])
+        if painted <= (dimensions := found["features"].shape[1]):
+            notes.append(
+                f"The FID of {painted} pictures in {dimensions} dimensions is too high, and depends on their number: "
+                "compare it with that of as many pictures only, or give more pictures than dimensions."
+            )
+    if "rank" in found:
+        metrics["retrieval_top1"] = 100 * (found["rank"] == 0).sum().item() / len(rows)
+    elif "features" in found:
+        notes.append("The pipeline has no vision tower: name a MetaMorphPipeline by --judge to measure retrieval.")
+    if "clip_score" in found:
+        metrics["clip_score"] = max(0.0, found["clip_score"].sum().item() / len(rows))
+    else:
+        notes.append("No CLIP score: name a network by --clip-network.")
+    if "psnr" in found:
+        metrics["psnr"] = found["psnr"].mean().item()
+    return metrics, notes
+
+
 def settings_of(rows: list[Row], pipe: DiffusionPipeline, args: argparse.Namespace, options: dict) -> dict[str, Any]:
     """All that decides the pictures. A folder that was begun with other settings is not gone on with."""
-    asked = json.dumps(
-        [[row.id, row.caption, row.image if isinstance(row.image, Path) else ""] for row in rows], default=str
-    )
-    files = [path for path in Path(args.pipeline).rglob("*") if path.is_file()]
+    asked = json.dumps([(row.id, row.caption, row.image) for row in rows], default=str)
+    weights = [path.stat().st_mtime for path in Path(args.pipeline).rglob("*.safetensors")]
     return {
         "task": args.task,
         "pipeline": args.pipeline,
-        "pipeline_files_changed": max((round(path.stat().st_mtime) for path in files), default=None),
+        "weights_changed": time.ctime(max(weights)) if weights else None,
         "pipeline_class": type(pipe).__name__,
         "dtype": str(pipe.dtype),
         "scheduler": {"class": type(pipe.scheduler).__name__, **pipe.scheduler.config},
@@ -358,15 +355,15 @@ def settings_of(rows: list[Row], pipe: DiffusionPipeline, args: argparse.Namespa
 
 
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    if not (folder / "pictures").is_dir():
+        return
     path = folder / "settings.json"
-    if path.is_file():
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(settings, default=str))
-        other = [name for name in now if before.get(name) != now[name]]
-        if other:
-            changes = ", ".join(f"{name} ({before.get(name)} before, {now[name]} now)" for name in other)
-            sys.exit(f"{folder} holds pictures of another run, which differs in {changes}: name another --output.")
-    elif (folder / "pictures").is_dir():
+    if not path.is_file():
         sys.exit(f"{folder} has a folder pictures, but no settings.json: name another --output.")
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(settings, default=str))
+    if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        changes = ", ".join(f"{name} ({before.get(name)} before, {now.get(name)} now)" for name in other)
+        sys.exit(f"{folder} holds pictures of another run, which differs in {changes}: name another --output.")
 
 
 def parse_args() -> argparse.Namespace:
@@ -376,8 +373,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=("text-to-image", "reconstruct"), default="text-to-image")
     parser.add_argument(
         "--captions",
-        help="JSONL file, emoji (1,911 names, the default), emoji-held-out (200 drawings in another style, the default "
-        "for reconstruct) or coco-30k",
+        help="JSONL file, emoji (1,911 names, the default), emoji-held-out (200 drawings in a style that the "
+        "visualizer has not seen, the default for reconstruct) or coco-30k",
     )
     parser.add_argument("--coco", type=Path, help=f"for coco-30k: folder with {COCO_CAPTIONS} and val2014/")
     parser.add_argument("--limit", type=int, help="at most this many captions, always the same ones")
@@ -403,11 +400,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-@torch.no_grad()
 def main() -> None:
     args = parse_args()
+    transformers.utils.logging.disable_progress_bar()
     accelerator = Accelerator(cpu=args.cpu)
-    device, started = accelerator.device, time.perf_counter()
+    device, times, started = accelerator.device, {}, time.perf_counter()
     rows = read_rows(args)
     pipe = load_pipeline(args.pipeline, DiffusionPipeline, device)
     pipe.set_progress_bar_config(disable=True)
@@ -415,120 +412,60 @@ def main() -> None:
     judge = pipe if isinstance(pipe, MetaMorphPipeline) else None
     if args.judge is not None:
         judge = load_pipeline(args.judge, MetaMorphPipeline, device)
-    with_references = rows[0].image is not None
-    network, features = load_features(args.fid_network, judge, device) if with_references else (None, None)
-    clip_score = None if args.clip_network is None else load_clip(args.clip_network, device)
-
+        if judge.model is None or judge.processor is None:
+            sys.exit(f"{args.judge} was saved without its model or processor: --judge needs its vision tower.")
+    network = features = clip_score = None
+    if rows[0].image is not None:
+        network, features = load_features(args.fid_network, judge, device)
+    if args.clip_network is not None:
+        clip_score = load_clip(args.clip_network, device)
     settings = settings_of(rows, pipe, args, options)
     check_folder(args.output, settings)
     accelerator.wait_for_everyone()  # all have looked
     pictures = args.output / "pictures"
-    if accelerator.is_main_process:
-        pictures.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process and not pictures.is_dir():
+        args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+        pictures.mkdir()
     accelerator.wait_for_everyone()
-    times = {"loading": time.perf_counter() - started}
-    started = time.perf_counter()
-    painted_now = paint_all(accelerator, pipe, rows, args, options)
-    times["painting"] = time.perf_counter() - started
+    times["loading"], started = time.perf_counter() - started, time.perf_counter()
 
-    started = time.perf_counter()
-    painted = [(place, row) for place, row in enumerate(rows) if (pictures / f"{row.id}.png").is_file()]
+    painted_now = paint_all(accelerator, pipe, rows, args, options)
+    times["painting"], started = time.perf_counter() - started, time.perf_counter()
+    painted = [place for place, row in enumerate(rows) if (pictures / f"{row.id}.png").is_file()]
     unpainted = [
         {"id": row.id, "caption": row.caption, "answer": (pictures / f"{row.id}.txt").read_text(encoding="utf-8")}
-        for row in rows
-        if not (pictures / f"{row.id}.png").is_file()
+        for row in (rows[place] for place in sorted({*range(len(rows))} - {*painted}))
     ]
     if not painted:
-        sys.exit(f"None of the {len(rows)} answers has a picture; the first answer is {unpainted[0]['answer']!r}.")
+        sys.exit(f"None of the {len(rows)} answers has a picture; the first is {unpainted[0]['answer']!r}.")
 
-    size = read_image(pictures / f"{painted[0][1].id}.png").size
-    over_all = partial(measure, accelerator, size=args.batch_size)
-    references = {}
-    if with_references:
-
-        def encode(batch: list[Row]) -> dict[str, torch.Tensor]:
-            images = [row.reference(size) for row in batch]
-            columns = {"features": features(images).float()}
-            return columns if judge is None else {**columns, "tokens": judge.get_visual_tokens(images).half()}
-
-        references = over_all(items=rows, desc="encoding real pictures", compute=encode)
-    tokens = references["tokens"].to(device) if "tokens" in references else None
-
-    def compare(batch: list[tuple[int, Row]]) -> dict[str, torch.Tensor]:
-        images, columns = [read_image(pictures / f"{row.id}.png") for _, row in batch], {}
-        if with_references:
-            columns["features"] = features(images).float()
-        if tokens is not None:
-            places = torch.tensor([place for place, _ in batch], device=device)
-            columns["rank"] = rank_among(judge.get_visual_tokens(images).half(), tokens, places)
-        if clip_score is not None:
-            columns["clip_score"] = clip_score(images, [row.caption for _, row in batch])
-        if args.task == "reconstruct":
-            pixels, real = (
-                torch.stack([*map(to_pixels, those)]).float()
-                for those in (images, [row.reference(size) for _, row in batch])
-            )
-            columns["psnr"] = peak_signal_noise_ratio(pixels, real, 255.0, reduction="none", dim=(1, 2, 3))
-        return columns
-
-    found = over_all(items=painted, desc="comparing", compute=compare)
+    found = compare(accelerator, rows, painted, args, judge, features, clip_score)
     times["measuring"] = time.perf_counter() - started
     if not accelerator.is_main_process:
         return
-    metrics, notes = {}, []
-    if with_references:
-        dimensions = references["features"].shape[1]
-        metrics["fid"] = frechet_distance(references["features"], found["features"])
-        if len(painted) <= dimensions:
-            notes.append(
-                f"The FID is of {len(painted)} pictures in {dimensions} dimensions: with fewer pictures than dimensions "
-                "it is far too high and depends on their number. Compare it with runs of as many pictures only."
-            )
-    if "rank" in found:
-        metrics["retrieval_top1"] = 100 * (found["rank"] == 0).sum().item() / len(rows)
-    if "clip_score" in found:
-        metrics["clip_score"] = max(0.0, found["clip_score"].sum().item() / len(rows))
-    if "psnr" in found:
-        metrics["psnr"] = found["psnr"].mean().item()
-    if unpainted:
-        notes.append(
-            f"{len(unpainted)} of the {len(rows)} answers have no picture. They count as not found again and as a CLIP "
-            "score of 0; the FID is of the others."
-        )
-    if not with_references:
-        notes.append("The captions have no real pictures: neither FID nor retrieval are measured.")
-    elif judge is None:
-        notes.append("The pipeline has no vision tower: name a MetaMorphPipeline by --judge to measure retrieval.")
-    if clip_score is None:
-        notes.append("No CLIP score: name a network by --clip-network.")
+    metrics, notes = summarise(found, rows, unpainted)
     result = {
         "metrics": metrics,
         "notes": notes,
         "fid_network": network,
+        "clip_network": args.clip_network,
         "settings": settings,
-        "arguments": {name: value if value is None else str(value) for name, value in vars(args).items()},
+        "arguments": vars(args),
         "without_picture": unpainted,
         "painted_in_this_run": painted_now,
         "seconds": {name: round(seconds, 1) for name, seconds in times.items()},
         "processes": accelerator.num_processes,
         "device": str(device),
-        "versions": {
-            module.__name__: module.__version__
-            for module in (metamorph_hf, torch, transformers, diffusers, accelerate)
-        },
+        "versions": {module.__name__: module.__version__ for module in LIBRARIES},
     }
     (args.output / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-    shown = sorted(random.Random(0).sample(range(len(rows)), min(args.sheet, len(rows))))
     cells = []
-    for row in (rows[place] for place in shown):
-        path = pictures / f"{row.id}.png"
-        real = row.reference(size) if with_references else None
-        cells.append((row.caption, read_image(path) if path.is_file() else None, real))
+    for place in sorted(random.Random(0).sample(range(len(rows)), min(args.sheet, len(rows)))):
+        picture = read_image(pictures / f"{rows[place].id}.png") if place in painted else None
+        cells.append((rows[place].caption, picture, None if features is None else rows[place].reference()))
     contact_sheet(cells, size=128).save(args.output / "contact_sheet.png")
-    for note in notes:
-        print(note)
-    print(json.dumps(metrics, indent=2))
+    print(*notes, json.dumps({**metrics, "fid_network": network}, indent=2), sep="\n")
 
 
 if __name__ == "__main__":
