@@ -47,13 +47,13 @@ def read_jsonl(path: Path, task: str) -> list[Row]:
     if not path.is_file():
         sys.exit(f"The captions file {path} does not exist: give a JSONL file, emoji, emoji-held-out or coco-30k.")
     rows, needed = [], "image" if task == "reconstruct" else "caption"
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             sys.exit(f"{place}, is not JSON: {error}.")
         if not isinstance(entry, dict) or not isinstance(entry.get(needed), str) or not entry[needed].strip():
             sys.exit(f'{place}, has no {needed}: --task {task} needs {{"{needed}": "..."}} in every line.')

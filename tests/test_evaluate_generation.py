@@ -58,7 +58,7 @@ def captions(tmp_path):
 
     def write(*lines: dict | str) -> Path:
         text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-        (tmp_path / "captions.jsonl").write_text(text)
+        (tmp_path / "captions.jsonl").write_text(text, encoding="latin-1")
         return tmp_path / "captions.jsonl"
 
     return write
@@ -345,6 +345,7 @@ class TestBadInput:
             (['{"caption": "a"}', "a cat"], "line 2, is not JSON"),
             (['{"caption": "a"}', "", '{"text": "a cat"}'], 'line 3, has no caption: .*{"caption": "..."}'),
             (['["a cat"]'], "line 1, has no caption"),
+            (['{"caption": "a café"}'], "line 1, is not JSON: 'utf-8' codec"),
             (['{"caption": "  "}'], "line 1, has no caption"),
             (['{"caption": "a", "image": 3}'], "line 1: caption and image must be strings"),
             (['{"caption": "a", "image": "no.png"}'], "line 1: the image .*no.png does not exist"),
@@ -361,6 +362,11 @@ class TestBadInput:
     def test_no_file(self, evaluate, tmp_path):
         with pytest.raises(SystemExit, match="nowhere.jsonl does not exist"):
             evaluate("--captions", tmp_path / "nowhere.jsonl")
+
+    def test_batches_of_nothing(self, evaluate, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate("--batch-size", 0)
+        assert "--batch-size is 0, but must be at least 1" in capsys.readouterr().err
 
     def test_limit_of_nothing(self, evaluate):
         with pytest.raises(SystemExit, match=r"holds no captions \(--limit 0\)"):
