@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
@@ -22,7 +23,11 @@ from metamorph_hf import MetaMorphPipeline
 EMOJI = Path(__file__).parent / "emoji" / "checkpoint"
 
 
-def load_pipeline(path_or_repo: str) -> MetaMorphPipeline:
+def load_pipeline(
+    path_or_repo: str,
+    pipeline_class: type[DiffusionPipeline] = MetaMorphPipeline,
+    device: torch.device | str | None = None,
+) -> DiffusionPipeline:
     """Load a pipeline, or leave with a sentence that says what is wrong with the folder."""
     path = Path(path_or_repo)
     if path.exists() and not (path / "model_index.json").is_file():
@@ -30,10 +35,10 @@ def load_pipeline(path_or_repo: str) -> MetaMorphPipeline:
             f"{path} is no pipeline folder: it has no model_index.json. A MetaMorphPipeline folder holds model, "
             "processor, projector, unet, vae and scheduler, as pipeline.save_pretrained writes them."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        return MetaMorphPipeline.from_pretrained(path_or_repo, torch_dtype=dtype).to(device)
+        return pipeline_class.from_pretrained(path_or_repo, torch_dtype=dtype).to(device)
     # Hub, safetensors, JSON and torch each have their own way to say that files are missing or cut off.
     except Exception as error:
         sys.exit(

@@ -183,7 +183,8 @@ class TestAnswers:
         pipe = build(components)
         start = components["model"].config.image_start_token_id
         kwargs = {"suppress_tokens": [start]}
-        output = pipe("a dog", max_new_tokens=3, generation_kwargs=kwargs, output_type=output_type)
+        options = {"max_new_tokens": 3, "generation_kwargs": kwargs, "output_type": output_type}
+        output = pipe("a dog", generator=[seeded()], **options)
         assert output.image_counts == [0]
         assert (output.images if output_type == "pil" else output.images.shape) == empty
         (record,) = warnings_of_pipeline.records

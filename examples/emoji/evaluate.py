@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from emoji_pictures import encode_pictures, load_pictures
 from emoji_tasks import EmojiTasks
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 from transformers.image_transforms import to_pil_image
 
@@ -28,6 +27,10 @@ from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphPipeline, M
 
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+from evaluate_generation import contact_sheet, rank_among  # noqa: E402
+
+
 MAX_NEW_TOKENS = 24
 
 
@@ -92,11 +95,9 @@ def rank_of_answer(
     Returns:
         (records,) int64. An answer without a picture ranks last.
     """
-    similarity = F.normalize(drawn.flatten(1), dim=1) @ F.normalize(candidates.flatten(1), dim=1).T
     place = {picture: index for index, picture in enumerate(candidate_ids)}
     right = torch.tensor([place[record["answer"]] for record in records])
-    # Identical pictures have identical tokens up to rounding.
-    ranks = (similarity > similarity.gather(1, right[:, None]) + 1e-5).sum(1)
+    ranks = rank_among(drawn, candidates, right)
     return ranks.where(drawn.flatten(1).any(1), len(candidate_ids))
 
 
@@ -117,19 +118,6 @@ def paint(pipe: MetaMorphPipeline, visual_tokens: torch.Tensor, batch_size: int 
     for batch in tqdm(visual_tokens.split(batch_size), desc="painting"):
         images += pipe.decode_visual_tokens(batch, generator=generator)
     return images
-
-
-def contact_sheet(rows: list[tuple[str, Image.Image, Image.Image]], columns: int = 3) -> Image.Image:
-    """Cells of prompt, painted picture and real emoji."""
-    width, height = 300, 100
-    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (prompt, painted, real) in enumerate(rows):
-        x, y = index % columns * width + 8, index // columns * height + 4
-        pen.text((x, y), prompt if len(prompt) < 48 else prompt[:45] + "...", fill="black")
-        sheet.paste(painted.resize((76, 76)), (x, y + 16))
-        sheet.paste(real.resize((76, 76)), (x + 86, y + 16))
-    return sheet
 
 
 def main() -> None:

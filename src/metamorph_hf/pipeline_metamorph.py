@@ -603,8 +603,8 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         for index, (answer, count) in enumerate(zip(text, image_counts)):
             if count == 0:
                 logger.warning("Prompt %d was answered without a picture: %r", index, answer)
-        if isinstance(generator, list):  # per prompt so far
-            generator = [source for source, count in zip(generator, image_counts) for _ in range(count)]
+        if isinstance(generator, list):  # per prompt so far; `randn_tensor` takes no empty list
+            generator = [source for source, count in zip(generator, image_counts) for _ in range(count)] or None
 
         # 3. to 5. Prepare latents, denoise, decode
         images, flagged = self._paint(
