@@ -719,6 +719,21 @@ class TestLogSamples:
         for name, weight in states[0].items():
             assert torch.equal(weight, states[1][name]), name
 
+    @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+    def test_other_trackers(self, tmp_path, monkeypatch, tracker):
+        for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": "", "TRACKIO_DIR": "", "WANDB_SILENT": "1"}.items():
+            monkeypatch.setenv(name, value or str(tmp_path / "tracked"))
+        (tmp_path / "tracked").mkdir()
+        pytest.importorskip(tracker)
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
+        examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
+        trainer = build(pipe.model, pipe.processor, arguments(tmp_path / "run", report_to=tracker), examples)
+        options = {"max_new_tokens": 24, "paint_kwargs": {"num_inference_steps": 1}}
+        trainer.add_callback(LogSamplesCallback(trainer, ["a red apple"], 1, pipe, **options))
+        trainer.train()
+        tracked = {path.resolve() for path in (tmp_path / "tracked").rglob("*.png")}
+        assert [Image.open(path).size for path in tracked] == [(64, 64)]
+
     @pytest.mark.parametrize(("prompts", "every"), [([], 1), (["a cat"], 0)])
     def test_refused(self, tiny_processor, model, tmp_path, prompts, every):
         with pytest.raises(ValueError, match="at least one prompt"):

@@ -132,9 +132,10 @@ class LogSamplesCallback(TrainerCallback):
             if name in self.trainer.args.report_to:
                 tracker = importlib.import_module(name)
                 table = pd.DataFrame(records).drop(columns="images")
-                images = [tracker.Image(image) for row in pictures for image in row]
                 logged = {"samples": tracker.Table(dataframe=table), "train/global_step": step}
-                tracker.log(logged | ({"pictures": images} if images else {}))
+                for place, images in enumerate(pictures):  # each by itself, since trackio drops lists of pictures
+                    logged |= {f"samples/{place}-{n}": tracker.Image(image) for n, image in enumerate(images)}
+                tracker.log(logged)
 
     @staticmethod
     def _text_of(conversation: list[dict[str, Any]]) -> str:
