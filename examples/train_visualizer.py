@@ -45,7 +45,7 @@ class Painter(nn.Module):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, visual_tokens: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
         """Noisy latents (I, C, h, w), visual tokens (I, N, V) and a mask (I,) of those that are not dropped."""
-        states = self.projector(visual_tokens) * kept.view(-1, 1, 1)  # dropped ones are the pipeline's zeros
+        states = self.projector(visual_tokens, kept)
         return self.unet(noisy, timesteps, encoder_hidden_states=states).sample
 
 
@@ -165,7 +165,12 @@ def build(args: argparse.Namespace) -> MetaMorphPipeline:
             num_image_tokens=model.config.num_image_tokens,
             sequence_length=padded,
             num_queries=None if args.projector_type == "mlp" else padded or model.config.num_image_tokens,
+            learned_unconditional=args.learned_unconditional,
         )
+    elif args.learned_unconditional and not projector.config.learned_unconditional:
+        trained = projector.state_dict()
+        projector = VisualTokenProjector.from_config(projector.config, learned_unconditional=True)
+        projector.load_state_dict({"unconditional": projector.unconditional, **trained})
     return MetaMorphPipeline(
         model=model,
         processor=processor,
@@ -225,6 +230,11 @@ def parse_args() -> argparse.Namespace:
         default=0.7,
         help="share of pictures painted from nothing (default: 0.7). The authors advise more than 0.7: the U-Net must "
         "unlearn text, and guidance needs a good unconditional prediction",
+    )
+    parser.add_argument(
+        "--learned-unconditional",
+        action="store_true",
+        help="learn what the U-Net attends to for those pictures, instead of zeros",
     )
     parser.add_argument("--noise-offset", type=float, default=0.0)
     parser.add_argument("--snr-gamma", type=float, help="min-SNR weighting; 5 is usual (default: none)")
@@ -329,7 +339,7 @@ def main() -> None:
                     clean = clean * pipe.vae.config.scaling_factor
                     tokens = batch.get("visual_tokens")
                     tokens = pipe.model.get_visual_tokens(batch["pixel_values"]) if tokens is None else tokens
-                kept = (torch.rand(len(clean), generator=generator) >= args.conditioning_dropout).to(clean)
+                kept = (torch.rand(len(clean), generator=generator) >= args.conditioning_dropout).to(clean.device)
                 loss = diffusion_loss(
                     partial(painter, visual_tokens=tokens.float(), kept=kept),
                     noise_scheduler,

@@ -20,7 +20,9 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -253,6 +255,16 @@ class TestPainting:
         torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
         assert not torch.allclose(together[0], together[1])
 
+    def test_a_generator_per_picture(self, pipe):
+        """diffusers' convention; with one per prompt, a prompt's pictures take theirs from it in turn."""
+        prompts, options = ["a dog", "a cat"], {"num_images_per_prompt": 2, "output_type": "pt"}
+        four = pipe(prompts, generator=[seeded(n) for n in range(4)], **options).images
+        for prompt, place in (("a dog", 0), ("a cat", 3)):
+            alone = pipe(prompt, generator=seeded(place), output_type="pt").images
+            torch.testing.assert_close(four[place : place + 1], alone, atol=1e-5, rtol=0)
+        two = pipe(prompts, generator=[seeded(0), seeded(2)], **options).images
+        torch.testing.assert_close(two[::2], four[::2], atol=1e-5, rtol=0)
+
     def test_same_seed_same_picture(self, pipe):
         first, second, other = (pipe("a dog", generator=seeded(s), output_type="np").images for s in (0, 0, 1))
         np.testing.assert_array_equal(first, second)
@@ -318,6 +330,19 @@ class TestPainting:
         same = pipe.decode_visual_tokens(tokens, guidance_scale=1.0, generator=seeded(), **options)
         torch.testing.assert_close(away[1], same[1], rtol=1e-4, atol=1e-5)  # away from itself leads nowhere
 
+    def test_learned_unconditional_states(self, pipe, components):
+        """Guidance goes away from them, as it would from negative tokens that the projector maps there."""
+        learned = VisualTokenProjector.from_config(components["projector"].config, learned_unconditional=True)
+        weights = components["projector"].state_dict()
+        tokens, away = torch.randn(2, 4, 16), torch.randn(4, 16)
+        options = {"generator": seeded(), "output_type": "pt"}
+        with torch.no_grad():
+            learned.load_state_dict({**weights, "unconditional": components["projector"](away[None])[0]})
+        expected = pipe.decode_visual_tokens(tokens, negative_visual_tokens=away, **options)
+        components["projector"] = learned
+        options["generator"] = seeded()
+        torch.testing.assert_close(build(components).decode_visual_tokens(tokens, **options), expected)
+
     def test_reconstruct(self, pipe, tiny_images):
         pixels = pipe.processor.image_processor(tiny_images[:2], return_tensors="pt")["pixel_values"]
         tokens = pipe.model.get_visual_tokens(pixels)
@@ -365,7 +390,16 @@ class TestPainting:
             ({"height": 7}, "`height` is 7, but must be a multiple of 2"),
             ({"latents": torch.zeros(1, 3, 5, 5)}, r"shape \(1, 3, 5, 5\), expected \(2, 3, 4, 4\)"),
             ({"negative_visual_tokens": torch.zeros(3, 4, 16)}, "2 images but 3 negative ones"),
-            ({"generator": [seeded()]}, "2 images but 1 generators"),
+            ({"generator": [seeded()]}, "Got 2 images but 1 generators: pass one generator for each of the images."),
+            (
+                {"generator": [seeded()] * 3, "num_images_per_prompt": 2},
+                "2 images but 3 generators: .* of the images, or one for each of their 2 pictures",
+            ),
+            ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
+            ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be at least 1"),
+            ({"batch_size": -1}, "`batch_size` is -1, but must be at least 1"),
+            ({"guidance_scale": []}, "`guidance_scale` is an empty list"),
+            ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
             ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
         ],
@@ -403,6 +437,31 @@ class TestPainting:
         pipe.unet.to(torch.bfloat16)
         pipe.vae.to(torch.bfloat16)
         assert pipe("a dog").images[0].size == (8, 8)
+        pipe.to(torch.float16)
+        assert np.isfinite(pipe("a dog", output_type="np").images).all()
+
+    def test_lora(self, pipe, tmp_path):
+        """One of Stable Diffusion's, whose layers of the text encoder have no place here."""
+        tokens, options = torch.randn(1, 4, 16), {"output_type": "pt"}
+        plain = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
+        pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        with_lora = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
+        layers = {f"unet.{name}": value for name, value in get_peft_model_state_dict(pipe.unet).items()}
+        layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 8)
+        save_file(layers, tmp_path / "pytorch_lora_weights.safetensors")
+        pipe.unload_lora_weights()
+
+        pipe.load_lora_weights(tmp_path)
+        assert not torch.allclose(with_lora, plain)
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
+        options["cross_attention_kwargs"] = {"scale": 0.0}
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), plain)
+
+    def test_decodes_in_the_same_chunks(self, pipe, monkeypatch):
+        batches, decode = [], pipe.vae.decode
+        monkeypatch.setattr(pipe.vae, "decode", lambda z, **kwargs: batches.append(len(z)) or decode(z, **kwargs))
+        assert len(pipe.decode_visual_tokens(torch.randn(5, 4, 16), batch_size=2)) == 5
+        assert batches == [2, 2, 1]
 
 
 class TestErrors:
@@ -418,6 +477,8 @@ class TestErrors:
             ({"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}, "`image` goes with `prompt`"),
             ({"prompt": ["a", "b"], "image": ["x.png"]}, "Got 2 prompts but 1 entries in `image`"),
             ({"prompt": ["a", "b"], "generator": [seeded()]}, "Got 2 prompts but 1 generators"),
+            ({"prompt": "a dog", "generator": []}, "Got 1 prompts but 0 generators"),
+            ({"prompt": "a dog", "num_inference_steps": 0}, "`num_inference_steps` is 0"),
             ({"prompt": "a dog", "output_type": "jpg"}, "must be one of pil, np, pt, latent"),
             (
                 {"prompt": "a dog", "callback_on_step_end_tensor_inputs": ["noise"]},
@@ -428,10 +489,6 @@ class TestErrors:
     def test_inputs_are_checked_before_anything_runs(self, components, kwargs, message):
         with pytest.raises(ValueError, match=message):
             build(components)(**kwargs)
-
-    def test_one_generator_per_image(self, pipe):
-        with pytest.raises(ValueError, match="Got 3 images but 2 generators"):
-            pipe.decode_visual_tokens(torch.randn(3, 4, 16), generator=[seeded(), seeded()])
 
     @pytest.mark.parametrize(
         ("part", "change", "reason"),
@@ -511,10 +568,32 @@ class TestSaving:
         assert images[0].shape == (2, 3, 8, 8)
         assert torch.equal(*images)
 
-    def test_loads_in_half_precision(self, components, tmp_path):
+    def test_optional_components_stay_absent(self, pipe, tmp_path):
+        """As in diffusers' own test: what a pipeline calls optional, it answers without."""
+        for name in pipe._optional_components:
+            setattr(pipe, name, None)
+        expected = pipe("a dog", generator=seeded(), output_type="pt").images
+        pipe.save_pretrained(tmp_path)
+        again = MetaMorphPipeline.from_pretrained(tmp_path)
+        assert again.safety_checker is None and again.feature_extractor is None
+        assert torch.equal(again("a dog", generator=seeded(), output_type="pt").images, expected)
+
+    @pytest.mark.parametrize("loader", [MetaMorphPipeline, DiffusionPipeline])
+    def test_without_a_model_it_paints(self, components, tmp_path, loader):
+        components |= {"model": None, "processor": None}
+        tokens, pipe = torch.randn(1, 4, 16), build(components)
+        pipe.save_pretrained(tmp_path)
+        again = loader.from_pretrained(tmp_path)
+        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
+        assert torch.equal(*images)
+        with pytest.raises(ValueError, match="it can only paint: use `decode_visual_tokens`"):
+            again("a dog")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_loads_in_half_precision(self, components, tmp_path, dtype):
         build(components).save_pretrained(tmp_path)
-        pipe = MetaMorphPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-        assert {c.dtype for c in (pipe.model, pipe.projector, pipe.unet, pipe.vae)} == {torch.bfloat16}
+        pipe = MetaMorphPipeline.from_pretrained(tmp_path, dtype=dtype)
+        assert {c.dtype for c in (pipe.model, pipe.projector, pipe.unet, pipe.vae)} == {dtype}
         pipe.set_progress_bar_config(disable=True)
         assert len(pipe("a dog", max_new_tokens=4).text) == 1
 
