@@ -393,8 +393,26 @@ def main() -> None:
             pipe.unet.unload_lora()
         pipe.unet.requires_grad_(False)
         pipe.save_pretrained(args.output)
+        save_card(pipe, shown, args)
         print(f"saved {args.output}, loss {json.dumps(math.floor(1e4 * loss.item()) / 1e4)}")
     accelerator.end_training()
+
+
+def save_card(pipe: MetaMorphPipeline, pictures: list[PIL.Image.Image], args: argparse.Namespace) -> None:
+    """README.md in the pipeline's folder: how it was trained, and what it makes of pictures."""
+    grid = ""
+    if pictures:
+        validate(pipe, pictures, args).save(args.output / "reconstructions.png")
+        scales = ", ".join(f"{scale:g}" for scale in args.guidance_scales)
+        grid = (
+            f"![reconstructions](reconstructions.png)\n\n*Originals, and reconstructions with guidance {scales}.*\n\n"
+        )
+    told = ("unet", "steps", "batch_size", "accumulation", "learning_rate", "conditioning_dropout", "seed")
+    rows = [f"| {name.replace('_', ' ')} | {getattr(args, name)} |" for name in told]
+    description = grid + "\n".join(["## Training", "", "| what | value |", "|---|---|", *rows])
+    # A folder of this machine is nobody's business.
+    base = None if Path(args.base).exists() else args.base
+    pipe.create_model_card(args.output.name, description, base).save(args.output / "README.md")
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int) -> None:

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -20,6 +22,8 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -629,6 +633,60 @@ class TestSaving:
 
     def test_class_is_known_to_diffusers(self):
         assert diffusers.MetaMorphPipeline is MetaMorphPipeline
+
+
+class TestModelCard:
+    @pytest.fixture
+    def hub(self, monkeypatch):
+        """What the Hub's API was given, file by file; `hub.card` is the one that lies there."""
+        hub = SimpleNamespace(card=None, files={})
+
+        def upload(folder_path, **kwargs):
+            hub.files = {str(p.relative_to(folder_path)): p for p in Path(folder_path).rglob("*") if p.is_file()}
+            hub.readme = (Path(folder_path) / "README.md").read_text()
+
+        def download(*args, **kwargs):
+            if hub.card is None:
+                raise EntryNotFoundError("no README.md")
+            return hub.card
+
+        for module in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
+            monkeypatch.setattr(f"{module}.create_repo", lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+        monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
+        monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", download)
+        monkeypatch.setattr(HfApi, "file_exists", lambda api, *args, **kwargs: hub.card is not None)
+        return hub
+
+    @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+    def test_push(self, pipe, hub, tmp_path, how):
+        if how == "push_to_hub":
+            pipe.push_to_hub("me/tiny-pipeline")
+        else:
+            pipe.save_pretrained(str(tmp_path / "tiny-pipeline"), push_to_hub=True, repo_id="me/tiny-pipeline")
+        assert {"model_index.json", "pipeline_metamorph.py", "unet/config.json"} <= hub.files.keys()
+        card = ModelCard(hub.readme)
+        assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
+        assert "paints 4 visual\ntokens an image, 16 wide, in 8 x 8 pixels" in card.text
+
+    def test_its_code_runs(self, pipe, hub, tmp_path):
+        pipe.save_pretrained(tmp_path)
+        code = pipe.create_model_card(str(tmp_path)).text.split("```python\n")[1].split("```")[0]
+        found = {}
+        exec(f"{code}\nimage = {code.splitlines()[-1]}", found)
+        assert found["image"].size == (8, 8)
+
+    def test_card_and_pictures_of_the_folder_go_along(self, pipe, hub, tmp_path, tiny_images):
+        pipe.save_pretrained(tmp_path)
+        pipe.create_model_card("mine", "![grid](grid.png)").save(tmp_path / "README.md")
+        tiny_images[0].save(tmp_path / "grid.png")
+        MetaMorphPipeline.from_pretrained(tmp_path).push_to_hub("me/tiny-pipeline")
+        assert "![grid](grid.png)" in hub.readme and "grid.png" in hub.files
+
+    def test_card_on_the_hub_is_kept(self, pipe, hub, tmp_path):
+        hub.card = tmp_path / "card.md"
+        hub.card.write_text("---\nlicense: mit\n---\n# Mine\n")
+        pipe.push_to_hub("me/tiny-pipeline")
+        assert ModelCard(hub.readme).data.license == "mit" and "# Mine" in hub.readme
 
 
 class TestOffloading:

@@ -5,6 +5,7 @@ Shapes: B prompts, I generated images of all prompts together, N visual tokens p
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -40,6 +42,29 @@ OWN_MODULES = (
     "processing_metamorph",
     "visual_token_projector",
 )
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: {does}, and a latent diffusion U-Net paints {tokens} visual
+tokens an image, {width} wide, in {height} x {across} pixels.
+
+{description}
+
+## How to use it
+
+With the package `metamorph_hf` installed:
+
+```python
+from metamorph_hf import MetaMorphPipeline
+
+pipe = MetaMorphPipeline.from_pretrained("{name}")
+{call}
+```
+"""
 
 Conversation = list[dict]
 
@@ -189,6 +214,54 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
                 custom_object_save(part, folder if part is self else folder / name)
                 index[name] = [module, type(part).__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def create_model_card(self, name: str, description: str = "", base_model: str | None = None) -> ModelCard:
+        """
+        The card that `push_to_hub` writes where there is none.
+
+        Args:
+            name (`str`): What users load the pipeline by, such as `"user/pipeline"`.
+            description (`str`, *optional*): Markdown, such as facts of training and pictures.
+            base_model (`str`, *optional*): The Hub's name of the pipeline whose U-Net this was.
+        """
+        tags = ["metamorph", "text-to-image", "diffusers"]
+        metadata = ModelCardData(
+            library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model
+        )
+        does, call = "a language model writes text and visual tokens", 'pipe("a red apple").images[0]'
+        if self.model is None:
+            does = "a model of your own writes visual tokens"
+            call = "pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate"
+        size = self.unet.config.sample_size
+        height, across = (self.vae_scale_factor * side for side in ((size, size) if isinstance(size, int) else size))
+        config = self.projector.config
+        return ModelCard(
+            CARD.format(
+                metadata=metadata.to_yaml(),
+                title=Path(name).name,
+                does=does,
+                tokens=config.num_image_tokens or "any number of",
+                width=config.visual_token_dim,
+                height=height,
+                across=across,
+                description=description,
+                name=name,
+                call=call,
+            )
+        )
+
+    def _upload_folder(self, working_dir, repo_id, **kwargs):
+        # Both ways to push pass here, with a card of diffusers' making where the repository had none.
+        if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            # Where it was loaded from: a folder, a name on the Hub, or nowhere.
+            target, source = Path(working_dir), Path(self.config.get("_name_or_path") or "nowhere")
+            if (source / "README.md").is_file() and source.resolve() != target.resolve():
+                shutil.copy(source / "README.md", target)  # the folder's own, with its pictures
+                for picture in source.glob("*.png"):
+                    shutil.copy(picture, target)
+            else:
+                self.create_model_card(repo_id).save(target / "README.md")
+        return super()._upload_folder(working_dir, repo_id, **kwargs)
 
     @property
     def guidance_scale(self) -> float | list[float]:
