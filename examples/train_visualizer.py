@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Array2D, Dataset, Features, load_dataset
+from datasets import Array2D, Dataset, Features, Image, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -90,17 +90,27 @@ def diffusion_loss(
     return loss.mean()
 
 
-def open_pictures(path: str, split: str, column: str) -> Dataset:
-    """A folder of pictures, a parquet file, or a dataset of the Hub, with its pictures in the column `image`."""
-    if Path(path).is_dir():
+def open_pictures(path: str, split: str, column: str | None) -> Dataset:
+    """A folder of pictures, a parquet file, a webdataset's tar files, or a dataset of the Hub: its column `image`."""
+    if path.endswith(".tar") or next(Path(path).glob("*.tar"), None) is not None:
+        files = path if path.endswith(".tar") else f"{path}/*.tar"
+        dataset = load_dataset("webdataset", data_files=files, split=split)
+    elif Path(path).is_dir():
         dataset = load_dataset("imagefolder", data_dir=path, split=split)
     elif Path(path).is_file():
         dataset = load_dataset("parquet", data_files=path, split=split)
     else:
         dataset = load_dataset(path, split=split)
+    pictures = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    if column is None and len(pictures) == 1:
+        (column,) = pictures  # a webdataset's is named after the files' ending
+    column = column or "image"
     if column not in dataset.column_names:
-        raise SystemExit(f"{path} has no column {column}: name one of {', '.join(dataset.column_names)}.")
-    return dataset.select_columns([column]).rename_column(column, "image") if column != "image" else dataset
+        raise SystemExit(
+            f"{path} has no column {column}: name one of {', '.join(dataset.column_names)} with --image-column."
+        )
+    dataset = dataset.select_columns([column])
+    return dataset.rename_column(column, "image") if column != "image" else dataset
 
 
 def to_pixels(image: PIL.Image.Image, size: int) -> torch.Tensor:
@@ -167,7 +177,7 @@ def build(args: argparse.Namespace) -> MetaMorphPipeline:
             num_queries=None if args.projector_type == "mlp" else padded or model.config.num_image_tokens,
             learned_unconditional=args.learned_unconditional,
         )
-    elif args.learned_unconditional and not projector.config.learned_unconditional:
+    elif args.learned_unconditional and projector.unconditional is None:
         trained = projector.state_dict()
         projector = VisualTokenProjector.from_config(projector.config, learned_unconditional=True)
         projector.load_state_dict({"unconditional": projector.unconditional, **trained})
@@ -204,9 +214,12 @@ def validate(pipe: MetaMorphPipeline, pictures: list[PIL.Image.Image], args: arg
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", help="folder of pictures, parquet file, or dataset of the Hub")
+    parser.add_argument(
+        "pictures",
+        help="folder of pictures, parquet file, webdataset (a tar or a folder of them), or Hub dataset",
+    )
     parser.add_argument("--split", default="train", help="of a dataset (default: train)")
-    parser.add_argument("--image-column", default="image", help="of a dataset (default: image)")
+    parser.add_argument("--image-column", help="of a dataset (default: the one with pictures, or image)")
     parser.add_argument("--model", required=True, help="MetaMorph whose vision tower sees the pictures")
     parser.add_argument("--base", required=True, help="pipeline with a U-Net, such as Stable Diffusion 1.5")
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and the pipeline")
@@ -404,9 +417,8 @@ def save_card(pipe: MetaMorphPipeline, pictures: list[PIL.Image.Image], args: ar
     if pictures:
         validate(pipe, pictures, args).save(args.output / "reconstructions.png")
         scales = ", ".join(f"{scale:g}" for scale in args.guidance_scales)
-        grid = (
-            f"![reconstructions](reconstructions.png)\n\n*Originals, and reconstructions with guidance {scales}.*\n\n"
-        )
+        grid = "![reconstructions](reconstructions.png)\n\n"
+        grid += f"*Originals, and reconstructions with guidance {scales}.*\n\n"
     told = ("unet", "steps", "batch_size", "accumulation", "learning_rate", "conditioning_dropout", "seed")
     rows = [f"| {name.replace('_', ' ')} | {getattr(args, name)} |" for name in told]
     description = grid + "\n".join(["## Training", "", "| what | value |", "|---|---|", *rows])

@@ -253,12 +253,11 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
     def _upload_folder(self, working_dir, repo_id, **kwargs):
         # Both ways to push pass here, with a card of diffusers' making where the repository had none.
         if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
-            # Where it was loaded from: a folder, a name on the Hub, or nowhere.
-            target, source = Path(working_dir), Path(self.config.get("_name_or_path") or "nowhere")
-            if (source / "README.md").is_file() and source.resolve() != target.resolve():
-                shutil.copy(source / "README.md", target)  # the folder's own, with its pictures
-                for picture in source.glob("*.png"):
-                    shutil.copy(picture, target)
+            target, source = Path(working_dir), self.config.get("_name_or_path")
+            own = source is not None and Path(source).resolve() != target.resolve()
+            if own and (Path(source) / "README.md").is_file():  # of the folder it was loaded from, with its pictures
+                for file in (Path(source) / "README.md", *Path(source).glob("*.png")):
+                    shutil.copy(file, target)
             else:
                 self.create_model_card(repo_id).save(target / "README.md")
         return super()._upload_folder(working_dir, repo_id, **kwargs)
