@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -406,6 +407,8 @@ class TestPainting:
             ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
             ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
+            ({"visual_tokens": torch.zeros(4, 16)}, r"\(images, 4, 16\), but got \(4, 16\)"),
+            ({"sigmas": [1.0, 0.5]}, "DDIMScheduler takes no sigmas of yours"),
         ],
     )
     def test_bad_input(self, pipe, options, reason):
@@ -548,6 +551,25 @@ class TestSaving:
         tokens = torch.randn(1, 4, 16)
         images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
         assert torch.equal(*images)
+
+    def test_missing_component_folders(self, components, tmp_path):
+        build(components).save_pretrained(tmp_path)
+        shutil.rmtree(tmp_path / "unet")
+        shutil.rmtree(tmp_path / "scheduler")
+        with pytest.raises(FileNotFoundError, match="lacks the folders scheduler, unet named in its model_index.json"):
+            MetaMorphPipeline.from_pretrained(tmp_path)
+        given = {name: components[name] for name in ("unet", "scheduler")}
+        assert MetaMorphPipeline.from_pretrained(tmp_path, **given).unet is components["unet"]
+
+    def test_same_seed_same_picture_after_saving(self, pipe, tmp_path):
+        """In a batch or alone, before or after."""
+        pipe.save_pretrained(tmp_path)
+        again = MetaMorphPipeline.from_pretrained(tmp_path)
+        prompts, generators = ["a dog", "a cat"], [seeded(1), seeded(2)]
+        together = pipe(prompts, generator=generators, output_type="pt").images
+        alone = again("a cat", generator=seeded(2), output_type="pt").images
+        torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
+        assert torch.equal(pipe("a cat", generator=seeded(2), output_type="pt").images, alone)
 
     def test_small_visualizer(self, components, tmp_path):
         """The parts of the emoji checkpoint: a linear VAE, and a U-Net that needs the tokens as an unpadded grid."""

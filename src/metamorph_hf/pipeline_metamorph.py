@@ -203,6 +203,30 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
                     "together."
                 )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MetaMorphPipeline":
+        """
+        As of every diffusers pipeline.
+
+        Raises:
+            FileNotFoundError: if a folder lacks one of the components that its `model_index.json` names.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        index = folder / cls.config_name
+        if index.is_file():
+            parts = {name: value for name, value in json.loads(index.read_text()).items() if name[0] != "_"}
+            missing = [
+                name
+                for name, value in parts.items()
+                if isinstance(value, list) and value[0] and name not in kwargs and not (folder / name).is_dir()
+            ]
+            if missing:
+                raise FileNotFoundError(
+                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: copy it whole, "
+                    f"or pass what is missing ({missing[0]}=...)."
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def save_config(self, save_directory, **kwargs) -> None:
         """Writes `model_index.json`, and beside it and the components the code that `trust_remote_code` needs."""
         super().save_config(save_directory, **kwargs)
