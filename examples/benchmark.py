@@ -1,6 +1,7 @@
 """Measure generation against the bare language model and against decoding as the released code does it.
 
     python examples/benchmark.py                    # a small model, about three minutes on 2 CPU cores
+    python examples/benchmark.py --pipeline         # the pipeline instead, against Stable Diffusion's; a minute
     python examples/benchmark.py --hidden 1024 --layers 16 --device cuda --dtype bfloat16 --compile --json result.json
 
 All weights are random: speed does not depend on what they say. Ratios are of things timed in this process, in turns
@@ -82,8 +83,8 @@ def released_loop_step(model: MetaMorphForConditionalGeneration, embeds: torch.T
 class Timer:
     """Times things in turns."""
 
-    def __init__(self, device: str, repeats: int):
-        self.device, self.repeats = device, repeats
+    def __init__(self, device: str, repeats: int, clock: Callable[[], float] = time.perf_counter):
+        self.device, self.repeats, self.clock = device, repeats, clock
 
     def __call__(self, *runs: Callable[[], object]) -> list[float]:
         """The median seconds of each."""
@@ -93,10 +94,10 @@ class Timer:
         for _ in range(self.repeats):
             for run, seconds in zip(runs, times):
                 self.wait()
-                start = time.perf_counter()
+                start = self.clock()
                 run()
                 self.wait()
-                seconds.append(time.perf_counter() - start)
+                seconds.append(self.clock() - start)
         return [statistics.median(seconds) for seconds in times]
 
     def wait(self) -> None:
@@ -206,6 +207,114 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return results
 
 
+PROMPTS = [
+    f"a {colour} {thing}" for colour in ("red", "blue", "tiny", "huge") for thing in ("cat", "dog", "car", "hat")
+]
+
+
+def build_pipeline(args: argparse.Namespace, widths: tuple[int, int], latent_size: int):
+    """Of random weights, with a language model of hidden 64; `widths` are those of the U-Net's blocks."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    from metamorph_hf import MetaMorphPipeline, MetaMorphProcessor, VisualTokenProjector
+
+    processor = MetaMorphProcessor.from_pretrained(Path(__file__).parent / "emoji" / "checkpoint" / "processor")
+    tokenizer = processor.tokenizer
+    size = processor.image_processor.size["height"]
+    start, end, image = (
+        tokenizer.convert_tokens_to_ids(token) for token in ("<image_start>", "<image_end>", processor.image_token)
+    )
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision_config = SiglipVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=size // 8,
+        vision_use_head=False,
+    )
+    model = MetaMorphForConditionalGeneration(
+        MetaMorphConfig(
+            text_config=text_config,
+            vision_config=vision_config,
+            num_image_tokens=processor.num_image_tokens,
+            image_token_id=image,
+            image_start_token_id=start,
+            image_end_token_id=end,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=latent_size,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=widths,
+        norm_num_groups=8,
+        attention_head_dim=2,
+        cross_attention_dim=64,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+    )
+    projector = VisualTokenProjector(
+        visual_token_dim=64, cross_attention_dim=64, hidden_dim=64, num_image_tokens=processor.num_image_tokens
+    )
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = MetaMorphPipeline(model.eval(), processor, projector.eval(), unet.eval(), vae.eval(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(args.device, None if args.dtype == "float32" else DTYPES[args.dtype])
+
+
+@torch.no_grad()
+def measure_pipeline(args: argparse.Namespace) -> dict[str, float]:
+    from diffusers import StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    timer = Timer(args.device, args.repeats, time.process_time if args.cpu_time else time.perf_counter)
+    steps, results = args.painting_steps, {}
+    progress = tqdm(total=3, desc="benchmark")
+
+    pipe = build_pipeline(args, widths=(64, 128), latent_size=16)
+    stable = StableDiffusionPipeline(
+        **{name: getattr(pipe, name) for name in ("unet", "vae", "scheduler")},
+        **{name: None for name in ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")},
+        requires_safety_checker=False,
+    )
+    stable.set_progress_bar_config(disable=True)
+    for guidance in (1.0, 7.5):
+        tokens = torch.randn(4, pipe.projector.config.num_image_tokens, 64).to(args.device, pipe.dtype)
+        states = pipe.projector(tokens)
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+        embeds = {"prompt_embeds": states, "negative_prompt_embeds": torch.zeros_like(states)}
+        ours, theirs = timer(
+            lambda t=tokens, o=options: pipe.decode_visual_tokens(t, **o),
+            lambda e=embeds, o=options: stable(**e, **o),
+        )
+        results[f"painting 4 pictures / StableDiffusionPipeline, guidance {guidance}"] = ours / theirs
+        progress.update()
+
+    pipe = build_pipeline(args, widths=(16, 32), latent_size=8)
+    options = {"num_inference_steps": steps, "generation_kwargs": {"force_image": True, "max_images": 1}}
+    options["max_new_tokens"] = pipe.processor.num_image_tokens
+    together, alone = timer(lambda: pipe(PROMPTS, **options), lambda: [pipe(prompt, **options) for prompt in PROMPTS])
+    results["16 prompts in one call / in 16 calls"] = together / alone
+    progress.update()
+    progress.close()
+    return results
+
+
 def maximum_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -220,6 +329,13 @@ def main() -> None:
     parser.add_argument("--tower-layers", type=int, default=4, help="its layers (default: 4)")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 2048], help="lengths (default: 128 2048)")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 16], help="in a prompt (default: 1 16)")
+    parser.add_argument("--pipeline", action="store_true", help="measure MetaMorphPipeline, instead of all the above")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="with --pipeline: count this process' time on the CPU, for a busy machine; set OMP_NUM_THREADS=1",
+    )
+    parser.add_argument("--painting-steps", type=int, default=10, help="with --pipeline (default: 10)")
     parser.add_argument("--repeats", type=int, default=3, help="times each thing is timed (default: 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -231,7 +347,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda was asked for, but torch sees no GPU here.")
 
-    results = measure(args)
+    results = measure_pipeline(args) if args.pipeline else measure(args)
     for name, value in results.items():
         print(f"{name:<62} {value:10.3f}")
     measured = {"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}

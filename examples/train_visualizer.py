@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Array2D, Dataset, Features, load_dataset
+from datasets import Array2D, Dataset, Features, Image, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -45,7 +45,7 @@ class Painter(nn.Module):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, visual_tokens: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
         """Noisy latents (I, C, h, w), visual tokens (I, N, V) and a mask (I,) of those that are not dropped."""
-        states = self.projector(visual_tokens) * kept.view(-1, 1, 1)  # dropped ones are the pipeline's zeros
+        states = self.projector(visual_tokens, kept)
         return self.unet(noisy, timesteps, encoder_hidden_states=states).sample
 
 
@@ -90,17 +90,27 @@ def diffusion_loss(
     return loss.mean()
 
 
-def open_pictures(path: str, split: str, column: str) -> Dataset:
-    """A folder of pictures, a parquet file, or a dataset of the Hub, with its pictures in the column `image`."""
-    if Path(path).is_dir():
+def open_pictures(path: str, split: str, column: str | None) -> Dataset:
+    """A folder of pictures, a parquet file, a webdataset's tar files, or a dataset of the Hub: its column `image`."""
+    if path.endswith(".tar") or next(Path(path).glob("*.tar"), None) is not None:
+        files = path if path.endswith(".tar") else f"{path}/*.tar"
+        dataset = load_dataset("webdataset", data_files=files, split=split)
+    elif Path(path).is_dir():
         dataset = load_dataset("imagefolder", data_dir=path, split=split)
     elif Path(path).is_file():
         dataset = load_dataset("parquet", data_files=path, split=split)
     else:
         dataset = load_dataset(path, split=split)
+    pictures = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    if column is None and len(pictures) == 1:
+        (column,) = pictures  # a webdataset's is named after the files' ending
+    column = column or "image"
     if column not in dataset.column_names:
-        raise SystemExit(f"{path} has no column {column}: name one of {', '.join(dataset.column_names)}.")
-    return dataset.select_columns([column]).rename_column(column, "image") if column != "image" else dataset
+        raise SystemExit(
+            f"{path} has no column {column}: name one of {', '.join(dataset.column_names)} with --image-column."
+        )
+    dataset = dataset.select_columns([column])
+    return dataset.rename_column(column, "image") if column != "image" else dataset
 
 
 def to_pixels(image: PIL.Image.Image, size: int) -> torch.Tensor:
@@ -165,7 +175,12 @@ def build(args: argparse.Namespace) -> MetaMorphPipeline:
             num_image_tokens=model.config.num_image_tokens,
             sequence_length=padded,
             num_queries=None if args.projector_type == "mlp" else padded or model.config.num_image_tokens,
+            learned_unconditional=args.learned_unconditional,
         )
+    elif args.learned_unconditional and projector.unconditional is None:
+        trained = projector.state_dict()
+        projector = VisualTokenProjector.from_config(projector.config, learned_unconditional=True)
+        projector.load_state_dict({"unconditional": projector.unconditional, **trained})
     return MetaMorphPipeline(
         model=model,
         processor=processor,
@@ -199,9 +214,12 @@ def validate(pipe: MetaMorphPipeline, pictures: list[PIL.Image.Image], args: arg
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", help="folder of pictures, parquet file, or dataset of the Hub")
+    parser.add_argument(
+        "pictures",
+        help="folder of pictures, parquet file, webdataset (a tar or a folder of them), or Hub dataset",
+    )
     parser.add_argument("--split", default="train", help="of a dataset (default: train)")
-    parser.add_argument("--image-column", default="image", help="of a dataset (default: image)")
+    parser.add_argument("--image-column", help="of a dataset (default: the one with pictures, or image)")
     parser.add_argument("--model", required=True, help="MetaMorph whose vision tower sees the pictures")
     parser.add_argument("--base", required=True, help="pipeline with a U-Net, such as Stable Diffusion 1.5")
     parser.add_argument("--output", required=True, type=Path, help="folder for checkpoints and the pipeline")
@@ -225,6 +243,11 @@ def parse_args() -> argparse.Namespace:
         default=0.7,
         help="share of pictures painted from nothing (default: 0.7). The authors advise more than 0.7: the U-Net must "
         "unlearn text, and guidance needs a good unconditional prediction",
+    )
+    parser.add_argument(
+        "--learned-unconditional",
+        action="store_true",
+        help="learn what the U-Net attends to for those pictures, instead of zeros",
     )
     parser.add_argument("--noise-offset", type=float, default=0.0)
     parser.add_argument("--snr-gamma", type=float, help="min-SNR weighting; 5 is usual (default: none)")
@@ -329,7 +352,7 @@ def main() -> None:
                     clean = clean * pipe.vae.config.scaling_factor
                     tokens = batch.get("visual_tokens")
                     tokens = pipe.model.get_visual_tokens(batch["pixel_values"]) if tokens is None else tokens
-                kept = (torch.rand(len(clean), generator=generator) >= args.conditioning_dropout).to(clean)
+                kept = (torch.rand(len(clean), generator=generator) >= args.conditioning_dropout).to(clean.device)
                 loss = diffusion_loss(
                     partial(painter, visual_tokens=tokens.float(), kept=kept),
                     noise_scheduler,
@@ -383,8 +406,25 @@ def main() -> None:
             pipe.unet.unload_lora()
         pipe.unet.requires_grad_(False)
         pipe.save_pretrained(args.output)
+        save_card(pipe, shown, args)
         print(f"saved {args.output}, loss {json.dumps(math.floor(1e4 * loss.item()) / 1e4)}")
     accelerator.end_training()
+
+
+def save_card(pipe: MetaMorphPipeline, pictures: list[PIL.Image.Image], args: argparse.Namespace) -> None:
+    """README.md in the pipeline's folder: how it was trained, and what it makes of pictures."""
+    grid = ""
+    if pictures:
+        validate(pipe, pictures, args).save(args.output / "reconstructions.png")
+        scales = ", ".join(f"{scale:g}" for scale in args.guidance_scales)
+        grid = "![reconstructions](reconstructions.png)\n\n"
+        grid += f"*Originals, and reconstructions with guidance {scales}.*\n\n"
+    told = ("unet", "steps", "batch_size", "accumulation", "learning_rate", "conditioning_dropout", "seed")
+    rows = [f"| {name.replace('_', ' ')} | {getattr(args, name)} |" for name in told]
+    description = grid + "\n".join(["## Training", "", "| what | value |", "|---|---|", *rows])
+    # A folder of this machine is nobody's business.
+    base = None if Path(args.base).exists() else args.base
+    pipe.create_model_card(args.output.name, description, base).save(args.output / "README.md")
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int) -> None:

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,7 @@ class TestInspectData:
 class TestTrainVisualizer:
     FLAGS = ("--model", CHECKPOINT, "--base", CHECKPOINT, "--cpu", "--batch-size", 3, "--schedule", "constant")
     FLAGS += ("--learning-rate", 1e-3, "--accumulation", 2, "--checkpoint-every", 2, "--ema")
+    FLAGS += ("--validation-steps", 2, "--validation-pictures", 2)
 
     def train(self, cwd, *flags):
         done = run("train_visualizer.py", EXAMPLES / "emoji" / "emoji.parquet", *self.FLAGS, *flags, cwd=cwd)
@@ -195,7 +197,7 @@ class TestTrainVisualizer:
 
     def test_resumed_is_uninterrupted(self, tmp_path):
         """The same pictures with the same noise, and the same moving average; the tower's tokens cached or not."""
-        self.train(tmp_path, "--output", "whole", "--steps", 4, "--validation-every", 4, "--validation-steps", 2)
+        self.train(tmp_path, "--output", "whole", "--steps", 4, "--validation-every", 4)
         self.train(tmp_path, "--output", "cut", "--steps", 2)
         shutil.rmtree(tmp_path / "cut" / "unet")
         (tmp_path / "cut" / "checkpoint-3").mkdir()  # a save that was interrupted
@@ -209,7 +211,40 @@ class TestTrainVisualizer:
             for name, weight in getattr(cut, part).state_dict().items():
                 assert torch.equal(weight, weights[name]), name
         grid = Image.open(tmp_path / "whole" / "validation" / "step-000004.png")
-        assert grid.size == (5 * 64, 4 * 64)  # an original and four guidance scales, of four pictures
+        assert grid.size == (5 * 64, 2 * 64)  # an original and four guidance scales, of two pictures
+        card = (tmp_path / "whole" / "README.md").read_text()
+        assert "| learning rate | 0.001 |" in card and "![reconstructions](reconstructions.png)" in card
+        assert Image.open(tmp_path / "whole" / "reconstructions.png").size == grid.size
+
+    def test_two_processes_see_disjoint_data(self, tmp_path):
+        """And together all of it, in each epoch; from a webdataset, with learned unconditional states."""
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for place in range(8):
+                Image.new("RGB", (64, 64), (30 * place, 0, 0)).save(tmp_path / f"{place}.png")
+                tar.add(tmp_path / f"{place}.png", f"{place}.png")
+        (tmp_path / "watched.py").write_text(
+            "import json, os, sys\n"
+            f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+            "import train_visualizer\n"
+            "seen, collate = [], train_visualizer.Collate.__call__\n"
+            "def watched(self, rows):\n"
+            "    seen.append([row['image'].convert('RGB').getpixel((0, 0))[0] // 30 for row in rows])\n"
+            "    return collate(self, rows)\n"
+            "train_visualizer.Collate.__call__ = watched\n"
+            "train_visualizer.main()\n"
+            "open(f'seen-{os.environ[\"RANK\"]}.json', 'w').write(json.dumps(seen))\n"
+        )
+        flags = [*self.FLAGS[:5], "--batch-size", 2, "--output", "out", "--steps", 4, "--validation-pictures", 0]
+        flags += ["--learned-unconditional", "--conditioning-dropout", 0.5, "--warmup", 0, "--learning-rate", 1e-3]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [*launcher, "watched.py", "shard.tar", *map(str, flags)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        one, other = (json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1))
+        epochs = [sum(one[start : start + 2] + other[start : start + 2], []) for start in (0, 2)]
+        assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
+        assert epochs[0] != epochs[1]
+        assert MetaMorphPipeline.from_pretrained(tmp_path / "out").projector.unconditional.any()
 
     def test_lora(self, tmp_path):
         self.train(tmp_path, "--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)

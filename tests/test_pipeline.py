@@ -1,6 +1,9 @@
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -20,7 +23,11 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -254,6 +261,16 @@ class TestPainting:
         torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
         assert not torch.allclose(together[0], together[1])
 
+    def test_a_generator_per_picture(self, pipe):
+        """diffusers' convention; with one per prompt, a prompt's pictures take theirs from it in turn."""
+        prompts, options = ["a dog", "a cat"], {"num_images_per_prompt": 2, "output_type": "pt"}
+        four = pipe(prompts, generator=[seeded(n) for n in range(4)], **options).images
+        for prompt, place in (("a dog", 0), ("a cat", 3)):
+            alone = pipe(prompt, generator=seeded(place), output_type="pt").images
+            torch.testing.assert_close(four[place : place + 1], alone, atol=1e-5, rtol=0)
+        two = pipe(prompts, generator=[seeded(0), seeded(2)], **options).images
+        torch.testing.assert_close(two[::2], four[::2], atol=1e-5, rtol=0)
+
     def test_same_seed_same_picture(self, pipe):
         first, second, other = (pipe("a dog", generator=seeded(s), output_type="np").images for s in (0, 0, 1))
         np.testing.assert_array_equal(first, second)
@@ -319,6 +336,19 @@ class TestPainting:
         same = pipe.decode_visual_tokens(tokens, guidance_scale=1.0, generator=seeded(), **options)
         torch.testing.assert_close(away[1], same[1], rtol=1e-4, atol=1e-5)  # away from itself leads nowhere
 
+    def test_learned_unconditional_states(self, pipe, components):
+        """Guidance goes away from them, as it would from negative tokens that the projector maps there."""
+        learned = VisualTokenProjector.from_config(components["projector"].config, learned_unconditional=True)
+        weights = components["projector"].state_dict()
+        tokens, away = torch.randn(2, 4, 16), torch.randn(4, 16)
+        options = {"generator": seeded(), "output_type": "pt"}
+        with torch.no_grad():
+            learned.load_state_dict({**weights, "unconditional": components["projector"](away[None])[0]})
+        expected = pipe.decode_visual_tokens(tokens, negative_visual_tokens=away, **options)
+        components["projector"] = learned
+        options["generator"] = seeded()
+        torch.testing.assert_close(build(components).decode_visual_tokens(tokens, **options), expected)
+
     def test_reconstruct(self, pipe, tiny_images):
         pixels = pipe.processor.image_processor(tiny_images[:2], return_tensors="pt")["pixel_values"]
         tokens = pipe.model.get_visual_tokens(pixels)
@@ -366,9 +396,20 @@ class TestPainting:
             ({"height": 7}, "`height` is 7, but must be a multiple of 2"),
             ({"latents": torch.zeros(1, 3, 5, 5)}, r"shape \(1, 3, 5, 5\), expected \(2, 3, 4, 4\)"),
             ({"negative_visual_tokens": torch.zeros(3, 4, 16)}, "2 images but 3 negative ones"),
-            ({"generator": [seeded()]}, "2 images but 1 generators"),
+            ({"generator": [seeded()]}, "Got 2 images but 1 generators: pass one generator for each of the images."),
+            (
+                {"generator": [seeded()] * 3, "num_images_per_prompt": 2},
+                "2 images but 3 generators: .* of the images, or one for each of their 2 pictures",
+            ),
+            ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
+            ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be at least 1"),
+            ({"batch_size": -1}, "`batch_size` is -1, but must be at least 1"),
+            ({"guidance_scale": []}, "`guidance_scale` is an empty list"),
+            ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
             ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
+            ({"visual_tokens": torch.zeros(4, 16)}, r"\(images, 4, 16\), but got \(4, 16\)"),
+            ({"sigmas": [1.0, 0.5]}, "DDIMScheduler takes no sigmas of yours"),
         ],
     )
     def test_bad_input(self, pipe, options, reason):
@@ -404,6 +445,31 @@ class TestPainting:
         pipe.unet.to(torch.bfloat16)
         pipe.vae.to(torch.bfloat16)
         assert pipe("a dog").images[0].size == (8, 8)
+        pipe.to(torch.float16)
+        assert np.isfinite(pipe("a dog", output_type="np").images).all()
+
+    def test_lora(self, pipe, tmp_path):
+        """One of Stable Diffusion's, whose layers of the text encoder have no place here."""
+        tokens, options = torch.randn(1, 4, 16), {"output_type": "pt"}
+        plain = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
+        pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        with_lora = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
+        layers = {f"unet.{name}": value for name, value in get_peft_model_state_dict(pipe.unet).items()}
+        layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 8)
+        save_file(layers, tmp_path / "pytorch_lora_weights.safetensors")
+        pipe.unload_lora_weights()
+
+        pipe.load_lora_weights(tmp_path)
+        assert not torch.allclose(with_lora, plain)
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
+        options["cross_attention_kwargs"] = {"scale": 0.0}
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), plain)
+
+    def test_decodes_in_the_same_chunks(self, pipe, monkeypatch):
+        batches, decode = [], pipe.vae.decode
+        monkeypatch.setattr(pipe.vae, "decode", lambda z, **kwargs: batches.append(len(z)) or decode(z, **kwargs))
+        assert len(pipe.decode_visual_tokens(torch.randn(5, 4, 16), batch_size=2)) == 5
+        assert batches == [2, 2, 1]
 
 
 class TestErrors:
@@ -419,6 +485,8 @@ class TestErrors:
             ({"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}, "`image` goes with `prompt`"),
             ({"prompt": ["a", "b"], "image": ["x.png"]}, "Got 2 prompts but 1 entries in `image`"),
             ({"prompt": ["a", "b"], "generator": [seeded()]}, "Got 2 prompts but 1 generators"),
+            ({"prompt": "a dog", "generator": []}, "Got 1 prompts but 0 generators"),
+            ({"prompt": "a dog", "num_inference_steps": 0}, "`num_inference_steps` is 0"),
             ({"prompt": "a dog", "output_type": "jpg"}, "must be one of pil, np, pt, latent"),
             (
                 {"prompt": "a dog", "callback_on_step_end_tensor_inputs": ["noise"]},
@@ -429,10 +497,6 @@ class TestErrors:
     def test_inputs_are_checked_before_anything_runs(self, components, kwargs, message):
         with pytest.raises(ValueError, match=message):
             build(components)(**kwargs)
-
-    def test_one_generator_per_image(self, pipe):
-        with pytest.raises(ValueError, match="Got 3 images but 2 generators"):
-            pipe.decode_visual_tokens(torch.randn(3, 4, 16), generator=[seeded(), seeded()])
 
     @pytest.mark.parametrize(
         ("part", "change", "reason"),
@@ -489,6 +553,25 @@ class TestSaving:
         images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
         assert torch.equal(*images)
 
+    def test_missing_component_folders(self, components, tmp_path):
+        build(components).save_pretrained(tmp_path)
+        shutil.rmtree(tmp_path / "unet")
+        shutil.rmtree(tmp_path / "scheduler")
+        with pytest.raises(FileNotFoundError, match="lacks the folders scheduler, unet named in its model_index.json"):
+            MetaMorphPipeline.from_pretrained(tmp_path)
+        given = {name: components[name] for name in ("unet", "scheduler")}
+        assert MetaMorphPipeline.from_pretrained(tmp_path, **given).unet is components["unet"]
+
+    def test_same_seed_same_picture_after_saving(self, pipe, tmp_path):
+        """In a batch or alone, before or after."""
+        pipe.save_pretrained(tmp_path)
+        again = MetaMorphPipeline.from_pretrained(tmp_path)
+        prompts, generators = ["a dog", "a cat"], [seeded(1), seeded(2)]
+        together = pipe(prompts, generator=generators, output_type="pt").images
+        alone = again("a cat", generator=seeded(2), output_type="pt").images
+        torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
+        assert torch.equal(pipe("a cat", generator=seeded(2), output_type="pt").images, alone)
+
     def test_small_visualizer(self, components, tmp_path):
         """The parts of the emoji checkpoint: a linear VAE, and a U-Net that needs the tokens as an unpadded grid."""
         components["vae"] = PatchVAE(latent_channels=3, patch_size=2, scaling_factor=0.5)
@@ -512,10 +595,32 @@ class TestSaving:
         assert images[0].shape == (2, 3, 8, 8)
         assert torch.equal(*images)
 
-    def test_loads_in_half_precision(self, components, tmp_path):
+    def test_optional_components_stay_absent(self, pipe, tmp_path):
+        """As in diffusers' own test: what a pipeline calls optional, it answers without."""
+        for name in pipe._optional_components:
+            setattr(pipe, name, None)
+        expected = pipe("a dog", generator=seeded(), output_type="pt").images
+        pipe.save_pretrained(tmp_path)
+        again = MetaMorphPipeline.from_pretrained(tmp_path)
+        assert again.safety_checker is None and again.feature_extractor is None
+        assert torch.equal(again("a dog", generator=seeded(), output_type="pt").images, expected)
+
+    @pytest.mark.parametrize("loader", [MetaMorphPipeline, DiffusionPipeline])
+    def test_without_a_model_it_paints(self, components, tmp_path, loader):
+        components |= {"model": None, "processor": None}
+        tokens, pipe = torch.randn(1, 4, 16), build(components)
+        pipe.save_pretrained(tmp_path)
+        again = loader.from_pretrained(tmp_path)
+        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
+        assert torch.equal(*images)
+        with pytest.raises(ValueError, match="it can only paint: use `decode_visual_tokens`"):
+            again("a dog")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_loads_in_half_precision(self, components, tmp_path, dtype):
         build(components).save_pretrained(tmp_path)
-        pipe = MetaMorphPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-        assert {c.dtype for c in (pipe.model, pipe.projector, pipe.unet, pipe.vae)} == {torch.bfloat16}
+        pipe = MetaMorphPipeline.from_pretrained(tmp_path, dtype=dtype)
+        assert {c.dtype for c in (pipe.model, pipe.projector, pipe.unet, pipe.vae)} == {dtype}
         pipe.set_progress_bar_config(disable=True)
         assert len(pipe("a dog", max_new_tokens=4).text) == 1
 
@@ -551,6 +656,60 @@ class TestSaving:
 
     def test_class_is_known_to_diffusers(self):
         assert diffusers.MetaMorphPipeline is MetaMorphPipeline
+
+
+class TestModelCard:
+    @pytest.fixture
+    def hub(self, monkeypatch):
+        """What the Hub's API was given, file by file; `hub.card` is the one that lies there."""
+        hub = SimpleNamespace(card=None, files={})
+
+        def upload(folder_path, **kwargs):
+            hub.files = {str(p.relative_to(folder_path)): p for p in Path(folder_path).rglob("*") if p.is_file()}
+            hub.readme = (Path(folder_path) / "README.md").read_text()
+
+        def download(*args, **kwargs):
+            if hub.card is None:
+                raise EntryNotFoundError("no README.md")
+            return hub.card
+
+        for module in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
+            monkeypatch.setattr(f"{module}.create_repo", lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+        monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
+        monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", download)
+        monkeypatch.setattr(HfApi, "file_exists", lambda api, *args, **kwargs: hub.card is not None)
+        return hub
+
+    @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+    def test_push(self, pipe, hub, tmp_path, how):
+        if how == "push_to_hub":
+            pipe.push_to_hub("me/tiny-pipeline")
+        else:
+            pipe.save_pretrained(str(tmp_path / "tiny-pipeline"), push_to_hub=True, repo_id="me/tiny-pipeline")
+        assert {"model_index.json", "pipeline_metamorph.py", "unet/config.json"} <= hub.files.keys()
+        card = ModelCard(hub.readme)
+        assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
+        assert "paints 4 visual\ntokens an image, 16 wide, in 8 x 8 pixels" in card.text
+
+    def test_its_code_runs(self, pipe, hub, tmp_path):
+        pipe.save_pretrained(tmp_path)
+        code = pipe.create_model_card(str(tmp_path)).text.split("```python\n")[1].split("```")[0]
+        found = {}
+        exec(f"{code}\nimage = {code.splitlines()[-1]}", found)
+        assert found["image"].size == (8, 8)
+
+    def test_card_and_pictures_of_the_folder_go_along(self, pipe, hub, tmp_path, tiny_images):
+        pipe.save_pretrained(tmp_path)
+        pipe.create_model_card("mine", "![grid](grid.png)").save(tmp_path / "README.md")
+        tiny_images[0].save(tmp_path / "grid.png")
+        MetaMorphPipeline.from_pretrained(tmp_path).push_to_hub("me/tiny-pipeline")
+        assert "![grid](grid.png)" in hub.readme and "grid.png" in hub.files
+
+    def test_card_on_the_hub_is_kept(self, pipe, hub, tmp_path):
+        hub.card = tmp_path / "card.md"
+        hub.card.write_text("---\nlicense: mit\n---\n# Mine\n")
+        pipe.push_to_hub("me/tiny-pipeline")
+        assert ModelCard(hub.readme).data.license == "mit" and "# Mine" in hub.readme
 
 
 class TestOffloading:

@@ -71,3 +71,24 @@ class TestVisualTokenProjector:
     def test_wrong_shape_says_both(self, shape):
         with pytest.raises(ValueError, match=r"\(images, 4, 6\), but got \(" + ", ".join(map(str, shape))):
             tiny_projector()(torch.randn(shape))
+
+    @pytest.mark.parametrize("learned", [False, True])
+    def test_unconditional_states(self, learned, tmp_path):
+        projector, tokens = tiny_projector(learned_unconditional=learned), torch.randn(3, 4, 6)
+        kept = torch.tensor([True, False, True])
+        states = projector(tokens, kept)
+        assert torch.equal(states[kept], projector(tokens)[kept])
+        assert not states[1].any()  # learned ones, too, begin as zeros
+        if learned:
+            states.sum().backward()
+            assert projector.unconditional.grad.unique().tolist() == [1.0]  # of the one that was not kept
+            torch.nn.init.normal_(projector.unconditional)
+            assert torch.equal(projector(tokens, kept)[1], projector.unconditional)
+        projector.save_pretrained(tmp_path)
+        again = VisualTokenProjector.from_pretrained(tmp_path)
+        assert again.config.learned_unconditional == learned
+        assert torch.equal(again(tokens, kept), projector(tokens, kept))
+
+    def test_learned_unconditional_states_need_a_number(self):
+        with pytest.raises(ValueError, match="needs a fixed number of states"):
+            tiny_projector(learned_unconditional=True, num_image_tokens=None, sequence_length=None)

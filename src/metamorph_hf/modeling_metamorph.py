@@ -111,6 +111,11 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The language model's; in float16, the other parts stay in float32."""
+        return self.base_model.language_model.dtype
+
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # Both ways to push pass here, with a card of transformers' making where the repository had none.
         if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):

@@ -5,6 +5,7 @@ Shapes: B prompts, I generated images of all prompts together, N visual tokens p
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMix
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -39,6 +42,29 @@ OWN_MODULES = (
     "processing_metamorph",
     "visual_token_projector",
 )
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: {does}, and a latent diffusion U-Net paints {tokens} visual
+tokens an image, {width} wide, in {height} x {across} pixels.
+
+{description}
+
+## How to use it
+
+With the package `metamorph_hf` installed:
+
+```python
+from metamorph_hf import MetaMorphPipeline
+
+pipe = MetaMorphPipeline.from_pretrained("{name}")
+{call}
+```
+"""
 
 Conversation = list[dict]
 
@@ -72,7 +98,7 @@ class _ProgressCriteria(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
+class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     r"""
     Answers prompts with text and pictures: MetaMorph writes text and visual tokens, and a latent diffusion U-Net that
     attends to the visual tokens paints them.
@@ -110,6 +136,9 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     _optional_components = ["model", "processor", "safety_checker", "feature_extractor"]
     _exclude_from_cpu_offload = ["safety_checker"]
+    # LoRAs of Stable Diffusion load into the U-Net; what they have for its text encoder (under its name) is left out.
+    _lora_loadable_modules = ["unet"]
+    text_encoder_name = "model"
 
     def __init__(
         self,
@@ -134,6 +163,8 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         if (safety_checker is None) != (feature_extractor is None):
             raise ValueError("`safety_checker` and `feature_extractor` go together: pass both or none.")
         self._check_fit(model, projector, unet, vae)
+        if model is not None:  # a folder may lack it, and then only paints; this pipeline cannot answer without
+            self._optional_components = ["safety_checker", "feature_extractor"]
         self.register_modules(
             model=model,
             processor=processor,
@@ -172,6 +203,30 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
                     "together."
                 )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MetaMorphPipeline":
+        """
+        As of every diffusers pipeline.
+
+        Raises:
+            FileNotFoundError: if a folder lacks one of the components that its `model_index.json` names.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        index = folder / cls.config_name
+        if index.is_file():
+            parts = {name: value for name, value in json.loads(index.read_text()).items() if name[0] != "_"}
+            missing = [
+                name
+                for name, value in parts.items()
+                if isinstance(value, list) and value[0] and name not in kwargs and not (folder / name).is_dir()
+            ]
+            if missing:
+                raise FileNotFoundError(
+                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: copy it whole, "
+                    f"or pass what is missing ({missing[0]}=...)."
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     def save_config(self, save_directory, **kwargs) -> None:
         """Writes `model_index.json`, and beside it and the components the code that `trust_remote_code` needs."""
         super().save_config(save_directory, **kwargs)
@@ -183,6 +238,53 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
                 custom_object_save(part, folder if part is self else folder / name)
                 index[name] = [module, type(part).__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def create_model_card(self, name: str, description: str = "", base_model: str | None = None) -> ModelCard:
+        """
+        The card that `push_to_hub` writes where there is none.
+
+        Args:
+            name (`str`): What users load the pipeline by, such as `"user/pipeline"`.
+            description (`str`, *optional*): Markdown, such as facts of training and pictures.
+            base_model (`str`, *optional*): The Hub's name of the pipeline whose U-Net this was.
+        """
+        tags = ["metamorph", "text-to-image", "diffusers"]
+        metadata = ModelCardData(
+            library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model
+        )
+        does, call = "a language model writes text and visual tokens", 'pipe("a red apple").images[0]'
+        if self.model is None:
+            does = "a model of your own writes visual tokens"
+            call = "pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate"
+        size = self.unet.config.sample_size
+        height, across = (self.vae_scale_factor * side for side in ((size, size) if isinstance(size, int) else size))
+        config = self.projector.config
+        return ModelCard(
+            CARD.format(
+                metadata=metadata.to_yaml(),
+                title=Path(name).name,
+                does=does,
+                tokens=config.num_image_tokens or "any number of",
+                width=config.visual_token_dim,
+                height=height,
+                across=across,
+                description=description,
+                name=name,
+                call=call,
+            )
+        )
+
+    def _upload_folder(self, working_dir, repo_id, **kwargs):
+        # Both ways to push pass here, with a card of diffusers' making where the repository had none.
+        if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            target, source = Path(working_dir), self.config.get("_name_or_path")
+            own = source is not None and Path(source).resolve() != target.resolve()
+            if own and (Path(source) / "README.md").is_file():  # of the folder it was loaded from, with its pictures
+                for file in (Path(source) / "README.md", *Path(source).glob("*.png")):
+                    shutil.copy(file, target)
+            else:
+                self.create_model_card(repo_id).save(target / "README.md")
+        return super()._upload_folder(working_dir, repo_id, **kwargs)
 
     @property
     def guidance_scale(self) -> float | list[float]:
@@ -204,9 +306,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def check_inputs(
-        self, prompt, image, messages, generator, output_type, callback_on_step_end_tensor_inputs
-    ) -> None:
+    def check_inputs(self, prompt, image, messages, generator, num_images_per_prompt) -> None:
         if self.model is None or self.processor is None:
             raise ValueError(
                 "This pipeline was saved without a model or its processor, so it can only paint: use "
@@ -235,15 +335,43 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
                 f"Got {len(prompt)} prompts but {len(image)} entries in `image`: pass one entry per prompt (a list of "
                 "images where a prompt has several), or one image for all prompts."
             )
-        self.check_paint_inputs(output_type, callback_on_step_end_tensor_inputs)
         count = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else conversations)
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"Got {count} prompts but {len(generator)} generators: pass one generator per prompt.")
+        self.check_generators(generator, count, num_images_per_prompt, "prompts")
 
-    def check_paint_inputs(self, output_type, callback_on_step_end_tensor_inputs, height=None, width=None) -> None:
+    @staticmethod
+    def check_generators(generator, count: int, num_images_per_prompt: int, of: str) -> None:
+        if isinstance(generator, list) and len(generator) not in (count, count * num_images_per_prompt):
+            pictures = f", or one for each of their {num_images_per_prompt} pictures"
+            raise ValueError(
+                f"Got {count} {of} but {len(generator)} generators: pass one generator for each of the {of}"
+                + (pictures if num_images_per_prompt > 1 else "")
+                + "."
+            )
+
+    def check_paint_inputs(
+        self,
+        num_inference_steps,
+        guidance_scale,
+        num_images_per_prompt,
+        height,
+        width,
+        batch_size,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ) -> None:
+        counts = {
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": num_images_per_prompt,
+            "batch_size": batch_size,
+        }
+        for name, number in counts.items():
+            if number is not None and number < 1:
+                raise ValueError(f"`{name}` is {number}, but must be at least 1.")
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < self.vae_scale_factor or pixels % self.vae_scale_factor):
                 raise ValueError(f"`{name}` is {pixels}, but must be a multiple of {self.vae_scale_factor}.")
+        if guidance_scale == []:
+            raise ValueError("`guidance_scale` is an empty list: name the scales of the row, or pass a number.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -321,27 +449,28 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
     def encode_visual_tokens(
         self, visual_tokens: torch.Tensor, negative_visual_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Visual tokens (I, N, V) to cross-attention states, after negative ones (zeros) if guidance needs them."""
+        """Visual tokens (I, N, V) to cross-attention states; after the negative or unconditional ones for guidance."""
         dtype, device = self.projector.dtype, self._execution_device
-        states = self.projector(visual_tokens.to(device, dtype)).to(self.unet.dtype)
+        visual_tokens = visual_tokens.to(device, dtype)
+        states = self.projector(visual_tokens).to(self.unet.dtype)
         if not self.do_classifier_free_guidance:
             return states
         if negative_visual_tokens is None:
-            return torch.cat([torch.zeros_like(states), states])
-        if negative_visual_tokens.ndim == 2:
-            negative_visual_tokens = negative_visual_tokens.unsqueeze(0)
-        negative = self.projector(negative_visual_tokens.to(device, dtype)).to(self.unet.dtype)
+            first = visual_tokens[:1]
+            negative = self.projector(first, kept=torch.zeros(len(first), dtype=torch.bool, device=device))
+        else:
+            if negative_visual_tokens.ndim == 2:
+                negative_visual_tokens = negative_visual_tokens.unsqueeze(0)
+            negative = self.projector(negative_visual_tokens.to(device, dtype))
         if len(negative) not in (1, len(states)):
             raise ValueError(
                 f"Got {len(states)} images but {len(negative)} negative ones: pass as many, or one for all."
             )
-        return torch.cat([negative.expand_as(states), states])
+        return torch.cat([negative.to(self.unet.dtype).expand_as(states), states])
 
     def prepare_latents(
         self, count: int, height: int | None, width: int | None, generator, dtype: torch.dtype, device, latents=None
     ) -> torch.Tensor:
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"Got {count} images but {len(generator)} generators: pass one generator per image.")
         size = self.unet.config.sample_size
         default_height, default_width = (size, size) if isinstance(size, int) else size
         height = default_height if height is None else height // self.vae_scale_factor
@@ -362,7 +491,9 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
             raise ValueError(
                 f"{type(self.scheduler).__name__} takes no {unknown.pop()} of yours: leave them out, or change it."
             )
-        options = custom or {"num_inference_steps": num_inference_steps or self.config.default_num_inference_steps}
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        options = custom or {"num_inference_steps": num_inference_steps}
         self.scheduler.set_timesteps(**options, device=device)
 
     def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
@@ -387,6 +518,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
+        cross_attention_kwargs: dict | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
@@ -407,10 +539,13 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
             height, width (`int`, *optional*): In pixels; the U-Net's `sample_size` decides if not given.
             latents (`torch.Tensor` of shape (I * num_images_per_prompt, C, h, w), *optional*): Noise to start from.
             negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*):
-                What to go away from instead of the unconditional zeros.
+                What to go away from instead of the projector's unconditional states (zeros, or learned).
             eta (`float`, defaults to 0.0): DDIM's; other schedulers ignore it.
-            generator (`torch.Generator` or list of I of them, *optional*): Makes the pictures reproducible.
+            generator (`torch.Generator` or list of I or of I * num_images_per_prompt of them, *optional*):
+                Makes the pictures reproducible.
             batch_size (`int`, *optional*): How many pictures to paint at once; all if not given.
+            cross_attention_kwargs (`dict`, *optional*):
+                For the U-Net's attention processors; `{"scale": 0.5}` halves a LoRA's effect.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each denoising step as `callback(pipe, step, timestep, tensors)`; returns the tensors it
@@ -444,6 +579,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         eta,
         generator,
         batch_size,
+        cross_attention_kwargs,
         output_type,
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
@@ -451,7 +587,16 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         """What [`~MetaMorphPipeline.decode_visual_tokens`] returns, and what the safety checker blackened."""
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_paint_inputs(output_type, callback_on_step_end_tensor_inputs, height, width)
+        self.check_paint_inputs(
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            height,
+            width,
+            batch_size,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
         if not visual_tokens.isfinite().all():
             raise ValueError("`visual_tokens` hold NaN or infinite numbers: the model that made them is broken.")
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
@@ -463,9 +608,11 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         prompt_embeds = self.encode_visual_tokens(visual_tokens, negative_visual_tokens)
         halves = prompt_embeds.chunk(2) if self.do_classifier_free_guidance else (prompt_embeds,)
         halves = [half.repeat_interleave(repeats, dim=0) for half in halves]
-        if isinstance(generator, list):  # an image's noises come one after the other from its generator
-            generator = [source for source in generator for _ in range(num_images_per_prompt)]
+        self.check_generators(generator, len(visual_tokens), num_images_per_prompt, "images")
         count = len(visual_tokens) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != count:
+            # An image's noises come one after the other from its generator.
+            generator = [source for source in generator for _ in range(num_images_per_prompt)]
         self.set_timesteps(num_inference_steps, timesteps, sigmas, device)  # init_noise_sigma may depend on it
         latents = self.prepare_latents(count, height, width, generator, dtype, device, latents)
         latents = latents.repeat_interleave(scales, dim=0)
@@ -487,38 +634,55 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
                     self._denoise(
                         latents[chunk],
                         torch.cat([half[chunk] for half in halves]),
+                        cross_attention_kwargs,
                         self.prepare_extra_step_kwargs(generators[chunk] if generators else generator, eta),
-                        chunk,
+                        start,
                         callback_on_step_end,
                         callback_on_step_end_tensor_inputs,
                         progress_bar,
                     )
                 )
-        latents = torch.cat(painted) if painted else latents
 
-        # Decode
+        # Decode, in the same chunks
         if output_type == "latent":
-            return latents, None
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            return torch.cat(painted) if painted else latents, None
         # Not every VAE can decode an empty batch.
-        images = self.vae.decode(latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])).sample
+        painted = painted or [latents.new_zeros(1, *latents.shape[1:])]
+        scaled = (part.to(self.vae.dtype) / self.vae.config.scaling_factor for part in painted)
+        images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in scaled])
         images, flagged = self.run_safety_checker(images[: len(latents)])
         return self.image_processor.postprocess(images, output_type=output_type), flagged
 
     def _denoise(
-        self, latents, prompt_embeds, extra_step_kwargs, chunk, callback, callback_tensor_inputs, progress_bar
+        self,
+        latents,
+        prompt_embeds,
+        cross_attention_kwargs,
+        extra_step_kwargs,
+        first,
+        callback,
+        callback_tensor_inputs,
+        progress_bar,
     ) -> torch.Tensor:
+        """The denoised latents of a chunk whose first picture is number `first` of all."""
         for i, t in enumerate(self.scheduler.timesteps):
             if self.interrupt:
                 continue
             latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
             latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-            noise_pred = self.unet(latent_model_input, t, encoder_hidden_states=prompt_embeds).sample
+            noise_pred = self.unet(
+                latent_model_input,
+                t,
+                encoder_hidden_states=prompt_embeds,
+                cross_attention_kwargs=cross_attention_kwargs,
+                return_dict=False,
+            )[0]
             if self.do_classifier_free_guidance:
                 unconditional, conditional = noise_pred.chunk(2)
-                scale = torch.tensor(self._scales, device=latents.device, dtype=latents.dtype)
-                places = torch.arange(chunk.start, chunk.start + len(latents), device=latents.device)
-                scale = scale[places % len(scale)].view(-1, 1, 1, 1)
+                scale = self._guidance_scale  # a callback may have changed it
+                if isinstance(scale, list):
+                    places = range(first, first + len(latents))
+                    scale = latents.new_tensor([scale[place % len(scale)] for place in places]).view(-1, 1, 1, 1)
                 noise_pred = unconditional + scale * (conditional - unconditional)
             latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
@@ -556,6 +720,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
+        cross_attention_kwargs: dict | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         max_new_tokens: int = 512,
@@ -576,7 +741,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
             messages (`list[dict]` or list of such lists, *optional*):
                 Instead of `prompt`: a conversation `[{"role": "user", "content": [{"type": "image", "image": image},
                 {"type": "text", "text": "..."}]}]` or several of them.
-            generator (`torch.Generator` or list of B of them, *optional*):
+            generator (`torch.Generator` or list of B or of B * num_images_per_prompt of them, *optional*):
                 Makes the painting reproducible. With one per prompt, a prompt's pictures do not depend on the others.
                 The answer itself is random only if it is sampled, and then follows `torch.manual_seed`.
             return_dict (`bool`, defaults to `True`): False gives the plain tuple (images, text, image_counts).
@@ -593,8 +758,17 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs
-        self.check_inputs(prompt, image, messages, generator, output_type, callback_on_step_end_tensor_inputs)
-        self.check_paint_inputs(output_type, callback_on_step_end_tensor_inputs, height, width)
+        self.check_inputs(prompt, image, messages, generator, num_images_per_prompt)
+        self.check_paint_inputs(
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            height,
+            width,
+            batch_size,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
 
         # 2. Generate text and visual tokens
         conversations = self.prepare_conversations(prompt, image, messages)
@@ -603,8 +777,13 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
         for index, (answer, count) in enumerate(zip(text, image_counts)):
             if count == 0:
                 logger.warning("Prompt %d was answered without a picture: %r", index, answer)
-        if isinstance(generator, list):  # per prompt so far; `randn_tensor` takes no empty list
-            generator = [source for source, count in zip(generator, image_counts) for _ in range(count)] or None
+        if isinstance(generator, list):  # per prompt so far, or per picture of one
+            each = len(generator) // len(image_counts)
+            generator = [
+                source
+                for place, count in enumerate(image_counts)
+                for source in generator[place * each : (place + 1) * each] * count
+            ] or None  # `randn_tensor` takes no empty list
 
         # 3. to 5. Prepare latents, denoise, decode
         images, flagged = self._paint(
@@ -621,6 +800,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin):
             eta=eta,
             generator=generator,
             batch_size=batch_size,
+            cross_attention_kwargs=cross_attention_kwargs,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,

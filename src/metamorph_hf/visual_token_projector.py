@@ -99,10 +99,13 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         num_queries (`int`, *optional*):
             Learned queries, T; needed by all types but `"mlp"`, which has one state per visual token.
         num_heads (`int`, defaults to 4): Attention heads of all types but `"mlp"`.
+        learned_unconditional (`bool`, defaults to `False`):
+            The states of no image, which guidance goes away from, are learned (from zeros) instead of being zeros as
+            in the released code.
 
     Raises:
-        ValueError: If `projector_type` is unknown, `num_queries` is missing or not wanted, or the states do not fit in
-            `sequence_length`.
+        ValueError: If `projector_type` is unknown, `num_queries` is missing or not wanted, the states do not fit in
+            `sequence_length`, or the unconditional ones are to be learned but their number is not fixed.
     """
 
     @register_to_config
@@ -117,6 +120,7 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         sequence_length: int | None = 77,
         num_queries: int | None = None,
         num_heads: int = 4,
+        learned_unconditional: bool = False,
     ):
         super().__init__()
         if projector_type not in PROJECTOR_TYPES:
@@ -139,6 +143,15 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         else:
             ffn = projector_type == "xattnffn"
             self.projection = CrossAttentionProjection(visual_token_dim, cross_attention_dim, *shape, ffn)
+        self.unconditional = None
+        if learned_unconditional:
+            length = sequence_length or num_queries or num_image_tokens
+            if length is None:
+                raise ValueError(
+                    "`learned_unconditional` needs a fixed number of states: set `sequence_length` or "
+                    "`num_image_tokens`."
+                )
+            self.unconditional = nn.Parameter(torch.zeros(length, cross_attention_dim))
 
     def _check_length(self, num_states: int) -> None:
         length = self.config.sequence_length
@@ -148,10 +161,12 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
                 f"{length}. Set `sequence_length=None` for no padding."
             )
 
-    def forward(self, visual_tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, visual_tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             visual_tokens (`torch.Tensor` of shape `(B, N, V)`): As `model.generate` returns them (L2-normalised).
+            kept (`torch.Tensor` of shape `(B,)`, bool, *optional*):
+                False where the unconditional states take the place of an image's; all are kept if not given.
 
         Returns:
             `torch.Tensor` of shape `(B, L, C)`, where L is `sequence_length`, or T if that is `None`.
@@ -166,4 +181,7 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         self._check_length(states.shape[1])
         if self.config.sequence_length is not None:
             states = F.pad(states, (0, 0, 0, self.config.sequence_length - states.shape[1]))
-        return states
+        if kept is None:
+            return states
+        unconditional = states.new_zeros(()) if self.unconditional is None else self.unconditional
+        return torch.where(kept.view(-1, 1, 1), states, unconditional)
