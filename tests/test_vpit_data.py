@@ -598,6 +598,34 @@ class TestMixture:
             seen += [name for names in batches for name in names]
         assert len(seen) == len(set(seen)) == 40 - 2 * 4 * resume_after
 
+    @pytest.mark.parametrize(
+        ("lengths", "batches_of"),
+        [((4, 12), [1, 3]), ((8, 4, 4), [3, 1]), ((16,), [2, 2])],
+        ids=["uneven", "not divisible", "one shard"],
+    )
+    def test_uneven_shards_are_named(self, tiny_processor, tmp_path, monkeypatch, caplog, lengths, batches_of):
+        """Whole shards go to a process: no sample is lost or seen twice, but one process ends earlier."""
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        files = [str(tmp_path / f"{shard}.parquet") for shard in range(len(lengths))]
+        for file, length in zip(files, lengths):
+            Dataset.from_list([{"id": f"{Path(file).stem}-{n}", **ROWS["chat"]} for n in range(length)]).to_parquet(
+                file
+            )
+        sources = [{"task": "chat", "path": "parquet", "data_files": files, "streaming": True}]
+        seen, counts = [], []
+        for process in range(2):
+            loader = DataLoader(load_mixture(sources), batch_size=4, collate_fn=DataCollatorForVPiT(tiny_processor))
+            sharding = {"num_processes": 2, "process_index": process, "put_on_device": False}
+            batches = [
+                batch["sample_ids"] for batch in prepare_data_loader(loader, dispatch_batches=False, **sharding)
+            ]
+            counts.append(len(batches))
+            seen += [name.split()[1] for names in batches for name in names]
+        assert len(seen) == len(set(seen)) == 16
+        assert counts == batches_of
+        assert ("ends earlier than the others" in caplog.text) == (len(lengths) > 1)
+
     def test_table(self, sources):
         with open(sources[0]["path"], "a") as file:
             file.write("{broken\n")

@@ -6,6 +6,8 @@ and `id` to name it. A row that cannot become a record has the reason in `bad`, 
 """
 
 import json
+import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import (
     Dataset,
     Features,
@@ -29,6 +32,9 @@ from datasets import (
 
 from .vpit_collator import BadSample
 from .vpit_families import FAMILIES, Record, Row
+
+
+logger = logging.getLogger(__name__)
 
 
 class JsonLines(Sequence):
@@ -224,8 +230,8 @@ def load_mixture(
     generator = np.random.default_rng(seed)
     rows = [drawn(len(table), count, generator) for table, count in zip(tables, counts)]
     places = np.stack([np.repeat(np.arange(len(rows)), counts), np.concatenate(rows)], 1)
-    generator.shuffle(places)
-    dataset = Dataset.from_dict({"source": places[:, 0], "row": places[:, 1]})
+    places = places[generator.permutation(len(places))]
+    dataset = Dataset(pa.table({"source": places[:, 0], "row": places[:, 1]}))
     return dataset.with_transform(_Reader(sources, tables, seed))
 
 
@@ -261,6 +267,13 @@ def _stream(sources: list[Source], tables: list, seed: int, size: int | None) ->
     strategy = "first_exhausted" if probabilities else "all_exhausted_without_replacement"
     mixture = interleave_datasets(streams, probabilities, seed, stopping_strategy=strategy)
     mixture = mixture.map(_loaded_messages)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun and accelerate launch
+    if 1 < processes <= mixture.num_shards:  # accelerate's prepare_data_loader gives each process whole shards then
+        logger.warning(
+            f"The stream's {mixture.num_shards} shards are dealt out whole to {processes} processes: one whose shards "
+            "hold fewer samples ends earlier than the others. Write shards of equal length, as many as a multiple of "
+            "the processes, or leave out streaming: samples are dealt out evenly then."
+        )
     return mixture if size is None else mixture.take(size)
 
 
