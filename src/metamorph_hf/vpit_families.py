@@ -343,7 +343,7 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
                     return frames
         except av.FFmpegError as error:
             raise BadSample(f"has a video that breaks off ({_describe(video)}): {error}") from error
-    if frames and length is not None and end < length - 2 / float(stream.average_rate):  # FFmpeg only logs it
+    if frames and length is not None and end < length - 2 / float(stream.average_rate or 1):  # FFmpeg only logs it
         raise BadSample(f"has a video that breaks off after {end:.1f} of {length:.1f} s ({_describe(video)}).")
     if not frames:
         raise BadSample(f"has a video without frames ({_describe(video)}).")
