@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import tarfile
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -195,6 +196,35 @@ class TestFamilies:
         grey = [np.asarray(frame).mean() for frame in video_frames(str(video), 1.0)]
         assert grey == pytest.approx([20 + 20 * second for second in range(10)], abs=6)
         assert len(video_frames(str(video), 0.1, limit=7)) == 7
+
+    @pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
+    @pytest.mark.parametrize("form", ["bytes", "path"])
+    def test_a_video_that_breaks_off_is_named(self, tmp_path, part, form):
+        """A file whose index stands first opens and decodes without an error as far as it goes."""
+        path = tmp_path / "clip.mp4"
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            noise = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
+            for picture in noise:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        whole = path.read_bytes()
+        assert len(video_frames(str(path), 0.5)) == 8
+        path.write_bytes(whole[: int(part * len(whole))])
+        video = str(path) if form == "path" else {"bytes": path.read_bytes(), "path": "clip.mp4"}
+        mixture = load_mixture(
+            [
+                {
+                    "task": "video_qa",
+                    "path": write_jsonl(tmp_path / "rows.jsonl", [{**ROWS["video_qa"], "video": str(path)}]),
+                }
+            ]
+        )
+        assert mixture[0]["id"] == "row 0" and "breaks off after" in mixture[0]["bad"]
+        with pytest.raises(BadSample, match=r"breaks off after [0-3]\.\d of 4\.0 s \(.*clip\.mp4\)"):
+            video_frames(video, 0.5)
+        assert len(video_frames(video, 0.5, limit=1)) == 1  # what comes before the break is whole
 
     def test_frames_of_a_question_are_capped(self, row):
         record = FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=2.0, max_frames=4)
@@ -507,6 +537,44 @@ class TestMixture:
         not_streaming = load_mixture([stream])
         assert read_image(not_streaming[0]["images"][0]).size == (20, 16)
 
+    MEMBERS = {
+        "text_to_image": ({"jpg": "2.png", "txt": b"a grey square."}, {}),
+        "image_to_image": (
+            {"source.png": "3.png", "target.png": "4.png", "json": b'{"instruction": "Make it brighter."}'},
+            {"source": "source.png", "target": "target.png"},
+        ),
+        "llava": (
+            {"png": "1.png", "json": json.dumps({"conversations": LLAVA["conversations"]}).encode()},
+            {"image": "png"},
+        ),
+        "video_prediction": ({"mp4": None}, {}),
+    }
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("task", [*MEMBERS, "text_to_image json"])
+    def test_webdataset(self, tiny_processor, pictures, video, tmp_path, monkeypatch, task, streaming):
+        """Members of a tar are columns, and so are the keys of its .json members."""
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        task, _, json_caption = task.partition(" ")
+        members, columns = self.MEMBERS[task]
+        if json_caption:
+            members = {"jpg": "2.png", "json": b'{"caption": "a grey square."}'}
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for number in range(3):
+                for ending, content in members.items():
+                    data = video.read_bytes() if content is None else content
+                    data = (pictures / content).read_bytes() if isinstance(content, str) else data
+                    member = tarfile.TarInfo(f"{number:04}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        source = {"task": task, "path": "webdataset", "data_files": str(tmp_path / "shard.tar"), "columns": columns}
+        records = list(load_mixture([{**source, "streaming": streaming}]))
+        assert sorted(record["id"] for record in records) == [f"{n:04} (row {n})" for n in range(3)]
+        batch = DataCollatorForVPiT(tiny_processor)(records)
+        assert (batch["labels"] != -100).any(1).all() and "pixel_values" in batch
+        if task == "text_to_image":
+            assert "a grey square" in tiny_processor.tokenizer.decode(batch["input_ids"][0])
+
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("resume_after", [0, 3])
     def test_two_processes_share_the_samples(
@@ -529,6 +597,34 @@ class TestMixture:
             assert len(batches) == 5 - resume_after
             seen += [name for names in batches for name in names]
         assert len(seen) == len(set(seen)) == 40 - 2 * 4 * resume_after
+
+    @pytest.mark.parametrize(
+        ("lengths", "batches_of"),
+        [((4, 12), [1, 3]), ((8, 4, 4), [3, 1]), ((16,), [2, 2])],
+        ids=["uneven", "not divisible", "one shard"],
+    )
+    def test_uneven_shards_are_named(self, tiny_processor, tmp_path, monkeypatch, caplog, lengths, batches_of):
+        """Whole shards go to a process: no sample is lost or seen twice, but one process ends earlier."""
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        files = [str(tmp_path / f"{shard}.parquet") for shard in range(len(lengths))]
+        for file, length in zip(files, lengths):
+            Dataset.from_list([{"id": f"{Path(file).stem}-{n}", **ROWS["chat"]} for n in range(length)]).to_parquet(
+                file
+            )
+        sources = [{"task": "chat", "path": "parquet", "data_files": files, "streaming": True}]
+        seen, counts = [], []
+        for process in range(2):
+            loader = DataLoader(load_mixture(sources), batch_size=4, collate_fn=DataCollatorForVPiT(tiny_processor))
+            sharding = {"num_processes": 2, "process_index": process, "put_on_device": False}
+            batches = [
+                batch["sample_ids"] for batch in prepare_data_loader(loader, dispatch_batches=False, **sharding)
+            ]
+            counts.append(len(batches))
+            seen += [name.split()[1] for names in batches for name in names]
+        assert len(seen) == len(set(seen)) == 16
+        assert counts == batches_of
+        assert ("ends earlier than the others" in caplog.text) == (len(lengths) > 1)
 
     def test_table(self, sources):
         with open(sources[0]["path"], "a") as file:

@@ -6,6 +6,8 @@ and `id` to name it. A row that cannot become a record has the reason in `bad`, 
 """
 
 import json
+import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, interleave_datasets, load_dataset
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    Video,
+    interleave_datasets,
+    load_dataset,
+)
 
 from .vpit_collator import BadSample
 from .vpit_families import FAMILIES, Record, Row
+
+
+logger = logging.getLogger(__name__)
 
 
 class JsonLines(Sequence):
@@ -55,11 +71,11 @@ class JsonLines(Sequence):
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """The dataset with its images as bytes and paths: they are decoded in the collator."""
+    """The dataset with its images and videos as bytes and paths: images are decoded in the collator."""
     features = {}
     for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            feature = Image(decode=False)
+        if isinstance(feature, (Image, Video)):
+            feature = type(feature)(decode=False)
         elif isinstance(feature, List) and isinstance(feature.feature, Image):
             feature = List(Image(decode=False))
         features[name] = feature
@@ -86,7 +102,9 @@ class Source:
             A `.jsonl` or `.json` file, or whatever [`~datasets.load_dataset`] takes: a Hub repository, or a builder
             (`"parquet"`, `"webdataset"`, `"imagefolder"`...) with `data_files`.
         name, split, data_files (*optional*): For `load_dataset`; the split defaults to `"train"`.
-        columns (`dict`, *optional*): The family's names of columns to the source's, such as `{"caption": "title"}`.
+        columns (`dict`, *optional*):
+            The family's names of columns to the source's, such as `{"caption": "title"}`. Columns of a webdataset are
+            its members' endings (`"jpg"`, `"source.jpg"`) and the keys of its `.json` members.
         streaming (`bool`, *optional*, defaults to `False`): Read while training.
         weight (`float`, *optional*): Its share of the mixture, relative to the other weights.
         num_samples (`int`, *optional*): How many of its samples to take, drawn by the seed; repeated if it has fewer.
@@ -140,7 +158,10 @@ class Source:
     def record(self, row: Row | None, index: int, seed: int, error: BadSample | None = None) -> Record:
         """The family's record of a row, or one that says why there is none. Random choices depend on `index` alone."""
         about = {"task": self.task, "source": self.label, "bad": None, "messages": None, "images": None}
-        about["id"] = f"{row['id']} (row {index})" if row is not None and row.get("id") is not None else f"row {index}"
+        if row is not None and isinstance(row.get("json"), Mapping):  # a webdataset sample's .json member
+            row = {**row, **row["json"]}
+        name = None if row is None else row.get("id", row.get("__key__"))
+        about["id"] = f"row {index}" if name is None else f"{name} (row {index})"
         try:
             if error is not None:
                 raise error
@@ -209,8 +230,8 @@ def load_mixture(
     generator = np.random.default_rng(seed)
     rows = [drawn(len(table), count, generator) for table, count in zip(tables, counts)]
     places = np.stack([np.repeat(np.arange(len(rows)), counts), np.concatenate(rows)], 1)
-    generator.shuffle(places)
-    dataset = Dataset.from_dict({"source": places[:, 0], "row": places[:, 1]})
+    places = places[generator.permutation(len(places))]
+    dataset = Dataset(pa.table({"source": places[:, 0], "row": places[:, 1]}))
     return dataset.with_transform(_Reader(sources, tables, seed))
 
 
@@ -246,6 +267,13 @@ def _stream(sources: list[Source], tables: list, seed: int, size: int | None) ->
     strategy = "first_exhausted" if probabilities else "all_exhausted_without_replacement"
     mixture = interleave_datasets(streams, probabilities, seed, stopping_strategy=strategy)
     mixture = mixture.map(_loaded_messages)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun and accelerate launch
+    if 1 < processes <= mixture.num_shards:  # accelerate's prepare_data_loader gives each process whole shards then
+        logger.warning(
+            f"The stream's {mixture.num_shards} shards are dealt out whole to {processes} processes: one whose shards "
+            "hold fewer samples ends earlier than the others. Write shards of equal length, as many as a multiple of "
+            "the processes, or leave out streaming: samples are dealt out evenly then."
+        )
     return mixture if size is None else mixture.take(size)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from .vpit_collator import BadSample, read_image
+from .vpit_collator import BadSample, _describe, read_image
 
 
 Row = Mapping[str, Any]
@@ -252,11 +252,11 @@ def video_prediction(
     video = located(needed(row, "video", "mp4", "webm"), image_root)
     longest = min(max_seconds, video_seconds(video) / 2)
     if longest < min_seconds:
-        raise BadSample(f"has a video too short for two intervals of {min_seconds} s ({video}).")
+        raise BadSample(f"has a video too short for two intervals of {min_seconds} s ({_describe(video)}).")
     seconds = round(rng.uniform(min_seconds, longest), 1)
     frames = video_frames(video, max(seconds, min_seconds), limit=max_frames)
     if len(frames) < 3:
-        raise BadSample(f"has {len(frames)} frames {seconds} s apart, too few to predict any ({video}).")
+        raise BadSample(f"has {len(frames)} frames {seconds} s apart, too few to predict any ({_describe(video)}).")
     kind = rng.choice(list(kinds))
     order = list(range(len(frames)))
     if kind == "reverse":
@@ -295,19 +295,20 @@ def open_video(video: Any):
         import av
     except ImportError as error:
         raise ImportError('Videos are read by PyAV: pip install "metamorph-hf[video]".') from error
+    source = video
     if isinstance(video, Mapping):
         video = video["path"] if video.get("bytes") is None else video["bytes"]
     try:
         return av.open(io.BytesIO(video) if isinstance(video, bytes) else video)
     except (av.FFmpegError, OSError, ValueError, TypeError) as error:
-        raise BadSample(f"has a video that cannot be read ({str(video)[:200]}): {error}") from error
+        raise BadSample(f"has a video that cannot be read ({_describe(source)}): {error}") from error
 
 
 def video_seconds(video: Any) -> float:
     """Length in seconds, as the file says."""
     with open_video(video) as container:
         if container.duration is None:
-            raise BadSample(f"has a video of unknown length ({str(video)[:200]}).")
+            raise BadSample(f"has a video of unknown length ({_describe(video)}).")
         return container.duration / 1_000_000
 
 
@@ -315,27 +316,37 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
     """
     The first frame at or after 0, `seconds`, 2 `seconds` and so on, by the frames' own time stamps: a video's rate may
     change. At most `limit`.
+
+    Raises:
+        BadSample: if it cannot be read, has no frames, or ends before the length its file states.
     """
     import av
 
-    frames, wanted, first = [], 0.0, None
+    frames, wanted, first, end = [], 0.0, None, 0.0
     with open_video(video) as container:
         if not container.streams.video:
-            raise BadSample(f"has a video without pictures ({str(video)[:200]}).")
+            raise BadSample(f"has a video without pictures ({_describe(video)}).")
+        stream = container.streams.video[0]
+        length = None if stream.duration is None else float(stream.duration * stream.time_base)
+        if length is None and len(container.streams) == 1 and container.duration is not None:  # WebM
+            length = container.duration / 1_000_000
         try:
-            for frame in container.decode(video=0):
+            for frame in container.decode(stream):
                 if frame.time is None:
                     continue
                 first = frame.time if first is None else first
+                end = frame.time + float((frame.duration or 0) * frame.time_base) - first
                 if frame.time - first >= wanted - 1e-6:
                     frames.append(frame.to_image())
                     wanted += seconds * (1 + (frame.time - first - wanted) // seconds)
                 if limit is not None and len(frames) == limit:
-                    break
+                    return frames
         except av.FFmpegError as error:
-            raise BadSample(f"has a video that breaks off ({str(video)[:200]}): {error}") from error
+            raise BadSample(f"has a video that breaks off ({_describe(video)}): {error}") from error
+    if frames and length is not None and end < length - 2 / float(stream.average_rate or 1):  # FFmpeg only logs it
+        raise BadSample(f"has a video that breaks off after {end:.1f} of {length:.1f} s ({_describe(video)}).")
     if not frames:
-        raise BadSample(f"has a video without frames ({str(video)[:200]}).")
+        raise BadSample(f"has a video without frames ({_describe(video)}).")
     return frames
 
 
