@@ -4,10 +4,12 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
+from datasets import IterableDataset
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -33,11 +35,13 @@ def run(
     zero: int | None = None,
     tied: bool = False,
     nan: bool = False,
+    stream: bool = False,
     **options,
 ) -> None:
     """
     Trains into `output`/final and logs.json. `kill` is "step" (the fourth) or "save" (of step 4, before its end),
-    `zero` DeepSpeed's stage; `nan` gives a sample without a finite loss. `options` are the trainer's.
+    `zero` DeepSpeed's stage; `nan` gives a sample without a finite loss, `stream` a dataset that is read while
+    training. `options` are the trainer's.
     """
     processor = conftest.tiny_processor.__wrapped__(conftest.tiny_tokenizer.__wrapped__())
     make_config = conftest.tiny_config.__wrapped__(processor.tokenizer)
@@ -70,11 +74,14 @@ def run(
             save_rng_state(output_dir)
 
         trainer._save_rng_state = die
+    dataset = trainer.train_dataset
+    if stream:
+        trainer.train_dataset = IterableDataset.from_generator(partial(iter, EXAMPLES))
     trainer.train(resume_from_checkpoint=resume)
     assert fsdp == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     logs = {"skipped_steps": trainer.totals["skipped_steps"]}
     if not nan:  # of a step that is skipped only finite parts are logged; in evaluation NaN stops the run
-        logs |= {"losses": losses(trainer), "eval_loss": trainer.evaluate(trainer.train_dataset)["eval_loss"]}
+        logs |= {"losses": losses(trainer), "eval_loss": trainer.evaluate(dataset)["eval_loss"]}
     trainer.save_model(output / "final")
     if trainer.is_world_process_zero():
         (output / "logs.json").write_text(json.dumps(logs))

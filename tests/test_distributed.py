@@ -52,6 +52,7 @@ CASES = {
     "ddp_projector": {"max_steps": 3, "stage": "projector", "tied": True},
     "fsdp": {"max_steps": 3, "gradient_accumulation_steps": 2, "fsdp": True},
     "fsdp_projector": {"max_steps": 3, "stage": "projector", "tied": True, "fsdp": True},
+    "stream": {"max_steps": 3, "stream": True},
     # One of the two processes has a loss that is NaN: neither makes the step.
     "nan": {"max_steps": 4, "nan": True, "on_nonfinite_loss": "skip"},
 }

@@ -94,7 +94,7 @@ class TestPrecision:
             parameter.data *= 0.5
         model.save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float16)
-        assert loaded.model.language_model.dtype == torch.float16
+        assert loaded.dtype == loaded.model.language_model.dtype == torch.float16
         for name, parameter in loaded.named_parameters():
             is_kept = name.startswith(("model.vision_tower.", "model.projector.", "vision_head."))
             assert parameter.dtype == (torch.float32 if is_kept else torch.float16), name

@@ -134,6 +134,9 @@ class VPiTConfig(SFTConfig):
         # TRL's own dataset preparation would tokenize the text without its images.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # accelerate's default for streams joins batches of all processes, and cannot join the names in them.
+            self.accelerator_config.dispatch_batches = False
 
     @property
     def learning_rate_scale(self) -> float:
