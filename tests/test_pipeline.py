@@ -562,6 +562,20 @@ class TestSaving:
         given = {name: components[name] for name in ("unet", "scheduler")}
         assert MetaMorphPipeline.from_pretrained(tmp_path, **given).unet is components["unet"]
 
+    def test_from_the_hub(self, pipe, tmp_path):
+        """As it lies in the Hub's cache, with what ends an answer."""
+        pipe.model.generation_config.eos_token_id = [5, 7]
+        repository = tmp_path / "models--me--pipeline"
+        pipe.save_pretrained(repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+        options = {"cache_dir": tmp_path, "local_files_only": True}
+        again = MetaMorphPipeline.from_pretrained("me/pipeline", **options)
+        assert again.model.generation_config.eos_token_id == [5, 7]
+        tokens = torch.randn(1, 4, 16)
+        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
+        assert torch.equal(*images)
+
     def test_same_seed_same_picture_after_saving(self, pipe, tmp_path):
         """In a batch or alone, before or after."""
         pipe.save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -226,6 +226,15 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
                     f"or pass what is missing ({missing[0]}=...)."
                 )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """
+        Fetches a repository of the Hub whole. diffusers' own choice of files leaves out the language model's
+        `generation_config.json`, which says where an answer ends.
+        """
+        options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        return snapshot_download(pretrained_model_name, **{name: kwargs[name] for name in options if name in kwargs})
 
     def save_config(self, save_directory, **kwargs) -> None:
         """Writes `model_index.json`, and beside it and the components the code that `trust_remote_code` needs."""
