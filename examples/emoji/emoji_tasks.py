@@ -26,12 +26,12 @@ DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
 MIXTURE = {
-    "text_to_image": 0.42,
-    "name": 0.22,
-    "category": 0.08,
+    "text_to_image": 0.34,
+    "name": 0.26,
+    "category": 0.12,
     "yes_no": 0.04,
-    "edit": 0.05,
-    "sequence": 0.17,
+    "edit": 0.04,
+    "sequence": 0.18,
     "thinking": 0.02,
 }
 EVALUATIONS = (

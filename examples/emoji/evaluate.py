@@ -1,6 +1,6 @@
 """Measure the emoji model: prints one JSON object and writes a contact sheet.
 
-    python examples/emoji/evaluate.py                       # about ten minutes on 2 CPU cores
+    python examples/emoji/evaluate.py                       # five to ten minutes on 2 CPU cores
     python examples/emoji/evaluate.py --limit 100           # fewer questions of each kind
 
 Retrieval ranks an answer among all base Google pictures (or, for edits, all of Google's skin-tone variants) by the

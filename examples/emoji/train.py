@@ -1,4 +1,4 @@
-"""Train the emoji model from nothing: four steps, three to four hours on 2 CPU cores.
+"""Train the emoji model from nothing: four steps, about four hours on 2 CPU cores.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
     python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
@@ -13,6 +13,7 @@ A step that is finished is not run again; one that was interrupted goes on from 
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,7 +54,8 @@ NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 VIEWS = 4  # disturbed copies of each picture that questions may show instead
-STEPS = {"siglip": 3600, "projector": 60, "full": 17000, "unet": 2800}
+NOISE = 0.8  # on the visual tokens of these copies, at most, of each token's norm
+STEPS = {"siglip": 3600, "projector": 60, "full": 21400, "unet": 2800}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
@@ -141,6 +143,17 @@ def encode_views(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor,
     return torch.stack(encoded)
 
 
+def show(views: torch.Tensor, number: int, picture: int) -> torch.Tensor:
+    """Visual tokens (N, V) of a picture, out of (1 + VIEWS, pictures, N, V); every `number` has noise of its own."""
+    view = number % len(views)
+    tokens = views[view, picture].float()
+    if view == 0:
+        return tokens
+    generator = torch.Generator().manual_seed(number)
+    noise = F.normalize(torch.randn(tokens.shape, generator=generator), dim=-1)
+    return F.normalize(tokens + NOISE * torch.rand((), generator=generator) * noise, dim=-1)
+
+
 def look_alikes(visual_tokens: torch.Tensor) -> torch.Tensor:
     """(pictures,) bool: which of (pictures, N, V) have another one nearer than a cosine of 0.95, but not identical."""
     flat = F.normalize(visual_tokens.float().flatten(1), dim=1)
@@ -206,7 +219,7 @@ def train_stage(
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
     stream = training_stream(
-        tasks, mixture, steps * batch, micro_batch, "visual_tokens", lambda view, image: views[view, image], len(views)
+        tasks, mixture, steps * batch, micro_batch, "visual_tokens", partial(show, views), num_views=2**31
     )
     trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
     if stage == "full":
