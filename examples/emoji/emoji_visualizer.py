@@ -153,8 +153,8 @@ def train_unet(
     for step in progress:
         indices, generator = batch_of(len(images), batch_size, step, seed)
         clean, tokens = latents[indices], visual_tokens[indices].float()
-        kept = torch.rand(len(clean), 1, 1, generator=generator) >= dropout
-        condition = projector(disturb(tokens, token_noise, generator)) * kept
+        kept = torch.rand(len(clean), generator=generator) >= dropout
+        condition = projector(disturb(tokens, token_noise, generator), kept)
         loss = diffusion_loss(
             lambda noisy, timesteps, condition=condition: (
                 unet(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from emoji_pictures import encode_pictures, load_pictures, training_stream
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
-from emoji_visualizer import fit_vae, train_unet
+from emoji_visualizer import disturb, fit_vae, train_unet
 from evaluate import draw, rank_of_answer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from train_siglip import augment, train_siglip
@@ -147,11 +147,7 @@ def show(views: torch.Tensor, number: int, picture: int) -> torch.Tensor:
     """Visual tokens (N, V) of a picture, out of (1 + VIEWS, pictures, N, V); every `number` has noise of its own."""
     view = number % len(views)
     tokens = views[view, picture].float()
-    if view == 0:
-        return tokens
-    generator = torch.Generator().manual_seed(number)
-    noise = F.normalize(torch.randn(tokens.shape, generator=generator), dim=-1)
-    return F.normalize(tokens + NOISE * torch.rand((), generator=generator) * noise, dim=-1)
+    return disturb(tokens[None], NOISE, torch.Generator().manual_seed(number))[0] if view else tokens
 
 
 def look_alikes(visual_tokens: torch.Tensor) -> torch.Tensor:

@@ -54,15 +54,16 @@ def read_image(image: Any) -> PIL.Image.Image:
         image = PIL.ImageOps.exif_transpose(image).convert("RGB")
     # PIL raises all of these, some for broken headers.
     except (OSError, ValueError, TypeError, SyntaxError, KeyError, AttributeError, EOFError) as error:
-        raise BadSample(f"cannot be read ({_describe(source)}): {error}") from error
+        raise BadSample(f"cannot be read ({described(source)}): {error}") from error
     except PIL.Image.DecompressionBombError as error:
-        raise BadSample(f"is too large to be safe ({_describe(source)}): {error}") from error
+        raise BadSample(f"is too large to be safe ({described(source)}): {error}") from error
     if not image.width or not image.height:
-        raise BadSample(f"is empty ({_describe(source)}): {image.width}x{image.height} pixels")
+        raise BadSample(f"is empty ({described(source)}): {image.width}x{image.height} pixels")
     return image
 
 
-def _describe(image: Any) -> str:
+def described(image: Any) -> str:
+    """What a message calls an image or a video: its path, never its bytes."""
     if isinstance(image, Mapping):
         image = image.get("path") or image.get("bytes")
     return str(image)[:200] if isinstance(image, (str, Path)) else type(image).__name__

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from .vpit_collator import BadSample, _describe, read_image
+from .vpit_collator import BadSample, described, read_image
 
 
 Row = Mapping[str, Any]
@@ -252,11 +252,11 @@ def video_prediction(
     video = located(needed(row, "video", "mp4", "webm"), image_root)
     longest = min(max_seconds, video_seconds(video) / 2)
     if longest < min_seconds:
-        raise BadSample(f"has a video too short for two intervals of {min_seconds} s ({_describe(video)}).")
+        raise BadSample(f"has a video too short for two intervals of {min_seconds} s ({described(video)}).")
     seconds = round(rng.uniform(min_seconds, longest), 1)
     frames = video_frames(video, max(seconds, min_seconds), limit=max_frames)
     if len(frames) < 3:
-        raise BadSample(f"has {len(frames)} frames {seconds} s apart, too few to predict any ({_describe(video)}).")
+        raise BadSample(f"has {len(frames)} frames {seconds} s apart, too few to predict any ({described(video)}).")
     kind = rng.choice(list(kinds))
     order = list(range(len(frames)))
     if kind == "reverse":
@@ -301,14 +301,14 @@ def open_video(video: Any):
     try:
         return av.open(io.BytesIO(video) if isinstance(video, bytes) else video)
     except (av.FFmpegError, OSError, ValueError, TypeError) as error:
-        raise BadSample(f"has a video that cannot be read ({_describe(source)}): {error}") from error
+        raise BadSample(f"has a video that cannot be read ({described(source)}): {error}") from error
 
 
 def video_seconds(video: Any) -> float:
     """Length in seconds, as the file says."""
     with open_video(video) as container:
         if container.duration is None:
-            raise BadSample(f"has a video of unknown length ({_describe(video)}).")
+            raise BadSample(f"has a video of unknown length ({described(video)}).")
         return container.duration / 1_000_000
 
 
@@ -325,7 +325,7 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
     frames, wanted, first, end = [], 0.0, None, 0.0
     with open_video(video) as container:
         if not container.streams.video:
-            raise BadSample(f"has a video without pictures ({_describe(video)}).")
+            raise BadSample(f"has a video without pictures ({described(video)}).")
         stream = container.streams.video[0]
         length = None if stream.duration is None else float(stream.duration * stream.time_base)
         if length is None and len(container.streams) == 1 and container.duration is not None:  # WebM
@@ -342,11 +342,11 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
                 if limit is not None and len(frames) == limit:
                     return frames
         except av.FFmpegError as error:
-            raise BadSample(f"has a video that breaks off ({_describe(video)}): {error}") from error
+            raise BadSample(f"has a video that breaks off ({described(video)}): {error}") from error
     if frames and length is not None and end < length - 2 / float(stream.average_rate or 1):  # FFmpeg only logs it
-        raise BadSample(f"has a video that breaks off after {end:.1f} of {length:.1f} s ({_describe(video)}).")
+        raise BadSample(f"has a video that breaks off after {end:.1f} of {length:.1f} s ({described(video)}).")
     if not frames:
-        raise BadSample(f"has a video without frames ({_describe(video)}).")
+        raise BadSample(f"has a video without frames ({described(video)}).")
     return frames
 
 
