@@ -608,6 +608,10 @@ class TestGenerateFeatures:
         drawing = generate(golden_model, batch, max_new_tokens=6)
         assert answers(greedy, batch)[0] == answers(drawing, batch)[0][:6]
 
+    def test_answers_without_images_need_no_vision_head(self, golden_model, batch, monkeypatch):
+        monkeypatch.setattr(golden_model.vision_head, "forward", None)
+        assert generate(golden_model, batch, max_images=0).visual_tokens[0].shape == (0, 16, 32)
+
     @pytest.mark.parametrize("num_beams", [1, 2])
     def test_image_asked_for_and_switched_off(self, golden_model, num_beams):
         """`suppress_tokens` wins, also in beam search, which cannot draw."""

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -659,17 +658,33 @@ class TestSaving:
             file.unlink()
         assert type(MetaMorphPipeline.from_pretrained(tmp_path).projector) is VisualTokenProjector
 
-    def test_fresh_process(self, components, tmp_path):
+    @pytest.mark.parametrize(
+        "imports",
+        [
+            "import metamorph_hf\nfrom diffusers import DiffusionPipeline",
+            "from diffusers import DiffusionPipeline\nimport metamorph_hf",
+            "from metamorph_hf.pipeline_metamorph import DiffusionPipeline",
+        ],
+        ids=["package first", "diffusers first", "pipeline's module"],
+    )
+    def test_fresh_process(self, components, tmp_path, imports):
         build(components).save_pretrained(tmp_path)
-        code = (
-            "import metamorph_hf\nfrom diffusers import DiffusionPipeline\n"
-            f"print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__name__)"
-        )
+        code = f"{imports}\nprint(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__module__)"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert run.stdout.strip() == "MetaMorphPipeline", run.stderr
+        assert run.stdout.strip() == "metamorph_hf.pipeline_metamorph", run.stderr
 
-    def test_class_is_known_to_diffusers(self):
-        assert diffusers.MetaMorphPipeline is MetaMorphPipeline
+
+def test_import_is_light():
+    """What takes seconds to import loads on first use, and is listed before."""
+    code = (
+        "import sys, metamorph_hf\nprint(*{name.partition('.')[0] for name in sys.modules} & "
+        "{'bitsandbytes', 'diffusers', 'peft', 'trl'})\n"
+        "assert set(metamorph_hf.__all__) <= set(dir(metamorph_hf))\n"
+        "for name in metamorph_hf.__all__: getattr(metamorph_hf, name)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == ""
 
 
 class TestModelCard:

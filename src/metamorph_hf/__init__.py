@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_metamorph import MetaMorphConfig
+from .diffusers_registration import register_in_diffusers
 from .generation_metamorph import MetaMorphStreamer
-from .grid_unet import GridUNet2DConditionModel
 from .modeling_metamorph import MetaMorphForConditionalGeneration, MetaMorphModel, MetaMorphPreTrainedModel
-from .patch_vae import PatchVAE
-from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput, register_in_diffusers
 from .processing_metamorph import MetaMorphProcessor
-from .visual_token_projector import VisualTokenProjector
 
 
 if TYPE_CHECKING:
+    from .grid_unet import GridUNet2DConditionModel
+    from .patch_vae import PatchVAE
+    from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
+    from .visual_token_projector import VisualTokenProjector
+    from .vpit_callbacks import LogSamplesCallback
     from .vpit_config import VPiTConfig
     from .vpit_trainer import VPiTTrainer
 
@@ -32,8 +34,17 @@ MetaMorphConfig.register_for_auto_class()
 MetaMorphForConditionalGeneration.register_for_auto_class("AutoModel")
 MetaMorphProcessor.register_for_auto_class()
 
-# TRL takes seconds to import and is an extra, so it loads on first use.
-_LAZY = {"LogSamplesCallback": "vpit_callbacks", "VPiTConfig": "vpit_config", "VPiTTrainer": "vpit_trainer"}
+# diffusers and TRL take seconds to import, and TRL is an extra, so what needs them loads on first use.
+_LAZY = {
+    "GridUNet2DConditionModel": "grid_unet",
+    "LogSamplesCallback": "vpit_callbacks",
+    "MetaMorphPipeline": "pipeline_metamorph",
+    "MetaMorphPipelineOutput": "pipeline_metamorph",
+    "PatchVAE": "patch_vae",
+    "VPiTConfig": "vpit_config",
+    "VPiTTrainer": "vpit_trainer",
+    "VisualTokenProjector": "visual_token_projector",
+}
 
 __all__ = [
     "LogSamplesCallback",
@@ -59,3 +70,7 @@ def __getattr__(name: str):
 
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -77,9 +77,8 @@ class ImageTokensLogitsProcessor(LogitsProcessor):
         if input_ids.shape[1] == self.force_at:
             forced_id = torch.where(inside, forced_id, self.image_start_token_id)
             inside = torch.ones_like(inside)
-        vocabulary = torch.arange(scores.shape[-1], device=scores.device)
-        forced = torch.where(vocabulary == forced_id[:, None], 0.0, float("-inf")).to(scores.dtype)
-        return torch.where(inside[:, None], forced, scores)
+        forced_score = torch.where(inside[:, None], 0.0, scores.gather(1, forced_id[:, None]))
+        return scores.masked_fill(inside[:, None], float("-inf")).scatter_(1, forced_id[:, None], forced_score)
 
 
 class ForbiddenTokensLogitsProcessor(LogitsProcessor):
@@ -102,8 +101,8 @@ class MaxImagesLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.begun = self.begun + (input_ids[:, -1:] == self.image_start_token_id).any(dim=-1)
-        is_start = torch.arange(scores.shape[-1], device=scores.device) == self.image_start_token_id
-        return scores.masked_fill((self.begun >= self.max_images)[:, None] & is_start, float("-inf"))
+        start_score = scores[:, self.image_start_token_id].masked_fill(self.begun >= self.max_images, float("-inf"))
+        return scores.select_scatter(start_score, 1, self.image_start_token_id)
 
 
 class MetaMorphStreamer(TextIteratorStreamer):
@@ -256,9 +255,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if kwargs["input_ids_seq_length"] == 0:
             begun = self._embeds_begin_image(**kwargs["model_kwargs"])
         # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
-        never_text = torch.tensor([config.image_token_id, config.image_end_token_id], device=device)
-        processors.insert(0, ForbiddenTokensLogitsProcessor(never_text))
-        if generation_config.max_images is not None:
+        never_text = [config.image_token_id, config.image_end_token_id]
+        if generation_config.max_images == 0:
+            never_text.append(config.image_start_token_id)
+        processors.insert(0, ForbiddenTokensLogitsProcessor(torch.tensor(never_text, device=device)))
+        if generation_config.max_images:
             processors.insert(
                 0, MaxImagesLogitsProcessor(config.image_start_token_id, generation_config.max_images, begun)
             )
@@ -345,7 +346,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
                     f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the "
                     "ids come from another tokenizer."
                 )
-        if prompt_length and self._can_draw(generation_config):
+        can_draw = self._can_draw(generation_config)
+        if prompt_length and can_draw:
             inside = (input_ids[:, -1] == config.image_token_id) & (
                 (input_ids[:, -config.num_image_tokens :] == config.image_token_id).sum(-1) < config.num_image_tokens
             )
@@ -357,16 +359,15 @@ class MetaMorphGenerationMixin(GenerationMixin):
         steps = []
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
             kwargs["streamer"].begin(steps)
-        outputs = super()._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, visual_token_steps=steps, **kwargs
-        )
+        kwargs |= {"visual_token_steps": steps} if can_draw else {"skip_visual_token": True}
+        outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
         is_visual = sequences[:, prompt_length:] == config.image_token_id
         counts = is_visual.sum(-1)
         begun = (sequences[:, max(prompt_length - 1, 0) :] == config.image_start_token_id).sum(-1)
         if prompt_length == 0:
             begun = begun + self._embeds_begin_image(**kwargs)
-        unfinished_images = self._can_draw(generation_config) & (counts < begun * config.num_image_tokens)
+        unfinished_images = can_draw & (counts < begun * config.num_image_tokens)
         if unfinished_images.any():
             logger.warning(
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
@@ -375,6 +376,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if not isinstance(outputs, ModelOutput):
             return outputs
         finished = (counts // config.num_image_tokens * config.num_image_tokens).tolist()
+        if not can_draw:
+            steps = [torch.empty(*is_visual.shape, config.visual_token_dim, dtype=self.dtype, device=self.device)]
         # A device that stops one step late has computed one visual token more than there are new tokens.
         drawn = torch.cat(steps, dim=1)[:, : is_visual.shape[1]]
         visual_tokens = [

@@ -424,6 +424,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         num_text_items: torch.Tensor | int | None = None,
         num_visual_items: torch.Tensor | int | None = None,
         skip_logits: bool = False,
+        skip_visual_token: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaMorphCausalLMOutputWithPast:
         """
@@ -439,6 +440,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 optimisation step (all devices, all accumulation steps).
             skip_logits (`bool`, *optional*, defaults to `False`):
                 With `labels`, return no logits in eval mode either: the losses need them at text labels only.
+            skip_visual_token (`bool`, *optional*, defaults to `False`):
+                Return no `next_visual_token`: `generate()` needs none where the answer can hold no image.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
@@ -481,9 +484,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         if labels is None or not (self.training or skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if labels is None:
+        if labels is None and not skip_visual_token:
             next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -1:]))
-        else:
+        if labels is not None:
             losses = self._losses(
                 hidden_states, labels, input_ids, is_target, features, num_text_items, num_visual_items
             )

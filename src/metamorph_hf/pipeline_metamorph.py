@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -824,29 +822,6 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         return MetaMorphPipelineOutput(
             images=images, text=text, image_counts=image_counts, nsfw_content_detected=flagged
         )
-
-
-def register_in_diffusers() -> None:
-    """Let `DiffusionPipeline.from_pretrained` load a saved [`MetaMorphPipeline`] by this package's classes.
-
-    diffusers has no registry for that: it looks a class up by its name in its own module, and one that comes with code
-    beside its weights it loads from there alone, if it is trusted. The package is, so it goes first.
-    """
-    diffusers.MetaMorphPipeline = MetaMorphPipeline
-    package = __name__.rpartition(".")[0]
-    original = ConfigMixin.load_config.__func__
-
-    def load_config(cls, *args, **kwargs):
-        loaded = original(cls, *args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if config.get("_class_name") == ["pipeline_metamorph", MetaMorphPipeline.__name__]:
-            config["_class_name"] = MetaMorphPipeline.__name__
-            for name, value in config.items():
-                if isinstance(value, list) and value[0] in OWN_MODULES:
-                    config[name] = [f"{package}.{value[0]}", value[1]]
-        return loaded
-
-    DiffusionPipeline.load_config = classmethod(load_config)
 
 
 __all__ = ["MetaMorphPipeline", "MetaMorphPipelineOutput"]
