@@ -1,5 +1,6 @@
 """The example scripts, run as a user runs them."""
 
+import io
 import json
 import runpy
 import shutil
@@ -138,6 +139,43 @@ class TestTrainVPiT:
             expected, found = adapted.eval()(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
         # The merged model is saved in the base's float16.
         torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+    @pytest.mark.parametrize("precompute", [False, True])
+    def test_webdataset(self, tmp_path, precompute):
+        """Pictures and captions of a tar, one of them broken; as a stream, and with visual tokens made beforehand."""
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for number in range(8):
+                pixels = io.BytesIO()
+                Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(pixels, "png")
+                data = b"broken" if number == 5 else pixels.getvalue()
+                for ending, content in (("png", data), ("txt", b"a red square")):
+                    member = tarfile.TarInfo(f"{number:04}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        source = {
+            "task": "text_to_image",
+            "path": "webdataset",
+            "data_files": "shard.tar",
+            "streaming": not precompute,
+        }
+        config = {
+            **yaml.safe_load((EXAMPLES / "configs" / "cpu_smoke.yaml").read_text()),
+            "mixture": [{**source, "streaming": not precompute}],
+            "output_dir": "out",
+            "on_bad_sample": "skip",
+            "max_bad_share": 0.5,
+            "max_steps": 4,
+            "precompute": precompute,
+            "sample_steps": 0,
+        }
+        (tmp_path / "tar.yaml").write_text(yaml.safe_dump(config))
+        flags = ["--config", "tar.yaml", "--model_name_or_path", CHECKPOINT, "--per_device_train_batch_size", 2]
+        done = run("train_vpit.py", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        facts = json.loads((tmp_path / "out" / "training_facts.json").read_text())
+        assert facts["steps"] == 4 and facts["last visual_loss"] < "0"
+        (rejected,) = (tmp_path / "out").glob("rejected*")
+        assert "0005" in rejected.read_text()
 
     @pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
     def test_configurations_are_read(self, tmp_path, monkeypatch, config):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from metamorph_hf import vpit_families
 from metamorph_hf.vpit_collator import BadSample, DataCollatorForVPiT, read_image
 from metamorph_hf.vpit_data import JsonLines, Source, load_mixture, mixture_table
 from metamorph_hf.vpit_families import FAMILIES, WORDINGS, video_frames
@@ -229,7 +230,15 @@ class TestFamilies:
     def test_frames_of_a_question_are_capped(self, row):
         record = FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=2.0, max_frames=4)
         grey = [np.asarray(image).mean() for image in record["images"]]
-        assert len(grey) == 4 and grey[-1] - grey[0] > 150  # from the first to the last
+        assert [(g - 20) / 20 for g in grey] == pytest.approx([0, 2.5, 5, 7.5], abs=0.3)  # the times they are of
+
+    def test_frames_of_a_long_video_are_not_all_held(self, row, monkeypatch):
+        wanted = []
+        monkeypatch.setattr(
+            vpit_families, "video_frames", lambda video, seconds: wanted.append(seconds) or [Image.new("RGB", (8, 8))]
+        )
+        FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=1000.0, max_frames=4)
+        assert wanted == [pytest.approx(2.5, abs=0.2)]
 
     @pytest.mark.parametrize(
         ("family", "change", "reason"),
@@ -548,6 +557,9 @@ class TestMixture:
             {"image": "png"},
         ),
         "video_prediction": ({"mp4": None}, {}),
+        "video_qa": ({"mp4": None, "json": json.dumps(ROWS["video_qa"]).encode()}, {}),
+        "visual_thinking": ({"jpg": "5.png", "json": json.dumps(ROWS["visual_thinking"]).encode()}, {"image": "jpg"}),
+        "chat": ({"png": "1.png", "json": json.dumps(ROWS["chat"]).encode()}, {"images": "png"}),
     }
 
     @pytest.mark.parametrize("streaming", [False, True])

@@ -24,7 +24,8 @@ from metamorph_hf import (
     VPiTTrainer,
     modeling_metamorph,
 )
-from metamorph_hf.vpit_collator import DataCollatorForVPiT
+from metamorph_hf.vpit_collator import BadSample, DataCollatorForVPiT
+from metamorph_hf.vpit_data import load_mixture
 from metamorph_hf.vpit_trainer import (
     complete_peft_config,
     last_complete_checkpoint,
@@ -338,6 +339,37 @@ class TestTrainer:
             states.append(model.state_dict())
         for name, weight in states[0].items():
             torch.testing.assert_close(states[1][name], weight, rtol=1e-5, atol=1e-7)
+
+    def test_precomputed_visual_tokens_of_a_mixture(self, tiny_processor, tiny_model, tmp_path):
+        """The same batches, in the mixture's order; what cannot be read is the collator's to refuse or skip."""
+        for number in range(5):
+            Image.new("RGB", (20, 16), (40 * number,) * 3).save(tmp_path / f"{number}.png")
+        (tmp_path / "3.png").write_bytes(b"broken")
+        captions = [{"caption": f"grey {n}", "image": str(tmp_path / f"{n}.png")} for n in range(5)]
+        chats = [{"messages": EXAMPLES[2]["messages"]}] * 3
+        sources = []
+        for task, rows in (("text_to_image", captions), ("chat", chats)):
+            path = tmp_path / f"{task}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+            sources.append({"task": task, "path": str(path)})
+        mixture, model = load_mixture(sources), tiny_model().eval()
+        encoded = precompute_visual_tokens(mixture, model, tiny_processor, batch_size=4)
+        assert len(encoded) == len(mixture) == 10
+        skip, stop = (DataCollatorForVPiT(tiny_processor, on_bad_sample=how) for how in ("skip", "raise"))
+        pixels, tokens = skip(list(mixture)), skip(list(encoded.select(range(10))))
+        assert [r["sample"] for r in tokens["rejected"]] == [r["sample"] for r in pixels["rejected"]]
+        assert len(tokens["rejected"]) == 3 and any("3.png" in r["reason"] for r in tokens["rejected"])
+        assert tokens["sample_ids"] == pixels["sample_ids"]
+        assert torch.equal(tokens["input_ids"], pixels["input_ids"])
+        expected = model.get_visual_tokens(pixels["pixel_values"])
+        torch.testing.assert_close(tokens["visual_tokens"], expected)
+        with pytest.raises(BadSample, match=r"row 3 of .*captions|has an image that cannot be read \(.*3.png\)"):
+            stop([record for record in encoded if record["id"] == "row 3"])
+
+    def test_a_stream_has_no_precomputed_visual_tokens(self, tiny_processor, tiny_model):
+        stream = Dataset.from_dict({"images": [[]]}).to_iterable_dataset()
+        with pytest.raises(ValueError, match="load it without streaming"):
+            precompute_visual_tokens(stream, tiny_model(), tiny_processor)
 
     @pytest.mark.parametrize(
         ("option", "reason"),

@@ -101,7 +101,7 @@ def in_list(value: Any) -> list:
 
 def chat(row: Row, rng: random.Random, image_root: str | None = None) -> Record:
     """`messages` and `images` as TRL has them, or text alone. Of string contents, the first holds all images."""
-    images = [located(image, image_root) for image in row.get("images") or []]
+    images = [located(image, image_root) for image in in_list(row["images"])] if row.get("images") else []
     messages = needed(row, "messages")
     if not isinstance(messages, list):
         raise BadSample(f"has messages of type {type(messages).__name__}, expected a list.")
@@ -214,11 +214,13 @@ def video_qa(
     row: Row, rng: random.Random, image_root: str | None = None, fps: float = 1.0, max_frames: int = 32
 ) -> Record:
     """
-    VideoStar, ShareVideo: LLaVA's form with `video` in the place of `image`. Frames are taken `fps` times a second; of
-    more than `max_frames`, that many spread evenly are kept. They stand where `<video>` or `<image>` does.
+    VideoStar, ShareVideo: LLaVA's form with `video` in the place of `image`. Frames are taken `fps` times a second, in
+    a long video so much less often that `max_frames` cover it. They stand where `<video>` or `<image>` does.
     """
-    frames = video_frames(located(needed(row, "video"), image_root), 1 / fps)
-    if len(frames) > max_frames:
+    video = located(needed(row, "video", "mp4", "webm"), image_root)
+    seconds = max(1 / fps, (video_seconds(video) or 0) / max_frames)
+    frames = video_frames(video, seconds)
+    if len(frames) > max_frames:  # of a file that states no length, or a wrong one
         frames = [frames[round(place)] for place in np.linspace(0, len(frames) - 1, max_frames)]
     places, conversations = 0, []
     for turn in needed(row, "conversations"):
@@ -250,7 +252,10 @@ def video_prediction(
     if unknown := set(kinds) - set(WORDINGS):
         raise ValueError(f"kinds has {sorted(unknown)}, expected some of {', '.join(WORDINGS)}.")
     video = located(needed(row, "video", "mp4", "webm"), image_root)
-    longest = min(max_seconds, video_seconds(video) / 2)
+    length = video_seconds(video)
+    if length is None:
+        raise BadSample(f"has a video of unknown length ({described(video)}).")
+    longest = min(max_seconds, length / 2)
     if longest < min_seconds:
         raise BadSample(f"has a video too short for two intervals of {min_seconds} s ({described(video)}).")
     seconds = round(rng.uniform(min_seconds, longest), 1)
@@ -304,12 +309,10 @@ def open_video(video: Any):
         raise BadSample(f"has a video that cannot be read ({described(source)}): {error}") from error
 
 
-def video_seconds(video: Any) -> float:
-    """Length in seconds, as the file says."""
+def video_seconds(video: Any) -> float | None:
+    """Length in seconds, if the file says it."""
     with open_video(video) as container:
-        if container.duration is None:
-            raise BadSample(f"has a video of unknown length ({described(video)}).")
-        return container.duration / 1_000_000
+        return None if container.duration is None else container.duration / 1_000_000
 
 
 def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[PIL.Image.Image]:
