@@ -1,4 +1,4 @@
-"""Train the emoji model from nothing: four steps, about four hours on 2 CPU cores.
+"""Train the emoji model from nothing: four steps, about five hours on 2 CPU cores.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
     python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
@@ -55,7 +55,7 @@ VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 VIEWS = 4  # disturbed copies of each picture that questions may show instead
 NOISE = 0.8  # on the visual tokens of these copies, at most, of each token's norm
-STEPS = {"siglip": 3600, "projector": 60, "full": 21400, "unet": 2800}
+STEPS = {"siglip": 3600, "projector": 60, "full": 24400, "unet": 2800}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, I images in the batch, N visual tokens per image, D
 of a visual token, P patches per image.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -499,6 +500,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             attentions=outputs.attentions,
             image_hidden_states=None if features is None else features.pooler_output,
         )
+
+    # generate() asks for it in every step of a class that is saved with its code: found anew, it costs a small layer.
+    forward.__signature__ = inspect.signature(forward)
 
     def _text_loss_sum(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
         """Summed cross-entropy of (M, D) hidden states and (M,) labels, without (M, vocabulary) logits at once."""
