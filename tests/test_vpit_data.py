@@ -629,9 +629,10 @@ class TestMixture:
         for process in range(2):
             loader = DataLoader(load_mixture(sources), batch_size=4, collate_fn=DataCollatorForVPiT(tiny_processor))
             sharding = {"num_processes": 2, "process_index": process, "put_on_device": False}
-            batches = [
-                batch["sample_ids"] for batch in prepare_data_loader(loader, dispatch_batches=False, **sharding)
-            ]
+            loader = prepare_data_loader(loader, dispatch_batches=False, **sharding)
+            batches = [batch["sample_ids"] for batch in loader]
+            resumed = skip_first_batches(loader, 1)  # as Trainer does
+            assert [batch["sample_ids"] for batch in resumed] == batches[1:]
             counts.append(len(batches))
             seen += [name.split()[1] for names in batches for name in names]
         assert len(seen) == len(set(seen)) == 16

@@ -46,7 +46,7 @@ def register(diffusion_pipeline: type) -> None:
             diffusers.MetaMorphPipeline = MetaMorphPipeline
             config["_class_name"] = MetaMorphPipeline.__name__
             for name, value in config.items():
-                module = (value[0] or "").removeprefix(f"{__package__}.") if isinstance(value, list) else None
+                module = str(value[0]).removeprefix(f"{__package__}.") if isinstance(value, list) and value else None
                 if module in OWN_MODULES:  # diffusers takes them from modules that are imported
                     config[name] = [import_module(f".{module}", __package__).__name__, value[1]]
         return loaded
