@@ -14,6 +14,7 @@ from transformers import (
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import is_torchvision_available
 
 from metamorph_hf import MetaMorphStreamer
 
@@ -345,18 +346,20 @@ class IdsAsText:
         return "".join(f"{id} " for id in ids)
 
 
+NEEDS_TORCHVISION = pytest.mark.skipif(not is_torchvision_available(), reason="transformers wants torchvision")
+
+
+@pytest.mark.parametrize("task", ["image-text-to-text", pytest.param("any-to-any", marks=NEEDS_TORCHVISION)])
 @pytest.mark.parametrize("max_images", [0, 1])
-def test_transformers_pipeline(tiny_model, tiny_processor, tiny_images, tmp_path, max_images):
-    """`pipeline("image-text-to-text")` gives the text that `generate()` gives."""
+def test_transformers_pipeline(tiny_model, tiny_processor, tiny_images, tmp_path, task, max_images):
+    """transformers' pipelines give the text that `generate()` gives."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)
     content = [{"type": "image", "image": tiny_images[0]}, {"type": "text", "text": "What is this?"}]
     messages = [{"role": "user", "content": content}]
     options = {"max_new_tokens": 8, "do_sample": False, "max_images": max_images, "force_image": max_images > 0}
-    answer = pipeline("image-text-to-text", model=str(tmp_path))(
-        text=messages, return_full_text=False, generate_kwargs=options
-    )
+    answer = pipeline(task, model=str(tmp_path))(text=messages, return_full_text=False, generate_kwargs=options)
     inputs = tiny_processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
