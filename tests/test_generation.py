@@ -615,6 +615,28 @@ class TestGenerateFeatures:
         monkeypatch.setattr(golden_model.vision_head, "forward", None)
         assert generate(golden_model, batch, max_images=0).visual_tokens[0].shape == (0, 16, 32)
 
+    def test_text_steps_on_a_cpu_leave_out_the_vision_head(self, golden_model):
+        """It runs after `<image_start>` and each visual token, the projector for each visual token."""
+        calls = []
+        hooks = [
+            module.register_forward_hook(lambda *args, name=name: calls.append(name))
+            for name, module in (("head", golden_model.vision_head), ("projector", golden_model.model.projector))
+        ]
+        generate(
+            golden_model,
+            {"input_ids": torch.tensor([[208, 92, 93]])},
+            force_image=True,
+            max_images=1,
+            min_new_tokens=N + 8,
+            max_new_tokens=N + 8,
+        )
+        for hook in hooks:
+            hook.remove()
+        assert (calls.count("head"), calls.count("projector")) == (
+            N + 1,
+            N,
+        )  # after <image_start> and each visual token
+
     @pytest.mark.parametrize("num_beams", [1, 2])
     def test_image_asked_for_and_switched_off(self, golden_model, num_beams):
         """`suppress_tokens` wins, also in beam search, which cannot draw."""

@@ -16,6 +16,7 @@ from transformers import (
     ProcessorMixin,
     TextIteratorStreamer,
 )
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
@@ -314,7 +315,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
         is_first_iteration=False,
         **kwargs,
     ):
-        kwargs.pop("visual_token_steps", None)
+        is_drawing = kwargs.pop("visual_token_steps", None) is not None
+        fixed_shapes = isinstance(past_key_values, Cache) and past_key_values.is_compileable
+        # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector. An accelerator
+        # would have to wait for it, and a compiled step is the same each time.
+        if is_drawing and input_ids.device.type == "cpu" and not fixed_shapes and kwargs.get("use_cache", True):
+            last = input_ids[:, -1:]  # nothing before the first token of a prompt of `inputs_embeds`
+            is_visual = last == self.config.image_token_id
+            if last.numel() and not is_visual.any():
+                kwargs.pop("generated_visual_tokens", None)
+                kwargs["skip_visual_token"] = not (last == self.config.image_start_token_id).any()
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -328,8 +338,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (steps := model_kwargs.get("visual_token_steps")) is not None:
+            next_visual_token = outputs.next_visual_token
+            if next_visual_token is None:  # a text step, for all rows
+                next_visual_token = outputs.logits.new_zeros(len(outputs.logits), 1, self.config.visual_token_dim)
             # A copy, since a step compiled to a CUDA graph writes its outputs over those of the step before.
-            steps.append(outputs.next_visual_token.clone())
+            steps.append(next_visual_token.clone())
             # Without a cache the whole answer is read again, so all of its visual tokens are needed.
             model_kwargs["generated_visual_tokens"] = (
                 steps[-1] if model_kwargs.get("use_cache", True) else torch.cat(steps, dim=1)
