@@ -214,6 +214,7 @@ def main() -> None:
         gradients = one_step_gradients(1, args.gradients_to)
         if PartialState().is_main_process:
             torch.save(gradients, Path(args.gradients_to) / "gradients.pt")
+        PartialState().destroy_process_group()  # a process that ends while it runs may abort
         return
 
     results = measure(args)

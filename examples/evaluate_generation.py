@@ -445,6 +445,7 @@ def main() -> None:
 
     found = compare(accelerator, rows, painted, args, judge, features, clip_score)
     times["measuring"] = time.perf_counter() - started
+    accelerator.end_training()  # a process that ends with its threads of communication running may abort
     if not accelerator.is_main_process:
         return
     metrics, notes = summarise(found, rows, unpainted)

@@ -91,3 +91,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in json.loads(sys.argv[1]):
         run(**{**case, "output": Path(case["output"])})
+    PartialState().destroy_process_group()  # a process that ends while it runs may abort
