@@ -160,7 +160,7 @@ class TestTrainVPiT:
         }
         config = {
             **yaml.safe_load((EXAMPLES / "configs" / "cpu_smoke.yaml").read_text()),
-            "mixture": [{**source, "streaming": not precompute}],
+            "mixture": [source],
             "output_dir": "out",
             "on_bad_sample": "skip",
             "max_bad_share": 0.5,

@@ -632,10 +632,7 @@ class TestGenerateFeatures:
         )
         for hook in hooks:
             hook.remove()
-        assert (calls.count("head"), calls.count("projector")) == (
-            N + 1,
-            N,
-        )  # after <image_start> and each visual token
+        assert (calls.count("head"), calls.count("projector")) == (N + 1, N)
 
     @pytest.mark.parametrize("num_beams", [1, 2])
     def test_image_asked_for_and_switched_off(self, golden_model, num_beams):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -669,9 +670,15 @@ class TestSaving:
     )
     def test_fresh_process(self, components, tmp_path, imports):
         build(components).save_pretrained(tmp_path)
-        code = f"{imports}\nprint(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__module__)"
+        code = (
+            f"{imports}\nimport diffusers\nassert diffusers.MetaMorphPipeline\n"
+            f"print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__module__)"
+        )
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert run.stdout.strip() == "metamorph_hf.pipeline_metamorph", run.stderr
+
+    def test_class_is_known_to_diffusers(self):
+        assert diffusers.MetaMorphPipeline is MetaMorphPipeline
 
 
 def test_import_is_light():

@@ -363,8 +363,8 @@ class TestTrainer:
         assert torch.equal(tokens["input_ids"], pixels["input_ids"])
         expected = model.get_visual_tokens(pixels["pixel_values"])
         torch.testing.assert_close(tokens["visual_tokens"], expected)
-        with pytest.raises(BadSample, match=r"row 3 of .*captions|has an image that cannot be read \(.*3.png\)"):
-            stop([record for record in encoded if record["id"] == "row 3"])
+        with pytest.raises(BadSample, match=r"row 3 of .* has an image that cannot be read \(.*3.png\)"):
+            stop([record for record in encoded if (record["task"], record["id"]) == ("text_to_image", "row 3")])
 
     def test_a_stream_has_no_precomputed_visual_tokens(self, tiny_processor, tiny_model):
         stream = Dataset.from_dict({"images": [[]]}).to_iterable_dataset()

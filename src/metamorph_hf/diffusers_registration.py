@@ -39,11 +39,8 @@ def register(diffusion_pipeline: type) -> None:
         loaded = original(cls, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if config.get("_class_name") in ("MetaMorphPipeline", ["pipeline_metamorph", "MetaMorphPipeline"]):
-            import diffusers
-
             from .pipeline_metamorph import OWN_MODULES, MetaMorphPipeline
 
-            diffusers.MetaMorphPipeline = MetaMorphPipeline
             config["_class_name"] = MetaMorphPipeline.__name__
             for name, value in config.items():
                 module = str(value[0]).removeprefix(f"{__package__}.") if isinstance(value, list) and value else None
@@ -52,6 +49,7 @@ def register(diffusion_pipeline: type) -> None:
         return loaded
 
     diffusion_pipeline.load_config = classmethod(load_config)
+    import_module(".pipeline_metamorph", __package__)  # puts its class where diffusers looks
 
 
 def register_in_diffusers() -> None:
