@@ -11,6 +11,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     StoppingCriteria,
+    TextIteratorStreamer,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -296,9 +297,9 @@ class TestDecoding:
 
     def test_second_turn_on_the_same_cache(self, golden_model, prompt):
         inputs, cache = prompt("two_images"), DynamicCache()
-        first = generate(golden_model, inputs, past_key_values=cache)
+        first = generate(golden_model, inputs, cache=cache)
         question = torch.cat([first.sequences, torch.tensor([[92, 151, 25, IMAGE_START]])], dim=1)
-        continued = generate(golden_model, {"input_ids": question}, past_key_values=cache, max_new_tokens=3)
+        continued = generate(golden_model, {"input_ids": question}, cache=cache, max_new_tokens=3)
         with torch.no_grad():
             read = golden_model.get_visual_tokens(inputs["pixel_values"])
         everything = {"input_ids": question, "visual_tokens": torch.cat([read, first.visual_tokens[0]])}
@@ -415,7 +416,7 @@ class TestGenerateFeatures:
         )
         steps = outputs.sequences.shape[1] - prompt("one_image")["input_ids"].shape[1]
         assert len(outputs.scores) == len(outputs.logits) == len(outputs.hidden_states) == steps
-        assert outputs.past_key_values is not None
+        assert outputs.cache is not None
 
     def test_streamer(self, golden_model, prompt):
         streamer = Collector()
@@ -440,17 +441,19 @@ class TestGenerateFeatures:
             assert text.split() == [str(token) for token in ids]
 
     def test_streamed_text_comes_as_it_is_written(self, tiny_model, tiny_processor):
-        """In another thread, before the answer is finished, with the processor's own tokenizer."""
+        """In another thread, before the answer is finished, in the pieces that transformers' own streamer makes."""
         model = tiny_model()
         inputs = tiny_processor.tokenizer("Hello there", return_tensors="pt")
         written = Script(inputs.input_ids.shape[1], *tiny_processor.tokenizer("one two three ").input_ids)
-        streamer = MetaMorphStreamer(tiny_processor, timeout=60)
-        kwargs = {"max_new_tokens": 14, "logits_processor": [written], "streamer": streamer, "do_sample": False}
-        thread = Thread(target=model.generate, kwargs={**inputs, **kwargs})
-        thread.start()
-        pieces = [piece for piece in streamer if piece]
-        thread.join()
-        assert pieces == ["one ", "two ", "three "]
+        theirs = TextIteratorStreamer(tiny_processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        pieces = []
+        for streamer in (MetaMorphStreamer(tiny_processor, timeout=60), theirs):
+            kwargs = {"max_new_tokens": 14, "logits_processor": [written], "streamer": streamer, "do_sample": False}
+            thread = Thread(target=model.generate, kwargs={**inputs, **kwargs})
+            thread.start()
+            pieces.append(list(streamer))
+            thread.join()
+        assert pieces[0] == pieces[1] and "".join(pieces[0]) == "one two three " and len(pieces[0]) > 3
 
     @pytest.mark.parametrize("max_images, expected", [(0, [0, 0, 0, 0]), (1, [0, 1, 1, 1]), (2, [0, 1, 1, 2])])
     def test_max_images(self, golden_model, batch, max_images, expected):

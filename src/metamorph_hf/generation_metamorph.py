@@ -309,14 +309,14 @@ class MetaMorphGenerationMixin(GenerationMixin):
         self,
         input_ids,
         next_sequence_length=None,
-        past_key_values=None,
+        cache=None,
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
         is_drawing = kwargs.pop("visual_token_steps", None) is not None
-        fixed_shapes = isinstance(past_key_values, Cache) and past_key_values.is_compileable
+        fixed_shapes = isinstance(cache, Cache) and cache.is_compileable
         # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector. An accelerator
         # would have to wait for it, and a compiled step is the same each time.
         if is_drawing and input_ids.device.type == "cpu" and not fixed_shapes and kwargs.get("use_cache", True):
@@ -328,7 +328,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
