@@ -85,7 +85,7 @@ def emoji_conversations(training_args: VPiTConfig, size: int) -> Dataset:
     mixture = UNDERSTANDING if training_args.stage == "projector" else MIXTURE
     group = training_args.per_device_train_batch_size
     return training_stream(
-        EmojiTasks(rows), mixture, size, group, "images", lambda view, image: Image.fromarray(pictures[image])
+        EmojiTasks(rows), mixture, size, group, "images", lambda view, image, task: Image.fromarray(pictures[image])
     )
 
 

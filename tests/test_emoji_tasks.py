@@ -196,7 +196,12 @@ class TestTrainingStream:
         """Each visual token says its view and picture."""
         tasks, count = EmojiTasks(rows), 2 * len(rows)
         views = torch.stack([torch.stack([torch.full((count,), v), torch.arange(count)], -1) for v in range(3)])
-        arguments = (tasks, {"edit": 1, "thinking": 1}, 64, 8, "visual_tokens", lambda *key: views[key][None], 3)
+
+        def look_up(view, picture, task):
+            assert task in ("edit", "thinking")
+            return views[view, picture][None]
+
+        arguments = (tasks, {"edit": 1, "thinking": 1}, 64, 8, "visual_tokens", look_up, 3)
         stream = training_stream(*arguments)
         asked, answered = [], []
         for record in stream:

@@ -47,7 +47,7 @@ def training_stream(
     size: int,
     group: int,
     column: str,
-    look_up: Callable[[int, int], Any],
+    look_up: Callable[[int, int, str], Any],
     num_views: int = 1,
 ) -> Dataset:
     """
@@ -56,7 +56,7 @@ def training_stream(
 
     Args:
         column (`str`): What pictures are called: `"images"` or `"visual_tokens"`.
-        look_up (`Callable`): Gives the picture for (view, picture id).
+        look_up (`Callable`): Gives the picture for (view, picture id, task).
         num_views (`int`): A question shows one of this many views of a picture; an answer shows view 0.
     """
     pool = 16 * group
@@ -81,7 +81,10 @@ def training_stream(
         return {
             "messages": [record["messages"] for record in records],
             column: [
-                [look_up(view, image) for view, image in zip(record["views"], record["images"], strict=True)]
+                [
+                    look_up(view, image, record["task"])
+                    for view, image in zip(record["views"], record["images"], strict=True)
+                ]
                 for record in records
             ],
         }

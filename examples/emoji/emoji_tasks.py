@@ -26,12 +26,12 @@ DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
 MIXTURE = {
-    "text_to_image": 0.34,
-    "name": 0.26,
-    "category": 0.12,
-    "yes_no": 0.04,
+    "text_to_image": 0.44,
+    "name": 0.24,
+    "category": 0.1,
+    "yes_no": 0.03,
     "edit": 0.04,
-    "sequence": 0.18,
+    "sequence": 0.13,
     "thinking": 0.02,
 }
 EVALUATIONS = (
@@ -435,6 +435,8 @@ class EmojiTasks:
         held_out_pairs (`frozenset[tuple[str, str]]`): (base, skin tone) pairs that no training record holds.
         held_out_starts (`dict[str, frozenset[int]]`): Per cycle of `CYCLES`, where no forward sequence begins.
         google (`list[int]`): The base emoji as drawn by Google, which text_to_image draws.
+        google_looks (`frozenset[int]`): Them and their skin-tone variants.
+        twitter_looks (`list[int]`): The base emoji as drawn by Twitter that training may look at.
         emphasis (`list[float]`): How often each of `google` is taken, relative to the others; 1 unless it is changed.
     """
 
@@ -442,7 +444,7 @@ class EmojiTasks:
         self.rows = rows
         self.index = {(row["vendor"], row["base"], row["skin_tone"]): i for i, row in enumerate(rows)}
         self.google = [i for i, row in enumerate(rows) if row["vendor"] == "google" and not row["skin_tone"]]
-
+        self.google_looks = frozenset(i for i, row in enumerate(rows) if row["vendor"] == "google")
         self.emphasis = [1.0] * len(self.google)
 
         rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""Train the emoji model from nothing: four steps, about five hours on 2 CPU cores.
+"""Train the emoji model from nothing: four steps, about two hours on 2 CPU cores.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
     python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
@@ -55,7 +55,7 @@ VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 VIEWS = 4  # disturbed copies of each picture that questions may show instead
 NOISE = 0.8  # on the visual tokens of these copies, at most, of each token's norm
-STEPS = {"siglip": 3600, "projector": 60, "full": 24400, "unet": 2800}
+STEPS = {"siglip": 7200, "projector": 60, "full": 20000, "unet": 2800}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
@@ -143,10 +143,20 @@ def encode_views(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor,
     return torch.stack(encoded)
 
 
-def show(views: torch.Tensor, number: int, picture: int) -> torch.Tensor:
-    """Visual tokens (N, V) of a picture, out of (1 + VIEWS, pictures, N, V); every `number` has noise of its own."""
-    view = number % len(views)
+def show(views: torch.Tensor, tasks: EmojiTasks, number: int, picture: int, task: str) -> torch.Tensor:
+    """
+    Visual tokens (N, V) of a picture, out of (1 + VIEWS, pictures, N, V): number 0 is the picture as it is, any other
+    a view of it with noise of its own.
+
+    Where the answer is a text, half of Google's drawings look as if Twitter had drawn them: what sets Twitter's
+    drawing of some other emoji apart from Google's is added.
+    """
+    view, rng = number % len(views), random.Random(number)
     tokens = views[view, picture].float()
+    if number and task in UNDERSTANDING and picture in tasks.google_looks and rng.random() < 0.5:
+        other = rng.choice(tasks.twitter_looks)
+        twin = tasks.index["google", tasks.rows[other]["base"], ""]
+        tokens = F.normalize(tokens + views[view, other].float() - views[view, twin].float(), dim=-1)
     return disturb(tokens[None], NOISE, torch.Generator().manual_seed(number))[0] if view else tokens
 
 
@@ -187,9 +197,12 @@ def train_stage(
     out: Path,
     steps: int,
     quick: bool,
+    bf16: bool = False,
 ) -> MetaMorphForConditionalGeneration:
     """VPiT stage 1 ("projector") or 2 ("full") with `VPiTTrainer`; resumes from a checkpoint in `out`."""
     batch, micro_batch = (8, 4) if quick else (32, 32)
+    if bf16:
+        model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
     args = VPiTConfig(
         stage=stage,
         output_dir=str(out),
@@ -205,7 +218,7 @@ def train_stage(
         max_length=256,
         train_sampling_strategy="sequential",
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=bf16,
         use_cpu=True,
         dataloader_pin_memory=False,
         logging_steps=max(1, min(100, steps // 2)),
@@ -215,11 +228,11 @@ def train_stage(
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
     stream = training_stream(
-        tasks, mixture, steps * batch, micro_batch, "visual_tokens", partial(show, views), num_views=2**31
+        tasks, mixture, steps * batch, micro_batch, "visual_tokens", partial(show, views, tasks), num_views=2**31
     )
     trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
     if stage == "full":
-        trainer.add_callback(FreeRunning(trainer, tasks, views[0], every=max(1, min(500, steps // 2))))
+        trainer.add_callback(FreeRunning(trainer, tasks, views[0], every=max(1, min(1000, steps // 2))))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
     return trainer.model
 
@@ -229,6 +242,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="folder for the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder for unfinished steps")
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps, to see that it runs")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="SigLIP and VPiT in bfloat16: a third less time on a CPU with AMX, more on others",
+    )
     parser.add_argument("--until", choices=("siglip", "vpit", "visualizer"), default="visualizer", help="stop early")
     args = parser.parse_args()
     steps = QUICK_STEPS if args.quick else STEPS
@@ -243,7 +261,7 @@ def main() -> None:
 
     siglip_dir = work / "siglip"
     if not (siglip_dir / "config.json").is_file():
-        train_siglip(rows, pixels, processor.tokenizer, siglip_dir, steps["siglip"], quick=args.quick)
+        train_siglip(rows, pixels, processor.tokenizer, siglip_dir, steps["siglip"], quick=args.quick, bf16=args.bf16)
     if args.until == "siglip":
         return
     # The pooling head serves the contrastive loss alone.
@@ -263,7 +281,7 @@ def main() -> None:
         final = folder / "final"
         if not final.is_dir():
             print(f"{number}/4 VPiT stage {number - 1}")
-            model = train_stage(stage, model, processor, tasks, views, folder, steps[stage], args.quick)
+            model = train_stage(stage, model, processor, tasks, views, folder, steps[stage], args.quick, args.bf16)
             model.save_pretrained(final)
         model = MetaMorphForConditionalGeneration.from_pretrained(final)
     if args.until == "vpit":

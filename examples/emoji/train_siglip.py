@@ -69,6 +69,7 @@ def train_siglip(
     learning_rate: float = 1e-3,
     seed: int = 0,
     quick: bool = False,
+    bf16: bool = False,
 ) -> SiglipModel:
     """Train, or continue from `out/state.pt`, and save the model in `out`.
 
@@ -78,6 +79,8 @@ def train_siglip(
     """
     torch.manual_seed(seed)
     model = build_siglip(tokenizer, quick)
+    if bf16:
+        model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -116,11 +119,12 @@ def train_siglip(
         rng, generator = random.Random(f"{seed}-{step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
         groups = torch.multinomial(weights, min(batch_size, len(pictures)), generator=generator).tolist()
         batch = [rng.choice(pictures[group]) for group in groups]
-        output = model(
-            input_ids=torch.tensor([ids[rng.choice(captions_of(rows[index]))] for index in batch]),
-            pixel_values=augment(pixels[batch].float() / 127.5 - 1, generator),
-            return_loss=True,
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(
+                input_ids=torch.tensor([ids[rng.choice(captions_of(rows[index]))] for index in batch]),
+                pixel_values=augment(pixels[batch].float() / 127.5 - 1, generator),
+                return_loss=True,
+            )
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
