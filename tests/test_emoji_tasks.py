@@ -14,7 +14,7 @@ sys.path.insert(0, str(EMOJI))
 import emoji_tasks  # noqa: E402
 from emoji_pictures import training_stream  # noqa: E402
 from emoji_tasks import CYCLES, EVALUATIONS, HELD_OUT_PHRASINGS, MIXTURE, TONES, UNDERSTANDING, EmojiTasks  # noqa: E402
-from train import build_tokenizer, look_alikes  # noqa: E402
+from train import build_tokenizer, look_alikes, show  # noqa: E402
 
 
 LOOKING = ("name", "category", "yes_no", "thinking")
@@ -212,3 +212,60 @@ class TestTrainingStream:
         assert {view for view, _ in asked} == {0, 1, 2} and {view for view, _ in answered} == {0}
         again = training_stream(*arguments)
         assert [t.tolist() for t in stream[5]["visual_tokens"]] == [t.tolist() for t in again[5]["visual_tokens"]]
+
+
+class OneHotViews:
+    """Three views of every picture, each token of which says which picture it is."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, key):
+        return torch.nn.functional.one_hot(torch.tensor([key[1]]), self.count)
+
+
+class TestShow:
+    NUMBERS = range(3, 603, 3)  # views without noise
+
+    def shown(self, tasks, picture, task):
+        views = OneHotViews(len(tasks.rows))
+        return [show(views, tasks, number, picture, task)[0] for number in self.NUMBERS]
+
+    @pytest.mark.parametrize("task", UNDERSTANDING)
+    def test_half_of_googles_drawings_are_shifted_to_twitters_look(self, tasks, rows, task):
+        picture, others = tasks.google[7], set()
+        for tokens in self.shown(tasks, picture, task):
+            torch.testing.assert_close(tokens.norm(), torch.tensor(1.0))
+            added, taken = (tokens > 0).nonzero().flatten().tolist(), (tokens < 0).nonzero().flatten().tolist()
+            if added == [picture]:
+                continue
+            (other,) = (number for number in added if number != picture)
+            assert rows[other]["vendor"] == "twitter" and not rows[other]["skin_tone"]
+            assert rows[other]["base"] not in tasks.held_out_drawings
+            if rows[other]["base"] != rows[picture]["base"]:
+                assert taken == [tasks.index["google", rows[other]["base"], ""]]
+            others.add(other)
+        assert 0.4 < len(others) / len(self.NUMBERS) < 0.6
+
+    @pytest.mark.parametrize("task", sorted(MIXTURE.keys() - UNDERSTANDING.keys()))
+    def test_other_tasks_show_the_drawing(self, tasks, task):
+        assert all(
+            tokens.argmax() == tasks.google[7] and tokens.max() == 1
+            for tokens in self.shown(tasks, tasks.google[7], task)
+        )
+
+    def test_twitters_drawings_stay(self, tasks):
+        picture = tasks.twitter_looks[5]
+        assert all(tokens.argmax() == picture and tokens.max() == 1 for tokens in self.shown(tasks, picture, "name"))
+
+    def test_number_0_is_the_picture_as_it_is(self, tasks):
+        tokens = show(OneHotViews(len(tasks.rows)), tasks, 0, tasks.google[7], "name")
+        assert tokens[0, tasks.google[7]] == 1
+
+    def test_disturbed_views_have_noise(self, tasks):
+        tokens = show(OneHotViews(len(tasks.rows)), tasks, 4, tasks.google[7], "edit")[0]
+        assert tokens.argmax() == tasks.google[7] and (tokens != 0).sum() > 1000
+        torch.testing.assert_close(tokens.norm(), torch.tensor(1.0))
