@@ -618,24 +618,40 @@ class TestGenerateFeatures:
         monkeypatch.setattr(golden_model.vision_head, "forward", None)
         assert generate(golden_model, batch, max_images=0).visual_tokens[0].shape == (0, 16, 32)
 
-    def test_text_steps_on_a_cpu_leave_out_the_vision_head(self, golden_model):
-        """It runs after `<image_start>` and each visual token, the projector for each visual token."""
-        calls = []
+    @pytest.mark.parametrize("output_logits", [False, True])
+    def test_steps_on_a_cpu_leave_out_what_they_do_not_need(self, golden_model, output_logits):
+        """
+        The vision head runs after `<image_start>` and each visual token, the projector for each visual token, and
+        `lm_head` where the next id is open.
+        """
+        base, calls = golden_model.model, []
+        modules = {"head": golden_model.vision_head, "projector": base.projector, "lm_head": golden_model.lm_head}
         hooks = [
             module.register_forward_hook(lambda *args, name=name: calls.append(name))
-            for name, module in (("head", golden_model.vision_head), ("projector", golden_model.model.projector))
+            for name, module in modules.items()
         ]
-        generate(
+        outputs = generate(
             golden_model,
             {"input_ids": torch.tensor([[208, 92, 93]])},
             force_image=True,
             max_images=1,
             min_new_tokens=N + 8,
             max_new_tokens=N + 8,
+            output_logits=output_logits,
         )
         for hook in hooks:
             hook.remove()
-        assert (calls.count("head"), calls.count("projector")) == (N + 1, N)
+        steps = N + 8
+        expected = {"head": N + 1, "projector": N, "lm_head": steps if output_logits else steps - (N + 1)}
+        assert {name: calls.count(name) for name in modules} == expected
+        assert outputs.sequences.shape == (1, 3 + steps)
+
+    def test_logits_are_those_of_each_position_if_asked_for(self, golden_model, batch):
+        """Also inside an image, where the next id is forced."""
+        logits = torch.stack(generate(golden_model, batch, output_logits=True).logits)
+        uncached = torch.stack(generate(golden_model, batch, output_logits=True, use_cache=False).logits)
+        torch.testing.assert_close(logits, uncached, rtol=0, atol=1e-5 * uncached.abs().max().item())
+        assert (logits.std(-1) > 0).all()
 
     @pytest.mark.parametrize("num_beams", [1, 2])
     def test_image_asked_for_and_switched_off(self, golden_model, num_beams):

@@ -316,15 +316,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         is_drawing = kwargs.pop("visual_token_steps", None) is not None
+        may_skip_logits = kwargs.pop("skip_logits", False)
         fixed_shapes = isinstance(cache, Cache) and cache.is_compileable
-        # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector. An accelerator
-        # would have to wait for it, and a compiled step is the same each time.
-        if is_drawing and input_ids.device.type == "cpu" and not fixed_shapes and kwargs.get("use_cache", True):
-            last = input_ids[:, -1:]  # nothing before the first token of a prompt of `inputs_embeds`
-            is_visual = last == self.config.image_token_id
-            if last.numel() and not is_visual.any():
+        # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector, and steps whose
+        # next ids are forced leave out `lm_head`. An accelerator would have to wait for it, and a compiled step is the
+        # same each time.
+        last = input_ids[:, -1:]  # nothing before the first token of a prompt of `inputs_embeds`
+        may_look = is_drawing and last.numel() and input_ids.device.type == "cpu"
+        if may_look and not fixed_shapes and kwargs.get("use_cache", True):
+            is_visual, begins_image = last == self.config.image_token_id, last == self.config.image_start_token_id
+            if not is_visual.any():
                 kwargs.pop("generated_visual_tokens", None)
-                kwargs["skip_visual_token"] = not (last == self.config.image_start_token_id).any()
+                kwargs["skip_visual_token"] = not begins_image.any()
+            kwargs["skip_logits"] = may_skip_logits and bool((is_visual | begins_image).all())
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -372,7 +376,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
         steps = []
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
             kwargs["streamer"].begin(steps)
-        kwargs |= {"visual_token_steps": steps} if can_draw else {"skip_visual_token": True}
+        if can_draw:
+            kwargs |= {"visual_token_steps": steps, "skip_logits": not generation_config.output_logits}
+        else:
+            kwargs["skip_visual_token"] = True
         outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
         is_visual = sequences[:, prompt_length:] == config.image_token_id

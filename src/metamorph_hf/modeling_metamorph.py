@@ -442,7 +442,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 What to divide each loss's sum by, instead of its count in this batch: the counts of a whole
                 optimisation step (all devices, all accumulation steps).
             skip_logits (`bool`, *optional*, defaults to `False`):
-                With `labels`, return no logits in eval mode either: the losses need them at text labels only.
+                With `labels`, return no logits in eval mode either: the losses need them at text labels only. Without,
+                return zeros in their place, (B, 1, vocabulary): `generate()` needs none where all next ids are forced.
             skip_visual_token (`bool`, *optional*, defaults to `False`):
                 Return no `next_visual_token`: `generate()` needs none where the answer can hold no image.
 
@@ -484,7 +485,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
         logits = next_visual_token = None
         losses = {}
-        if labels is None or not (self.training or skip_logits):
+        if labels is None and skip_logits:
+            logits = hidden_states.new_zeros(()).expand(len(hidden_states), 1, self.config.text_config.vocab_size)
+        elif labels is None or not (self.training or skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if labels is None and not skip_visual_token:
