@@ -1,6 +1,6 @@
 """Measure generation against the bare language model and against decoding as the released code does it.
 
-    python examples/benchmark.py                    # a small model, three to four minutes on 2 CPU cores
+    python examples/benchmark.py                    # a small model, two minutes on 2 CPU cores
     python examples/benchmark.py --pipeline         # the pipeline instead, against Stable Diffusion's; a minute
     python examples/benchmark.py --hidden 1024 --layers 16 --device cuda --dtype bfloat16 --compile --json result.json
 
@@ -143,16 +143,16 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     def draw(inputs, **kwargs):  # an image and its <image_end>: N + 1 steps
         return lambda: model.generate(**inputs, max_new_tokens=steps, do_sample=False, **kwargs)
 
-    progress = tqdm(total=4 + len(args.prompts) + len(args.images) + args.compile, desc="benchmark")
+    progress = tqdm(total=3 + len(args.prompts) + len(args.images) + args.compile, desc="benchmark")
 
     inputs, image = prompt(1, args.prompts[0]), prompt(1, args.prompts[0], image=True)
-    ours, bare = often(draw(image), text(llm, inputs, steps + 1))
-    results[f"visual steps / text steps of the bare LLM, prompt {args.prompts[0]}"] = ours / bare
-    progress.update()
-
-    ours, off, bare = often(
-        text(model, inputs, steps), text(model, inputs, steps, max_images=0), text(llm, inputs, steps)
+    drawing, ours, off, bare = often(
+        draw(image),
+        text(model, inputs, steps + 1),
+        text(model, inputs, steps + 1, max_images=0),
+        text(llm, inputs, steps + 1),
     )
+    results[f"visual steps / text steps of the bare LLM, prompt {args.prompts[0]}"] = drawing / bare
     results["text-only generate / bare LLM"] = ours / bare
     results["text-only generate with max_images=0 / bare LLM"] = off / bare
     progress.update()
