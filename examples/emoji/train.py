@@ -1,6 +1,7 @@
-"""Train the emoji model from nothing: four steps, about two hours on 2 CPU cores.
+"""Train the emoji model from nothing: four steps, two to two and a half hours on 2 CPU cores.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
+    python examples/emoji/train.py --bf16         # the shorter time, on a CPU with AMX
     python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
 
 1. SigLIP: contrastive learning of names and pictures; its vision tower gives the visual tokens.
@@ -245,7 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--bf16",
         action="store_true",
-        help="SigLIP and VPiT in bfloat16: a third less time on a CPU with AMX, more on others",
+        help="SigLIP and VPiT in bfloat16: a third less time on a CPU with AMX, slower on others",
     )
     parser.add_argument("--until", choices=("siglip", "vpit", "visualizer"), default="visualizer", help="stop early")
     args = parser.parse_args()

@@ -321,9 +321,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector, and steps whose
         # next ids are forced leave out `lm_head`. An accelerator would have to wait for it, and a compiled step is the
         # same each time.
-        last = input_ids[:, -1:]  # nothing before the first token of a prompt of `inputs_embeds`
-        may_look = is_drawing and last.numel() and input_ids.device.type == "cpu"
-        if may_look and not fixed_shapes and kwargs.get("use_cache", True):
+        may_look = is_drawing and input_ids.device.type == "cpu" and not fixed_shapes and kwargs.get("use_cache", True)
+        if may_look and input_ids.shape[1]:  # it is empty before the first token of a prompt of `inputs_embeds`
+            last = input_ids[:, -1]
             is_visual, begins_image = last == self.config.image_token_id, last == self.config.image_start_token_id
             if not is_visual.any():
                 kwargs.pop("generated_visual_tokens", None)
