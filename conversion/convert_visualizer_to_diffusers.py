@@ -136,7 +136,7 @@ def part_of(base: str, kind: type, subfolder: str):
 
 def check_painting(folder: Path, dtype: torch.dtype) -> str:
     """Load the finished pipeline, answer if it can, and paint random visual tokens. Returns what was seen."""
-    pipeline = MetaMorphPipeline.from_pretrained(folder, torch_dtype={"model": "auto", "default": dtype})
+    pipeline = MetaMorphPipeline.from_pretrained(folder, dtype={"model": "auto", "default": dtype})
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.projector.config
     tokens = F.normalize(

@@ -38,7 +38,7 @@ def load_pipeline(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        return pipeline_class.from_pretrained(path_or_repo, torch_dtype=dtype).to(device)
+        return pipeline_class.from_pretrained(path_or_repo, dtype=dtype).to(device)
     # Hub, safetensors, JSON and torch each have their own way to say that files are missing or cut off.
     except Exception as error:
         sys.exit(

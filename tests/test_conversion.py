@@ -542,7 +542,7 @@ class TestVisualizer:
         tiny_processor.save_pretrained(tmp_path / "model")
         arguments = (source, tmp_path / "ours", "--base", diffusion_base, "--model", tmp_path / "model")
         command(monkeypatch, convert_visualizer, *arguments)
-        pipeline = MetaMorphPipeline.from_pretrained(tmp_path / "ours", torch_dtype={"model": "auto"})
+        pipeline = MetaMorphPipeline.from_pretrained(tmp_path / "ours", dtype={"model": "auto"})
         assert isinstance(pipeline.model, MetaMorphForConditionalGeneration)
         assert (pipeline.model.dtype, pipeline.unet.dtype) == (torch.bfloat16, torch.float32)
         assert pipeline.projector.config.num_image_tokens == 4
@@ -559,7 +559,7 @@ class TestVisualizer:
             """
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype={"model": "auto"})
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, dtype={"model": "auto"})
 found = pipeline.decode_visual_tokens(
     torch.nn.functional.normalize(torch.ones(1, 4, 32), dim=-1),
     num_inference_steps=2,

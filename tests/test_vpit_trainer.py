@@ -757,7 +757,7 @@ class TestLogSamples:
             monkeypatch.setenv(name, value or str(tmp_path / "tracked"))
         (tmp_path / "tracked").mkdir()
         pytest.importorskip(tracker)
-        pipe = MetaMorphPipeline.from_pretrained(EMOJI, torch_dtype=torch.float32)
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI, dtype=torch.float32)
         examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
         trainer = build(pipe.model, pipe.processor, arguments(tmp_path / "run", report_to=tracker), examples)
         options = {"max_new_tokens": 24, "paint_kwargs": {"num_inference_steps": 1}}

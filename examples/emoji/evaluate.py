@@ -129,7 +129,7 @@ def main() -> None:
     if not (args.checkpoint / "model_index.json").is_file():
         sys.exit(f"{args.checkpoint} is no pipeline folder: it has no model_index.json. Train one with train.py.")
 
-    pipe = MetaMorphPipeline.from_pretrained(args.checkpoint, torch_dtype=torch.float32)
+    pipe = MetaMorphPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
     model, processor = pipe.model, pipe.processor
     rows, pixels = load_pictures()
     pixels = pixels[: len(rows)]
