@@ -147,7 +147,7 @@ def encode_views(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor,
 def show(views: torch.Tensor, tasks: EmojiTasks, number: int, picture: int, task: str) -> torch.Tensor:
     """
     Visual tokens (N, V) of a picture, out of (1 + VIEWS, pictures, N, V): number 0 is the picture as it is, any other
-    a view of it with noise of its own.
+    one of its views, a disturbed one with noise of its own.
 
     Where the answer is a text, half of Google's drawings look as if Twitter had drawn them: what sets Twitter's
     drawing of some other emoji apart from Google's is added.

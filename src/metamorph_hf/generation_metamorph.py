@@ -319,8 +319,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         may_skip_logits = kwargs.pop("skip_logits", False)
         fixed_shapes = isinstance(cache, Cache) and cache.is_compileable
         # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector, and steps whose
-        # next ids are forced leave out `lm_head`. An accelerator would have to wait for it, and a compiled step is the
-        # same each time.
+        # next ids are forced leave out `lm_head`: logits processors see zeros there. An accelerator would have to wait
+        # for it, and a compiled step is the same each time.
         may_look = is_drawing and input_ids.device.type == "cpu" and not fixed_shapes and kwargs.get("use_cache", True)
         if may_look and input_ids.shape[1]:  # it is empty before the first token of a prompt of `inputs_embeds`
             last = input_ids[:, -1]
