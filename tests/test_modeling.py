@@ -347,6 +347,24 @@ class TestLosses:
         with pytest.raises(ValueError, match="`labels` need `input_ids`"):
             model(inputs_embeds=embeds, **batch)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("labels", [None, 7], ids=["alone", "beside other labels"])
+    def test_shift_labels(self, tiny_model, batch, labels):
+        """What context parallelism gives instead of `labels`, or beside labels that nobody reads then."""
+        model, expected = tiny_model(), tiny_model()(**batch)
+        batch["shift_labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+        batch["labels"] = labels and torch.full_like(batch["labels"], labels)
+        outputs = model(**batch)
+        for name in ("loss", "text_loss", "visual_loss", "visual_cosine", "num_text_labels", "num_visual_labels"):
+            assert outputs[name] == expected[name], name
+
+    def test_shift_labels_past_the_end(self, tiny_model, batch):
+        """The last position of a part of a sequence cannot predict a visual token of the next part."""
+        batch["shift_labels"] = torch.full_like(batch["input_ids"], -100)
+        batch["shift_labels"][0, -1] = tiny_model().config.image_token_id
+        with pytest.raises(ValueError, match="where `input_ids` do not"):
+            tiny_model()(**batch)
+
     def test_image_token_takes_no_probability(self, tiny_model, batch):
         model = tiny_model()
         before = model(**batch).text_loss.item()
@@ -470,7 +488,7 @@ class TestForward:
         model = tiny_model(token_reduction=reduction, projector_type=projector, vision_head_type=head)
         width = 64 if reduction == "concat_interpolation" else 16
         assert model.get_visual_tokens(batch["pixel_values"]).shape == (3, 4, width)
-        assert model(**batch).image_hidden_states.shape == (3, 4, 32)
+        assert model(**batch).image_outputs.pooler_output.shape == (3, 4, 32)
         del batch["labels"]
         assert model(**batch).next_visual_token.shape == (3, 1, width)
         layers = [type(layer) for layer in model.vision_head]
@@ -591,6 +609,14 @@ class TestSaving:
         assert type(loaded) is MetaMorphConfig and loaded.to_dict() == config.to_dict()
         assert type(loaded.text_config) is type(config.text_config)
         assert type(loaded.vision_config) is type(config.vision_config)
+
+    def test_missing_tower_is_initialised_as_a_new_one(self, tiny_config):
+        """SigLIP sets weights of its attention and MLP as a whole, not layer by layer."""
+        model = MetaMorphForConditionalGeneration.from_pretrained(None, config=tiny_config(), state_dict={})
+        layer = model.model.vision_tower.encoder.layers[0]
+        assert 0 < layer.mlp.fc1.bias.abs().max() < 1e-5  # a linear layer of its own would have zeros
+        bound = (6 / (16 + 16)) ** 0.5  # Glorot's, uniform
+        assert 0.9 * bound < layer.self_attn.q_proj.weight.abs().max() <= bound
 
     def test_base_model(self, tiny_model, batch, tmp_path):
         model = tiny_model()

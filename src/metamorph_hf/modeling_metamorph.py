@@ -15,7 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultimodalBaseModelOutputWithPast,
+    MultimodalCausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.deprecation import deprecate_kwarg
@@ -41,18 +45,11 @@ class MetaMorphImageFeatures(BaseModelOutputWithPooling):
 
 
 @dataclass
-class MetaMorphModelOutputWithPast(BaseModelOutputWithPast):
+class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     """
-    Args:
-        image_features (`MetaMorphImageFeatures`): What the images of `pixel_values` or `visual_tokens` became.
-    """
+    [`MultimodalCausalLMOutputWithPast`] with `image_outputs` ([`MetaMorphImageFeatures`]), the losses and the vision
+    head's prediction.
 
-    image_features: MetaMorphImageFeatures | None = None
-
-
-@dataclass
-class MetaMorphCausalLMOutputWithPast(ModelOutput):
-    """
     Args:
         loss (`torch.Tensor` of shape ()): `text_loss + visual_loss_weight * visual_loss`; given `labels`.
         text_loss (`torch.Tensor` of shape ()): Mean cross-entropy over text labels; 0 without any.
@@ -63,21 +60,14 @@ class MetaMorphCausalLMOutputWithPast(ModelOutput):
             None when `labels` are given in training mode, where nobody needs them at every position.
         next_visual_token (`torch.Tensor` of shape (B, 1, V)):
             The vision head's prediction at the last position, normalised; without `labels` only.
-        image_hidden_states (`torch.Tensor` of shape (I, N, D)): Projected visual tokens.
     """
 
-    loss: torch.FloatTensor | None = None
     text_loss: torch.FloatTensor | None = None
     visual_loss: torch.FloatTensor | None = None
     visual_cosine: torch.FloatTensor | None = None
     num_text_labels: torch.LongTensor | None = None
     num_visual_labels: torch.LongTensor | None = None
-    logits: torch.FloatTensor | None = None
     next_visual_token: torch.FloatTensor | None = None
-    cache: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
 
 
 class MetaMorphMLP(nn.Sequential):
@@ -104,13 +94,18 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Neither quantised nor cast to float16: the tower's output is what others' visual tokens are compared with, and
     # generated ones run through projector and head in a closed loop. Patterns from the start of a module's name.
-    _keep_in_fp32_modules = [r"(model\.)?(vision_tower|projector)", "vision_head"]
+    _keep_in_fp32_modules = [r"(model\.)?(vision_tower|projector)"]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.head\."]  # SigLIP's pooling head, in older checkpoints
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, although it is: of custom code, transformers leaves out SigLIP's own initialisation of layers."""
+        return False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -270,8 +265,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             lambda: (
                 f"The input has {int(mask.sum())} image token positions, but the images fill {num_features} "
                 f"({num_features / num_image_tokens:g} images of {num_image_tokens} visual tokens). Image features "
-                "and "
-                "image tokens do not match: pass one image per placeholder, e.g. through the processor."
+                "and image tokens do not match: pass one image per placeholder, e.g. through the processor."
             ),
         )
 
@@ -290,7 +284,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         generated_visual_tokens: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MetaMorphModelOutputWithPast:
+    ) -> MultimodalBaseModelOutputWithPast:
         """
         Args:
             input_ids (`torch.LongTensor` of shape (B, S)): Token ids, `image_token_id` where visual tokens stand.
@@ -347,12 +341,12 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return MetaMorphModelOutputWithPast(
+        return MultimodalBaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_features=features,
+            image_outputs=features,
         )
 
 
@@ -361,6 +355,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
     # The loss is a sum of two means over different counts, so Trainer's single `num_items_in_batch` cannot scale it.
     accepts_loss_kwargs = False
+    _keep_in_fp32_modules = [*MetaMorphPreTrainedModel._keep_in_fp32_modules, "vision_head"]
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MetaMorphConfig):
@@ -419,6 +414,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         visual_tokens: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
@@ -437,6 +433,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             labels (`torch.LongTensor` of shape (B, S)):
                 At a text position the token id to predict or -100. At a visual token, `image_token_id` if it is a
                 regression target, -100 if it is only context. Position t - 1 predicts position t.
+            shift_labels (`torch.LongTensor` of shape (B, S)):
+                Instead of `labels`, what each position predicts: `labels` one place to the left. Trainers that split
+                sequences over devices give these.
             logits_to_keep (`int` or `torch.Tensor`): Compute logits for the last positions only; 0 for all.
             num_text_items, num_visual_items (`int` or `torch.Tensor` of shape (), *optional*):
                 What to divide each loss's sum by, instead of its count in this batch: the counts of a whole
@@ -451,10 +450,13 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
         """
         features = (mm_encoder_outputs or {}).get("image")
-        if labels is not None:
+        next_labels = shift_labels
+        if labels is not None and shift_labels is None:
+            next_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if next_labels is not None:
             if input_ids is None:
                 raise ValueError("`labels` need `input_ids`: visual targets are found by their image token ids.")
-            is_target = self._visual_targets(input_ids, labels)
+            is_target = self._visual_targets(input_ids, next_labels)
             if features is None and (pixel_values is not None or visual_tokens is not None):
                 noise_mask = None
                 if self.training and self.config.visual_token_noise > 0:
@@ -481,20 +483,20 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        hidden_states, features = outputs.last_hidden_state, outputs.image_features
+        hidden_states, features = outputs.last_hidden_state, outputs.image_outputs
 
         logits = next_visual_token = None
         losses = {}
-        if labels is None and skip_logits:
+        if next_labels is None and skip_logits:
             logits = hidden_states.new_zeros(()).expand(len(hidden_states), 1, self.config.text_config.vocab_size)
-        elif labels is None or not (self.training or skip_logits):
+        elif next_labels is None or not (self.training or skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if labels is None and not skip_visual_token:
+        if next_labels is None and not skip_visual_token:
             next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -1:]))
-        if labels is not None:
+        if next_labels is not None:
             losses = self._losses(
-                hidden_states, labels, input_ids, is_target, features, num_text_items, num_visual_items
+                hidden_states, next_labels, input_ids, is_target, features, num_text_items, num_visual_items
             )
         return MetaMorphCausalLMOutputWithPast(
             **losses,
@@ -503,7 +505,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if features is None else features.pooler_output,
+            image_outputs=features,
         )
 
     # generate() asks for it in every step of a class that is saved with its code: found anew, it costs a small layer.
@@ -528,22 +530,23 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
         return sum(checkpoint(loss_sum, *chunk, use_reentrant=False) for chunk in chunks)
 
-    def _visual_targets(self, input_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.Tensor:
+    def _visual_targets(self, input_ids: torch.LongTensor, next_labels: torch.LongTensor) -> torch.Tensor:
         """Mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""
-        is_target = labels == self.config.image_token_id
+        predicts_target = next_labels == self.config.image_token_id
+        next_ids = F.pad(input_ids[:, 1:], (0, 1), value=-100)
         torch_compilable_check(
-            (input_ids[is_target] == self.config.image_token_id).all(),
+            (next_ids[predicts_target] == self.config.image_token_id).all(),
             lambda: (
                 f"`labels` hold the image token id {self.config.image_token_id} where `input_ids` do not: a "
                 "regression target must be a visual token of the input."
             ),
         )
-        return F.pad(is_target[:, 1:], (1, 0))
+        return F.pad(predicts_target[:, :-1], (1, 0))
 
     def _losses(
         self,
         hidden_states: torch.Tensor,
-        labels: torch.LongTensor,
+        next_labels: torch.LongTensor,
         input_ids: torch.LongTensor,
         is_target: torch.Tensor,
         features: MetaMorphImageFeatures | None,
@@ -552,11 +555,11 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
     ) -> dict[str, torch.Tensor]:
         """The two losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
         image_token_id = self.config.image_token_id
-        hidden_states, next_labels, next_is_target = hidden_states[:, :-1], labels[:, 1:], is_target[:, 1:]
-        is_text = (next_labels != -100) & (next_labels != image_token_id)
+        predicts_target = next_labels == image_token_id
+        is_text = (next_labels != -100) & ~predicts_target
 
         text_sum = self._text_loss_sum(hidden_states[is_text], next_labels[is_text])
-        predictions = self.vision_head(hidden_states[next_is_target])
+        predictions = self.vision_head(hidden_states[predicts_target])
         if features is None:
             if predictions.shape[0]:
                 raise ValueError(
@@ -570,7 +573,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         visual_sum = self.visual_loss_function(predictions, targets).sum()
         cosine_sum = F.cosine_similarity(predictions.detach().float(), targets.float(), dim=-1).sum()
 
-        num_text_labels, num_visual_labels = is_text.sum(), next_is_target.sum()
+        num_text_labels, num_visual_labels = is_text.sum(), predicts_target.sum()
         text_count = num_text_labels if num_text_items is None else torch.as_tensor(num_text_items)
         visual_count = num_visual_labels if num_visual_items is None else torch.as_tensor(num_visual_items)
         text_loss, visual_loss = text_sum / text_count.clamp(min=1), visual_sum / visual_count.clamp(min=1)

@@ -43,8 +43,6 @@ class MetaMorphProcessor(ProcessorMixin):
         ValueError: if the tokenizer does not know one of the three image tokens.
     """
 
-    images_kwargs = {"do_convert_rgb": True}  # grey and transparent pictures too, whatever the tower's own file says
-
     def __init__(
         self,
         image_processor=None,
@@ -73,6 +71,8 @@ class MetaMorphProcessor(ProcessorMixin):
         self.image_token_id = vocabulary[image_token]
         self.image_start_token_id = vocabulary[image_start_token]
         self.image_end_token_id = vocabulary[image_end_token]
+        image_processor.do_convert_rgb = True  # grey and transparent pictures too, whatever the tower's own file says
+        self.auto_map = {"AutoProcessor": "processing_metamorph.MetaMorphProcessor"}  # as saving sets it
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
@@ -85,26 +85,20 @@ class MetaMorphProcessor(ProcessorMixin):
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
-        texts = [text] if isinstance(text, str) else text
-        if texts is not None and isinstance(images, (list, tuple)) and all(isinstance(row, list) for row in images):
-            placeholders, counts = [t.count(self.image_token) for t in texts], [len(row) for row in images]
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if text is not None and isinstance(images, (list, tuple)) and all(isinstance(row, list) for row in images):
+            placeholders, counts = [sample.count(self.image_token) for sample in text], [len(row) for row in images]
             if placeholders != counts:
                 raise ValueError(
                     f"The texts have {placeholders} {self.image_token} placeholders, but their lists of images have "
                     f"{counts} images: pass one image per placeholder, in a list per text."
                 )
-        if images is None and texts is not None and (count := sum(t.count(self.image_token) for t in texts)):
-            raise ValueError(
-                f"The text has {count} {self.image_token} placeholders, but 0 images were passed: pass one image per "
-                "placeholder."
-            )
-        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_image_tokens + 2] * count, num_image_patches=[1] * count)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
         """
