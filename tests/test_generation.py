@@ -1,4 +1,5 @@
 import copy
+import functools
 from threading import Thread
 from types import SimpleNamespace
 
@@ -66,6 +67,19 @@ def join(prompts):
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         **({"pixel_values": torch.cat(pixel_values)} if pixel_values else {}),
     }
+
+
+@pytest.fixture
+def blind_model(golden_model, monkeypatch):
+    """As on an accelerator, where no step looks at the ids and all of them do the same."""
+    prepare = golden_model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_blindly(*args, **kwargs):
+        return prepare(*args, **{**kwargs, "may_look": False})
+
+    monkeypatch.setattr(golden_model, "prepare_inputs_for_generation", prepare_blindly)
+    return golden_model
 
 
 def generate(model, inputs, **kwargs):
@@ -191,6 +205,20 @@ class TestDecoding:
         for tokens, (_, expected) in zip(outputs.visual_tokens, alone):
             torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
         assert not outputs.unfinished_images.any()
+
+    @pytest.mark.parametrize("kwargs", [{}, {"cache_implementation": "static"}])
+    def test_steps_that_are_all_alike(self, blind_model, prompt, batch, kwargs):
+        calls = []
+        modules = (blind_model.vision_head, blind_model.lm_head)
+        hooks = [module.register_forward_hook(lambda *args: calls.append(1)) for module in modules]
+        outputs = generate(blind_model, batch, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        assert len(calls) == 2 * (outputs.sequences.shape[1] - batch["input_ids"].shape[1])
+        for row, (case, tokens) in enumerate(zip(GREEDY, outputs.visual_tokens)):
+            ids, expected = plain_greedy(blind_model, prompt(case))
+            assert answers(outputs, batch)[row] == ids
+            torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
 
     def test_batch_that_ends_in_an_image(self, golden_model, prompt, batch):
         """Rows at `max_new_tokens` wait, padded, for those that finish an image."""
@@ -619,7 +647,8 @@ class TestGenerateFeatures:
         assert generate(golden_model, batch, max_images=0).visual_tokens[0].shape == (0, 16, 32)
 
     @pytest.mark.parametrize("output_logits", [False, True])
-    def test_steps_on_a_cpu_leave_out_what_they_do_not_need(self, golden_model, output_logits):
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_steps_on_a_cpu_leave_out_what_they_do_not_need(self, golden_model, cache, output_logits):
         """
         The vision head runs after `<image_start>` and each visual token, the projector for each visual token, and
         `lm_head` where the next id is open.
@@ -638,6 +667,7 @@ class TestGenerateFeatures:
             min_new_tokens=N + 8,
             max_new_tokens=N + 8,
             output_logits=output_logits,
+            cache_implementation=cache,
         )
         for hook in hooks:
             hook.remove()

@@ -16,7 +16,6 @@ from transformers import (
     ProcessorMixin,
     TextIteratorStreamer,
 )
-from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
@@ -315,13 +314,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
         is_first_iteration=False,
         **kwargs,
     ):
-        is_drawing = kwargs.pop("visual_token_steps", None) is not None
-        may_skip_logits = kwargs.pop("skip_logits", False)
-        fixed_shapes = isinstance(cache, Cache) and cache.is_compileable
+        kwargs.pop("visual_token_steps", None)
+        may_look, may_skip_logits = kwargs.pop("may_look", False), kwargs.pop("skip_logits", False)
         # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector, and steps whose
         # next ids are forced leave out `lm_head`: logits processors see zeros there. An accelerator would have to wait
         # for it, and a compiled step is the same each time.
-        may_look = is_drawing and input_ids.device.type == "cpu" and not fixed_shapes and kwargs.get("use_cache", True)
         if may_look and input_ids.shape[1]:  # it is empty before the first token of a prompt of `inputs_embeds`
             last = input_ids[:, -1]
             is_visual, begins_image = last == self.config.image_token_id, last == self.config.image_start_token_id
@@ -377,7 +374,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
             kwargs["streamer"].begin(steps)
         if can_draw:
-            kwargs |= {"visual_token_steps": steps, "skip_logits": not generation_config.output_logits}
+            is_compiled = self._valid_auto_compile_criteria(kwargs, generation_config)
+            kwargs |= {
+                "visual_token_steps": steps,
+                "may_look": input_ids.device.type == "cpu" and generation_config.use_cache and not is_compiled,
+                "skip_logits": not generation_config.output_logits,
+            }
         else:
             kwargs["skip_visual_token"] = True
         outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
