@@ -9,6 +9,7 @@ from accelerate import cpu_offload, disk_offload
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, SiglipVisionConfig
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 from metamorph_hf import MetaMorphConfig, MetaMorphModel
 from metamorph_hf.model_card_metamorph import create_model_card
@@ -177,9 +178,26 @@ class TestAttention:
         outputs = model(**inputs, output_attentions=True, output_hidden_states=True)
         assert len(outputs.attentions) == 2 and len(outputs.hidden_states) == 3
         features = model.get_image_features(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
-        assert len(features.attentions) == 1 and len(features.hidden_states) == 2
+        for tower in (features, outputs.image_outputs):
+            assert len(tower.attentions) == 1 and len(tower.hidden_states) == 2
         plain = model.get_image_features(inputs["pixel_values"])
         assert plain.attentions is None and torch.equal(plain.pooler_output, features.pooler_output)
+
+    @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed shapes", "any shapes"])
+    def test_export(self, tiny_model, dynamic):
+        """`torch.export`, by transformers' own exporter: one graph of both towers."""
+
+        def inputs(rows, words):
+            ids = torch.tensor([[40, *PICTURE, *range(41, 41 + words)]] * rows)
+            pixel_values = torch.randn(rows, 3, 16, 16)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values}
+
+        model = tiny_model()
+        program, _ = DynamoExporter().export_program(model, inputs(2, 3), DynamoConfig(dynamic=dynamic))
+        seen = inputs(3, 9) if dynamic else inputs(2, 3)
+        found, expected = program.module()(**seen), model(**seen)
+        for name in ("logits", "next_visual_token"):
+            torch.testing.assert_close(found[name], expected[name])
 
     def test_gradient_checkpointing_of_both_towers(self, tiny_model):
         model = tiny_model()

@@ -313,7 +313,9 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if features is not None and (pixel_values is not None or visual_tokens is not None):
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
         if features is None and (pixel_values is not None or visual_tokens is not None):
-            features = self.get_image_features(pixel_values, visual_tokens, image_indices, return_dict=True)
+            features = self.get_image_features(
+                pixel_values, visual_tokens, image_indices, **{**kwargs, "return_dict": True}
+            )
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -465,7 +467,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                     self.model._check_image_count(is_image, len(images) * self.config.num_image_tokens)
                     noise_mask = is_target[is_image].view(-1, self.config.num_image_tokens).any(-1)
                 features = self.model.get_image_features(
-                    pixel_values, visual_tokens, image_indices, noise_mask, return_dict=True
+                    pixel_values, visual_tokens, image_indices, noise_mask, **{**kwargs, "return_dict": True}
                 )
                 pixel_values = visual_tokens = image_indices = None
                 mm_encoder_outputs = {"image": features}
