@@ -10,12 +10,15 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    GPT2Config,
     LogitsProcessor,
+    StaticCache,
     StoppingCriteria,
     TextIteratorStreamer,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import DeferredStopCheck
 from transformers.utils import is_torchvision_available
 
 from metamorph_hf import MetaMorphStreamer
@@ -275,11 +278,32 @@ class TestDecoding:
         with torch.no_grad():
             visual_tokens = golden_model.get_visual_tokens(batch["pixel_values"])
         encoded = {**batch, "visual_tokens": visual_tokens}
-        with pytest.raises(ValueError, match="Give either `pixel_values` or `visual_tokens`"):
+        with pytest.raises(ValueError, match="Images are given twice"):
             generate(golden_model, encoded)
         encoded.pop("pixel_values")
-        for kwargs in ({}, {"use_cache": False}):
-            assert_same(generate(golden_model, encoded, **kwargs), generate(golden_model, batch))
+        several = {**encoded, "visual_tokens": list(visual_tokens.split(1))}  # as an earlier answer gives them
+        for inputs, kwargs in ((encoded, {}), (encoded, {"use_cache": False}), (several, {})):
+            assert_same(generate(golden_model, inputs, **kwargs), generate(golden_model, batch))
+
+    def test_one_image_at_several_places(self, golden_model, prompt):
+        inputs = prompt("image_prompt_image_answer")
+        twice = {"input_ids": inputs["input_ids"].repeat(2, 1), "image_indices": torch.tensor([0, 0])}
+        with torch.no_grad():
+            visual_tokens = golden_model.get_visual_tokens(inputs["pixel_values"])
+        expected = generate(golden_model, inputs)
+        for image in ({"pixel_values": inputs["pixel_values"]}, {"visual_tokens": visual_tokens}):
+            outputs = generate(golden_model, {**twice, **image})
+            assert answers(outputs, inputs) == 2 * answers(expected, inputs)
+
+    @pytest.mark.parametrize("kwargs", [{}, {"num_return_sequences": 2, "do_sample": True}])
+    @pytest.mark.parametrize("count", [0, 2, 4])
+    def test_number_of_images(self, golden_model, batch, kwargs, count):
+        """Three places for images."""
+        inputs = {**batch, "pixel_values": batch["pixel_values"][:1].repeat(count, 1, 1, 1)}
+        if count == 0:
+            del inputs["pixel_values"]
+        with pytest.raises(ValueError, match=f"image token positions, but the images fill {count * N} "):
+            generate(golden_model, inputs, **kwargs)
 
     @pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}])
     def test_tower_runs_once(self, golden_model, batch, kwargs):
@@ -333,6 +357,101 @@ class TestDecoding:
         everything = {"input_ids": question, "visual_tokens": torch.cat([read, first.visual_tokens[0]])}
         assert_same(continued, generate(golden_model, everything, max_new_tokens=3))
         assert len(continued.visual_tokens[0]) == 1
+
+    def test_second_turn_after_a_stop_at_a_visual_token(self, golden_model):
+        """The cache has not seen that one, and an id alone does not say what it was."""
+        prompt, cache = {"input_ids": torch.tensor([[208, 92, IMAGE_START]])}, DynamicCache()
+        first = generate(golden_model, prompt, cache=cache, stopping_criteria=[StopAfter(3 + N)])
+        assert len(first.visual_tokens[0]) == 1
+        question = torch.cat([first.sequences, torch.tensor([[IMAGE_END, 92]])], dim=1)
+        with pytest.raises(ValueError, match="has 1 image token positions, but the images fill 0"):
+            generate(golden_model, {"input_ids": question}, cache=cache)
+
+
+class TestLimits:
+    """Where answers end, and where an image may begin."""
+
+    @pytest.fixture
+    def endless_model(self, golden):
+        """No token ends its answers."""
+        model = golden.build_model()
+        model.generation_config = GenerationConfig(pad_token_id=PAD)
+        return model
+
+    @pytest.mark.parametrize("kwargs", [{}, {"do_sample": True, "sequence_bias": [[[IMAGE_START], 5.0]]}])
+    def test_rows_end_at_different_times(self, endless_model, batch, kwargs):
+        """A row that is not in an image at `max_new_tokens` waits, padded, for those that are."""
+        torch.manual_seed(0)
+        length = batch["input_ids"].shape[1]
+        for limit in (2, 5, 21, 30):
+            outputs = generate(endless_model, batch, max_new_tokens=limit, **kwargs)
+            assert not outputs.unfinished_images.any()
+            for row in outputs.sequences[:, length:].tolist():
+                begun = IMAGE_START in row[max(0, limit - N - 1) : limit] and row[limit - 1] != IMAGE_END
+                rest = row[limit:]
+                if begun:
+                    rest = rest[rest.index(IMAGE_END) + 1 :]
+                assert rest == [PAD] * len(rest)
+
+    def test_no_padding_token(self, endless_model, batch):
+        endless_model.generation_config = GenerationConfig()
+        with pytest.raises(ValueError, match="there is no padding token: pass `pad_token_id`"):
+            generate(endless_model, batch)
+        generate(endless_model, batch, max_images=0, max_new_tokens=2)
+        alone = generate(endless_model, {"input_ids": batch["input_ids"][:1, -3:]}, force_image=True, max_new_tokens=2)
+        assert len(alone.visual_tokens[0]) == 1
+
+    @pytest.mark.parametrize("where", ["context", "context, embeddings", "static cache"])
+    @pytest.mark.parametrize("fits", [True, False])
+    def test_image_begins_only_where_it_fits(self, tiny_config, tiny_model, where, fits):
+        """Learned positions end with the context. An image takes 6 tokens here, the last of which is not read."""
+        config = GPT2Config(
+            vocab_size=tiny_config().text_config.vocab_size,
+            n_positions=16 if "context" in where else 100,
+            n_embd=32,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        model = tiny_model(text_config=config)
+        start, end = model.config.image_start_token_id, model.config.image_end_token_id
+        ids = torch.full((1, 11 if fits else 12), 40)
+        inputs = {"input_ids": ids}
+        if "embeddings" in where:
+            inputs = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
+        kwargs = {"max_new_tokens": 4, "do_sample": False}
+        if where == "static cache":
+            kwargs["cache"] = StaticCache(config=config, max_cache_len=16)
+        bias = [[[start], 1e4]]  # it wants to draw
+        outputs = model.generate(**inputs, **kwargs, sequence_bias=bias, return_dict_in_generate=True)
+        assert (end in outputs.sequences[0]) is fits and len(outputs.visual_tokens[0]) == fits
+        if where == "static cache":
+            kwargs["cache"].reset()
+        if fits:
+            assert end in model.generate(**inputs, **kwargs, force_image=True)[0]
+        else:
+            with pytest.raises(ValueError, match="An image takes 6 tokens, more than are left after the prompt"):
+                model.generate(**inputs, **kwargs, force_image=True)
+
+    def test_stop_that_is_seen_a_step_late(self, golden_model, prompt, batch, monkeypatch):
+        """As on MPS, where the loop does not wait for the device."""
+        expected = [generate(golden_model, inputs, max_new_tokens=5) for inputs in (prompt("one_image"), batch)]
+
+        class Event:
+            def __init__(self, **kwargs):
+                pass
+
+            def record(self):
+                pass
+
+            def synchronize(self):
+                pass
+
+        monkeypatch.setattr(torch, "Event", Event)
+        monkeypatch.setattr(DeferredStopCheck, "is_supported", staticmethod(lambda *args, **kwargs: True))
+        for inputs, outputs in zip((prompt("one_image"), batch), expected):
+            assert_same(generate(golden_model, inputs, max_new_tokens=5), outputs)
 
 
 class Script(LogitsProcessor):
@@ -520,12 +639,22 @@ class TestGenerateFeatures:
         assert len(generate(model, prompt("two_images")).visual_tokens[0]) == 1
         assert len(generate(model, prompt("two_images"), max_images=2).visual_tokens[0]) == 2
 
+    @pytest.mark.parametrize("stored, given", [({"force_image": True}, {"max_images": 0}), ({"max_images": 0}, {})])
+    def test_a_call_goes_before_what_is_stored(self, golden, prompt, stored, given):
+        model = golden.build_model()
+        model.generation_config = GenerationConfig(eos_token_id=list(EOS), pad_token_id=PAD, **stored)
+        drawn = generate(model, prompt("one_image"), **given, max_new_tokens=2).visual_tokens[0]
+        assert len(drawn) == 0
+        drawn = generate(model, prompt("one_image"), force_image=True, max_new_tokens=2).visual_tokens[0]
+        assert len(drawn) == 1
+
     @pytest.mark.parametrize(
         "kwargs, sentence",
         [
             ({"max_images": -1}, "is -1, but must be 0"),
             ({"max_images": "two"}, "is 'two', but must be 0"),
             ({"max_images": 0, "force_image": True}, "asks for an image, but `max_images=0`"),
+            ({"suppress_tokens": [IMAGE_START], "force_image": True}, "asks for an image, but .*`suppress_tokens`"),
         ],
     )
     def test_options_that_make_no_sense(self, golden_model, prompt, kwargs, sentence):

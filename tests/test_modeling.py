@@ -497,8 +497,11 @@ class TestForward:
 
 TEXT_CONFIGS = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
     "gpt2": {},
+    "bloom": {},  # no limit of positions, no static cache
+    "mamba": {"state_size": 8},  # no attention
 }
 VISION_CONFIGS = {
     "clip_vision_model": {},
@@ -536,12 +539,12 @@ class TestOtherParts:
         assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tie
         torch.testing.assert_close(loaded(**batch).loss, outputs.loss)
         prompt = torch.tensor([[40, 41, IMAGE_START]])
-        cached, uncached = (
-            model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=use_cache)
-            for use_cache in (True, False)
+        options = [{"use_cache": False}, {}, {} if model_type == "bloom" else {"cache_implementation": "static"}]
+        uncached, dynamic, static = (
+            model.generate(prompt, max_new_tokens=8, do_sample=False, **kwargs).tolist() for kwargs in options
         )
-        assert cached.tolist() == uncached.tolist()
-        assert cached[0, 3:8].tolist() == [IMAGE] * 4 + [IMAGE_END]
+        assert uncached == dynamic == static
+        assert uncached[0][3:8] == [IMAGE] * 4 + [IMAGE_END]
 
     @torch.no_grad()
     @pytest.mark.parametrize("model_type", VISION_CONFIGS)

@@ -14,11 +14,15 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     ProcessorMixin,
+    StoppingCriteria,
     TextIteratorStreamer,
 )
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
+
+from .configuration_metamorph import MetaMorphConfig
 
 
 logger = logging.get_logger(__name__)
@@ -41,41 +45,37 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     unfinished_images: torch.BoolTensor | None = None
 
 
+def is_inside_image(last: torch.LongTensor, config: MetaMorphConfig) -> torch.BoolTensor:
+    """Whether a visual token, or `<image_end>` after the last of them, comes after these ids."""
+    return (last == config.image_token_id) | (last == config.image_start_token_id)
+
+
 class ImageTokensLogitsProcessor(LogitsProcessor):
     """Forces exactly `num_image_tokens` placeholders after `<image_start>`, then `<image_end>`.
 
     Args:
+        config ([`MetaMorphConfig`]): Says the ids and the number.
         begun (`torch.Tensor` of shape (B,), bool, *optional*): Rows whose prompt of `inputs_embeds` begins an image.
         force_at (`int`, *optional*): Where `<image_start>` itself is forced, a length of `input_ids`.
     """
 
-    def __init__(
-        self,
-        image_token_id: int,
-        image_start_token_id: int,
-        image_end_token_id: int,
-        num_image_tokens: int,
-        begun: torch.BoolTensor | None = None,
-        force_at: int | None = None,
-    ):
-        self.image_token_id = image_token_id
-        self.image_start_token_id = image_start_token_id
-        self.image_end_token_id = image_end_token_id
-        self.num_image_tokens = num_image_tokens
+    def __init__(self, config: MetaMorphConfig, begun: torch.BoolTensor | None = None, force_at: int | None = None):
+        self.config = config
         self.begun = begun
         self.force_at = force_at
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        last = input_ids[:, -1:]  # nothing in the first step after a prompt of `inputs_embeds`
-        inside = ((last == self.image_token_id) | (last == self.image_start_token_id)).any(dim=-1)
+        config, num_image_tokens = self.config, self.config.num_image_tokens
+        # No ids in the first step after a prompt of `inputs_embeds`.
+        inside = is_inside_image(input_ids[:, -1:], config).any(dim=-1)
         if self.begun is not None and input_ids.shape[1] == 0:
             inside = self.begun
         full = torch.zeros_like(inside)
-        if input_ids.shape[1] >= self.num_image_tokens:
-            full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(dim=-1)
-        forced_id = torch.where(full, self.image_end_token_id, self.image_token_id)
+        if input_ids.shape[1] >= num_image_tokens:
+            full = (input_ids[:, -num_image_tokens:] == config.image_token_id).all(dim=-1)
+        forced_id = torch.where(full, config.image_end_token_id, config.image_token_id)
         if input_ids.shape[1] == self.force_at:
-            forced_id = torch.where(inside, forced_id, self.image_start_token_id)
+            forced_id = torch.where(inside, forced_id, config.image_start_token_id)
             inside = torch.ones_like(inside)
         forced_score = torch.where(inside[:, None], 0.0, scores.gather(1, forced_id[:, None]))
         return scores.masked_fill(inside[:, None], float("-inf")).scatter_(1, forced_id[:, None], forced_score)
@@ -92,16 +92,31 @@ class ForbiddenTokensLogitsProcessor(LogitsProcessor):
 
 
 class MaxImagesLogitsProcessor(LogitsProcessor):
-    """Forbids `<image_start>` to rows that have begun `max_images` images. It counts, so it serves one answer only."""
+    """
+    Forbids `<image_start>` to rows that have begun `max_images` images, and to all where an image no longer fits. It
+    counts, so it serves one answer only.
+    """
 
-    def __init__(self, image_start_token_id: int, max_images: int, begun: torch.BoolTensor | None = None):
+    def __init__(
+        self,
+        image_start_token_id: int,
+        max_images: int | None,
+        last_start: int | None,
+        begun: torch.BoolTensor | None = None,
+    ):
         self.image_start_token_id = image_start_token_id
         self.max_images = max_images
+        self.last_start = last_start
         self.begun = 0 if begun is None else begun.long()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.begun = self.begun + (input_ids[:, -1:] == self.image_start_token_id).any(dim=-1)
-        start_score = scores[:, self.image_start_token_id].masked_fill(self.begun >= self.max_images, float("-inf"))
+        forbidden = torch.zeros_like(self.begun, dtype=torch.bool)
+        if self.max_images is not None:
+            forbidden = self.begun >= self.max_images
+        if self.last_start is not None and input_ids.shape[1] > self.last_start:
+            forbidden = torch.ones_like(forbidden)
+        start_score = scores[:, self.image_start_token_id].masked_fill(forbidden, float("-inf"))
         return scores.select_scatter(start_score, 1, self.image_start_token_id)
 
 
@@ -160,18 +175,20 @@ class MetaMorphStreamer(TextIteratorStreamer):
             self.text_queue.put(torch.cat(self.visual_token_steps[first : self.new_tokens], dim=1)[0])
 
 
-class MaxLengthOutsideImageCriteria(MaxLengthCriteria):
-    """[`MaxLengthCriteria`] that lets a row finish the image it is in, at most N + 1 tokens more."""
+class MaxLengthOutsideImageCriteria(StoppingCriteria):
+    """
+    transformers' `MaxLengthCriteria`, but a row finishes the image it is in, at most N + 1 tokens more. It is none of
+    them, since where those are the decoding loop stops by itself at their `max_length`.
+    """
 
-    def __init__(self, max_length: int, image_token_id: int, image_start_token_id: int):
-        super().__init__(max_length)
-        self.image_token_id = image_token_id
-        self.image_start_token_id = image_start_token_id
+    def __init__(self, max_length: int, config: MetaMorphConfig, pads: bool):
+        self.max_length = max_length
+        self.config = config
+        if pads:  # rows end at different times: where a criterion has this attribute, the loop pads those that have
+            self.eos_token_id = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        last = input_ids[:, -1]
-        inside = (last == self.image_token_id) | (last == self.image_start_token_id)
-        return ~inside & (input_ids.shape[1] >= self.max_length)
+        return ~is_inside_image(input_ids[:, -1], self.config) & (input_ids.shape[1] >= self.max_length)
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
@@ -183,8 +200,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
     - `max_images` (`int`): At most so many images in an answer. With 0 it is text only, and beam search and assisted
       decoding are possible; they are refused otherwise.
     - `force_image` (`bool`): The answer begins with an image. So does one to a prompt that ends with `<image_start>`.
-    - `visual_tokens` (`torch.Tensor` of shape (I, N, V)): Instead of `pixel_values`, the prompts' images as
-      `get_visual_tokens` or an earlier answer gives them: an image asked about often is encoded once.
+    - `visual_tokens` (`torch.Tensor` of shape (I, N, V) or list of such): Instead of `pixel_values`, the prompts'
+      images as `get_visual_tokens` or an earlier answer gives them: an image asked about often is encoded once. As in
+      `forward`, `image_indices` says which of them stands at each place.
+
+    No image begins where it no longer fits into the language model's context or a static cache.
     """
 
     def _prepare_generation_config(self, generation_config, **kwargs):
@@ -194,15 +214,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "MetaMorphPipeline for pictures, or `generate` with force_image=True and "
                 "return_dict_in_generate=True for visual tokens."
             )
-        options = {name: kwargs.pop(name) for name in ("max_images", "force_image") if name in kwargs}
+        given = {name: kwargs.pop(name) for name in ("max_images", "force_image") if name in kwargs}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        options = {"max_images": None, "force_image": False, **generation_config.to_dict(), **options}
+        options = {"max_images": None, "force_image": False, **generation_config.to_dict(), **given}
         max_images, force_image = options["max_images"], options["force_image"]
         if max_images is not None and (type(max_images) is not int or max_images < 0):
             raise ValueError(f"`max_images` is {max_images!r}, but must be 0, for text only, or a larger number.")
-        if force_image and max_images == 0:
-            raise ValueError("`force_image` asks for an image, but `max_images=0` allows none.")
+        if force_image and max_images == 0 and len(given) == 1:  # what a call says goes before what is stored
+            max_images, force_image = (0, False) if "max_images" in given else (None, True)
         generation_config.max_images, generation_config.force_image = max_images, force_image
+        if force_image and not self._can_draw(generation_config):
+            raise ValueError(
+                "`force_image` asks for an image, but `max_images=0`, `suppress_tokens` or `bad_words_ids` allow none."
+            )
         return generation_config, model_kwargs
 
     def _can_draw(self, generation_config: GenerationConfig) -> bool:
@@ -210,12 +234,32 @@ class MetaMorphGenerationMixin(GenerationMixin):
         never = [*(generation_config.suppress_tokens or []), *bad_words]
         return generation_config.max_images != 0 and self.config.image_start_token_id not in never
 
-    def _embeds_begin_image(self, inputs_embeds: torch.Tensor | None = None, **kwargs) -> torch.BoolTensor:
-        """Which prompts, given as `inputs_embeds` alone, end with `<image_start>`, (B,)."""
+    def _begins_image(
+        self, input_ids: torch.LongTensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ) -> torch.BoolTensor:
+        """Which prompts end with `<image_start>`, (B,), whether they are ids or `inputs_embeds` alone."""
+        if input_ids is not None and input_ids.shape[1]:
+            return input_ids[:, -1] == self.config.image_start_token_id
         if inputs_embeds is None:
             raise ValueError("The prompt is empty: give `input_ids` or `inputs_embeds` of one position at least.")
         image_start = torch.tensor(self.config.image_start_token_id, device=inputs_embeds.device)
         return (inputs_embeds[:, -1] == self.get_input_embeddings()(image_start)).all(-1)
+
+    @property
+    def _context(self) -> int | None:
+        """The language model's; one with ALiBi or without attention has no limit."""
+        return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    def _last_image_start(
+        self, prompt_length: int, cache: Cache | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ) -> int | None:
+        """Where in `input_ids` an image can begin at the latest, to fit into context and cache; None for anywhere."""
+        limits = [self._context] if self._context is not None else []
+        if cache is not None:
+            lengths = [layer.get_max_length() for layer, slides in zip(cache.layers, cache.is_sliding) if not slides]
+            limits += [length for length in lengths if length >= 0]
+        unseen = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
+        return min(limits) - unseen - self.config.num_image_tokens - 1 if limits else None
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         supported = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -240,51 +284,47 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        context = self.config.text_config.max_position_embeddings
-        if input_ids_length >= context:
+        if self._context is not None and input_ids_length >= self._context:
             raise ValueError(
                 f"The prompt has {input_ids_length} tokens, visual tokens included, longer than the model's "
-                f"context of {context} tokens. Shorten it or leave out images."
+                f"context of {self._context} tokens. Shorten it or leave out images."
             )
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        config, device = self.config, kwargs.get("device")
+        config, device, prompt_length = self.config, kwargs.get("device"), kwargs["input_ids_seq_length"]
         begun = None
-        if kwargs["input_ids_seq_length"] == 0:
-            begun = self._embeds_begin_image(**kwargs["model_kwargs"])
+        if prompt_length == 0:
+            begun = self._begins_image(**kwargs["model_kwargs"])
         # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
         never_text = [config.image_token_id, config.image_end_token_id]
         if generation_config.max_images == 0:
             never_text.append(config.image_start_token_id)
         processors.insert(0, ForbiddenTokensLogitsProcessor(torch.tensor(never_text, device=device)))
-        if generation_config.max_images:
-            processors.insert(
-                0, MaxImagesLogitsProcessor(config.image_start_token_id, generation_config.max_images, begun)
-            )
         if self._can_draw(generation_config):
-            processors.append(
-                ImageTokensLogitsProcessor(
-                    config.image_token_id,
-                    config.image_start_token_id,
-                    config.image_end_token_id,
-                    config.num_image_tokens,
-                    begun=begun,
-                    force_at=kwargs["input_ids_seq_length"] if generation_config.force_image else None,
-                )
-            )
+            max_images = generation_config.max_images
+            last_start = self._last_image_start(prompt_length, **kwargs["model_kwargs"])
+            if last_start is not None and last_start >= generation_config.max_length - 1:
+                last_start = None  # none begins that late
+            if max_images is not None or last_start is not None:
+                start = config.image_start_token_id
+                processors.insert(0, MaxImagesLogitsProcessor(start, max_images, last_start, begun))
+            force_at = prompt_length if generation_config.force_image else None
+            processors.append(ImageTokensLogitsProcessor(config, begun, force_at))
         return processors
 
-    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
-        def may_finish_image(criterion):
-            if type(criterion) is not MaxLengthCriteria:
-                return criterion
-            return MaxLengthOutsideImageCriteria(
-                criterion.max_length, self.config.image_token_id, self.config.image_start_token_id
-            )
-
-        return StoppingCriteriaList(map(may_finish_image, super()._get_stopping_criteria(*args, **kwargs)))
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args, **kwargs) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        if not self._can_draw(generation_config):
+            return criteria
+        pads = generation_config._pad_token_tensor is not None
+        return StoppingCriteriaList(
+            MaxLengthOutsideImageCriteria(criterion.max_length, self.config, pads)
+            if type(criterion) is MaxLengthCriteria
+            else criterion
+            for criterion in criteria
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -298,11 +338,25 @@ class MetaMorphGenerationMixin(GenerationMixin):
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         visual_tokens = model_kwargs.pop("visual_tokens", None)
         if visual_tokens is not None:
-            if model_kwargs.get("pixel_values") is not None:
-                raise ValueError("Give either `pixel_values` or `visual_tokens`, one of the two.")
-            features = self.get_image_features(visual_tokens=visual_tokens, return_dict=True)
+            if model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs"):
+                raise ValueError(
+                    "Images are given twice: pass `visual_tokens`, `pixel_values` or `mm_encoder_outputs` alone."
+                )
+            if not isinstance(visual_tokens, torch.Tensor):
+                visual_tokens = torch.cat(list(visual_tokens))
+            features = self.get_image_features(
+                visual_tokens=visual_tokens, image_indices=model_kwargs.pop("image_indices", None), return_dict=True
+            )
             model_kwargs["mm_encoder_outputs"] = {"image": features}
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if features is not None and expand_size > 1 and model_kwargs.get("cache") is None:
+            # transformers expands as many images as there are places, and drops the rest.
+            ids = input_ids if input_ids is not None and input_ids.numel() else None
+            self.model.get_placeholder_mask(ids, model_kwargs.get("inputs_embeds"), features.pooler_output)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -321,11 +375,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
         # for it, and a compiled step is the same each time.
         if may_look and input_ids.shape[1]:  # it is empty before the first token of a prompt of `inputs_embeds`
             last = input_ids[:, -1]
-            is_visual, begins_image = last == self.config.image_token_id, last == self.config.image_start_token_id
-            if not is_visual.any():
+            inside = is_inside_image(last, self.config)
+            kwargs["skip_visual_token"] = not inside.any()
+            kwargs["skip_logits"] = may_skip_logits and bool(inside.all())
+            if not (last == self.config.image_token_id).any():
                 kwargs.pop("generated_visual_tokens", None)
-                kwargs["skip_visual_token"] = not begins_image.any()
-            kwargs["skip_logits"] = may_skip_logits and bool((is_visual | begins_image).all())
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -336,40 +390,71 @@ class MetaMorphGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
+    @property
+    def _visual_token_dtype(self) -> torch.dtype:
+        return self.vision_head[-1].weight.dtype  # float32 in a model that was loaded in float16
+
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (steps := model_kwargs.get("visual_token_steps")) is not None:
-            next_visual_token = outputs.next_visual_token
-            if next_visual_token is None:  # a text step, for all rows
-                next_visual_token = outputs.logits.new_zeros(len(outputs.logits), 1, self.config.visual_token_dim)
-            # A copy, since a step compiled to a CUDA graph writes its outputs over those of the step before.
-            steps.append(next_visual_token.clone())
+            if outputs.next_visual_token is None:  # a text step, for all rows
+                zero = torch.zeros((), dtype=self._visual_token_dtype, device=outputs.logits.device)
+                steps.append(zero.expand(len(outputs.logits), 1, self.config.visual_token_dim))
+            else:  # a copy, since a step compiled to a CUDA graph writes its outputs over those of the step before
+                steps.append(outputs.next_visual_token.clone())
             # Without a cache the whole answer is read again, so all of its visual tokens are needed.
             model_kwargs["generated_visual_tokens"] = (
                 steps[-1] if model_kwargs.get("use_cache", True) else torch.cat(steps, dim=1)
             )
         return model_kwargs
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        config, prompt_length = self.config, input_ids.shape[1]
-        if prompt_length:  # two looks at the prompt, before the loop
-            vocab_size = config.text_config.vocab_size
-            unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
-            if unknown.numel():
-                raise ValueError(
-                    f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the "
-                    "ids come from another tokenizer."
-                )
-        can_draw = self._can_draw(generation_config)
-        if prompt_length and can_draw:
-            inside = (input_ids[:, -1] == config.image_token_id) & (
-                (input_ids[:, -config.num_image_tokens :] == config.image_token_id).sum(-1) < config.num_image_tokens
+    def _check_prompts(
+        self,
+        input_ids: torch.LongTensor,
+        begun: torch.BoolTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+    ) -> None:
+        """The looks at the prompts, before the loop."""
+        config, (rows, length) = self.config, input_ids.shape
+        vocab_size = config.text_config.vocab_size
+        unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+        if unknown.numel():
+            raise ValueError(
+                f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the "
+                "ids come from another tokenizer."
             )
-            if inside.any():
+        if length:
+            is_visual = input_ids[:, -config.num_image_tokens :] == config.image_token_id
+            partly = is_visual[:, -1] & (is_visual.sum(-1) < config.num_image_tokens)
+            if partly.any():
                 raise ValueError(
-                    f"Prompts {inside.nonzero().flatten().tolist()} end in the middle of an image: an image in the "
+                    f"Prompts {partly.nonzero().flatten().tolist()} end in the middle of an image: an image in the "
                     f"prompt takes all of its {config.num_image_tokens} placeholders and <image_end>."
                 )
+        cache, features = model_kwargs.get("cache"), (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if features is None and model_kwargs.get("inputs_embeds") is None:
+            seen = int(cache.get_seq_length()) if getattr(cache, "_is_user_defined", False) else 0
+            self.model._check_image_count(input_ids[:, seen:] == config.image_token_id, 0)
+        if not self._can_draw(generation_config):
+            return
+        if rows > 1 and generation_config._pad_token_tensor is None:
+            raise ValueError(
+                "Rows that draw end later than others, which are padded then, but there is no padding token: pass "
+                "`pad_token_id`, or switch images off with max_images=0."
+            )
+        last_start = self._last_image_start(length, **model_kwargs)
+        start = length if generation_config.force_image else length - 1 if begun.any() else None
+        if None not in (start, last_start) and start > last_start:
+            raise ValueError(
+                f"An image takes {config.num_image_tokens + 2} tokens, more than are left after the prompt in the "
+                "language model's context or in the static cache: shorten the prompt, or pass a longer cache."
+            )
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        config, prompt_length, can_draw = self.config, input_ids.shape[1], self._can_draw(generation_config)
+        begun = self._begins_image(input_ids, **kwargs)
+        self._check_prompts(input_ids, begun, generation_config, kwargs)
         steps = []
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
             kwargs["streamer"].begin(steps)
@@ -386,10 +471,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
         is_visual = sequences[:, prompt_length:] == config.image_token_id
         counts = is_visual.sum(-1)
-        begun = (sequences[:, max(prompt_length - 1, 0) :] == config.image_start_token_id).sum(-1)
-        if prompt_length == 0:
-            begun = begun + self._embeds_begin_image(**kwargs)
-        unfinished_images = can_draw & (counts < begun * config.num_image_tokens)
+        begun = begun + (sequences[:, prompt_length:] == config.image_start_token_id).sum(-1)
+        unfinished_images = (
+            (counts < begun * config.num_image_tokens) if can_draw else torch.zeros_like(is_visual[:, 0])
+        )
         if unfinished_images.any():
             logger.warning(
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
@@ -399,7 +484,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             return outputs
         finished = (counts // config.num_image_tokens * config.num_image_tokens).tolist()
         if not can_draw:
-            steps = [torch.empty(*is_visual.shape, config.visual_token_dim, dtype=self.dtype, device=self.device)]
+            steps = [torch.empty(*is_visual.shape, config.visual_token_dim, dtype=self._visual_token_dtype)]
         # A device that stops one step late has computed one visual token more than there are new tokens.
         drawn = torch.cat(steps, dim=1)[:, : is_visual.shape[1]]
         visual_tokens = [

@@ -347,7 +347,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),  # Mamba has none
             image_outputs=features,
         )
 
