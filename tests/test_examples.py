@@ -88,7 +88,7 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "result.json").read_text())["results"]
     assert json.loads(done.stdout.splitlines()[-1])["results"] == results
-    assert len(results) == 11 and all(value > 0 for value in results.values())
+    assert len(results) == 12 and all(value > 0 for value in results.values())
 
 
 @pytest.mark.slow

@@ -392,7 +392,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
 
     @property
     def _visual_token_dtype(self) -> torch.dtype:
-        return self.vision_head[-1].weight.dtype  # float32 in a model that was loaded in float16
+        return next(self.vision_head.parameters()).dtype  # float32 in a model that was loaded in float16
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
