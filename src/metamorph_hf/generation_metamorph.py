@@ -5,6 +5,7 @@ times the placeholder id, then `<image_end>`. Where a placeholder was chosen, th
 projector(visual token) instead of an embedding; the visual token is the vision head's output of the step before.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +46,9 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     unfinished_images: torch.BoolTensor | None = None
 
 
-def is_inside_image(last: torch.LongTensor, config: MetaMorphConfig) -> torch.BoolTensor:
+def is_inside_image(last: torch.LongTensor, image_token_id: int, image_start_token_id: int) -> torch.BoolTensor:
     """Whether a visual token, or `<image_end>` after the last of them, comes after these ids."""
-    return (last == config.image_token_id) | (last == config.image_start_token_id)
+    return (last == image_token_id) | (last == image_start_token_id)
 
 
 class ImageTokensLogitsProcessor(LogitsProcessor):
@@ -60,25 +61,33 @@ class ImageTokensLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, config: MetaMorphConfig, begun: torch.BoolTensor | None = None, force_at: int | None = None):
-        self.config = config
+        self.image_token_id = config.image_token_id  # an attribute of a configuration is slow to get
+        self.image_start_token_id = config.image_start_token_id
+        self.image_end_token_id = config.image_end_token_id
+        self.num_image_tokens = config.num_image_tokens
         self.begun = begun
         self.force_at = force_at
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        config, num_image_tokens = self.config, self.config.num_image_tokens
         # No ids in the first step after a prompt of `inputs_embeds`.
-        inside = is_inside_image(input_ids[:, -1:], config).any(dim=-1)
+        inside = is_inside_image(input_ids[:, -1:], self.image_token_id, self.image_start_token_id).any(dim=-1)
         if self.begun is not None and input_ids.shape[1] == 0:
             inside = self.begun
+        is_forced = input_ids.shape[1] == self.force_at
+        if inside.device.type == "cpu" and not is_forced and not inside.any():  # elsewhere a look would have to wait
+            return scores
         full = torch.zeros_like(inside)
-        if input_ids.shape[1] >= num_image_tokens:
-            full = (input_ids[:, -num_image_tokens:] == config.image_token_id).all(dim=-1)
-        forced_id = torch.where(full, config.image_end_token_id, config.image_token_id)
-        if input_ids.shape[1] == self.force_at:
-            forced_id = torch.where(inside, forced_id, config.image_start_token_id)
+        if input_ids.shape[1] >= self.num_image_tokens:
+            full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(dim=-1)
+        forced_id = torch.where(full, self.image_end_token_id, self.image_token_id)
+        if is_forced:
+            forced_id = torch.where(inside, forced_id, self.image_start_token_id)
             inside = torch.ones_like(inside)
         forced_score = torch.where(inside[:, None], 0.0, scores.gather(1, forced_id[:, None]))
         return scores.masked_fill(inside[:, None], float("-inf")).scatter_(1, forced_id[:, None], forced_score)
+
+    # transformers asks for it in every step; found anew, it costs as much as the rest.
+    __call__.__signature__ = inspect.signature(__call__)
 
 
 class ForbiddenTokensLogitsProcessor(LogitsProcessor):
@@ -89,6 +98,8 @@ class ForbiddenTokensLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         return scores.index_fill(-1, self.token_ids, float("-inf"))
+
+    __call__.__signature__ = inspect.signature(__call__)  # as above
 
 
 class MaxImagesLogitsProcessor(LogitsProcessor):
@@ -183,12 +194,14 @@ class MaxLengthOutsideImageCriteria(StoppingCriteria):
 
     def __init__(self, max_length: int, config: MetaMorphConfig, pads: bool):
         self.max_length = max_length
-        self.config = config
+        self.image_token_id = config.image_token_id
+        self.image_start_token_id = config.image_start_token_id
         if pads:  # rows end at different times: where a criterion has this attribute, the loop pads those that have
             self.eos_token_id = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return ~is_inside_image(input_ids[:, -1], self.config) & (input_ids.shape[1] >= self.max_length)
+        inside = is_inside_image(input_ids[:, -1], self.image_token_id, self.image_start_token_id)
+        return ~inside & (input_ids.shape[1] >= self.max_length)
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
@@ -374,11 +387,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
         # next ids are forced leave out `lm_head`: logits processors see zeros there. An accelerator would have to wait
         # for it, and a compiled step is the same each time.
         if may_look and input_ids.shape[1]:  # it is empty before the first token of a prompt of `inputs_embeds`
-            last = input_ids[:, -1]
-            inside = is_inside_image(last, self.config)
+            last, image_token_id = input_ids[:, -1], self.config.image_token_id
+            inside = is_inside_image(last, image_token_id, self.config.image_start_token_id)
             kwargs["skip_visual_token"] = not inside.any()
             kwargs["skip_logits"] = may_skip_logits and bool(inside.all())
-            if not (last == self.config.image_token_id).any():
+            if kwargs["skip_visual_token"] or not (last == image_token_id).any():
                 kwargs.pop("generated_visual_tokens", None)
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -390,18 +403,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
-    @property
-    def _visual_token_dtype(self) -> torch.dtype:
-        return next(self.vision_head.parameters()).dtype  # float32 in a model that was loaded in float16
-
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (steps := model_kwargs.get("visual_token_steps")) is not None:
-            if outputs.next_visual_token is None:  # a text step, for all rows
-                zero = torch.zeros((), dtype=self._visual_token_dtype, device=outputs.logits.device)
-                steps.append(zero.expand(len(outputs.logits), 1, self.config.visual_token_dim))
-            else:  # a copy, since a step compiled to a CUDA graph writes its outputs over those of the step before
-                steps.append(outputs.next_visual_token.clone())
+            # None in a text step. A copy, since a step compiled to a CUDA graph writes its outputs over those before.
+            steps.append(None if outputs.next_visual_token is None else outputs.next_visual_token.clone())
             # Without a cache the whole answer is read again, so all of its visual tokens are needed.
             model_kwargs["generated_visual_tokens"] = (
                 steps[-1] if model_kwargs.get("use_cache", True) else torch.cat(steps, dim=1)
@@ -483,12 +489,14 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if not isinstance(outputs, ModelOutput):
             return outputs
         finished = (counts // config.num_image_tokens * config.num_image_tokens).tolist()
-        if not can_draw:
-            steps = [torch.empty(*is_visual.shape, config.visual_token_dim, dtype=self._visual_token_dtype)]
         # A device that stops one step late has computed one visual token more than there are new tokens.
-        drawn = torch.cat(steps, dim=1)[:, : is_visual.shape[1]]
+        steps = steps[: is_visual.shape[1]] if can_draw else [None] * is_visual.shape[1]
+        dtype = next(self.vision_head.parameters()).dtype  # float32 in a model that was loaded in float16
+        shape, device = (len(sequences), 1, config.visual_token_dim), sequences.device
+        none = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        drawn = torch.cat([none if step is None else step.to(device) for step in steps], dim=1)
         visual_tokens = [
-            row[mask.to(row.device)][:count].unflatten(0, (-1, config.num_image_tokens))
+            row[mask][:count].unflatten(0, (-1, config.num_image_tokens))
             for row, mask, count in zip(drawn, is_visual, finished)
         ]
         return MetaMorphGenerateOutput(**outputs, visual_tokens=visual_tokens, unfinished_images=unfinished_images)

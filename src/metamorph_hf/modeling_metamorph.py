@@ -258,6 +258,15 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         self._check_image_count(mask, image_features.shape[0] * image_features.shape[1])
         return mask
 
+    def _check_image_ids(self) -> None:
+        config, vocab_size = self.config, self.config.text_config.vocab_size
+        image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
+        if max(image_ids) >= vocab_size:
+            raise ValueError(
+                f"The image token ids {image_ids} do not all fit in the language model's vocabulary of {vocab_size}: "
+                "call model.resize_token_embeddings(len(tokenizer)) after adding the three tokens."
+            )
+
     def _check_image_count(self, mask: torch.Tensor, num_features: int) -> None:
         num_image_tokens = self.config.num_image_tokens
         torch_compilable_check(
@@ -302,13 +311,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        config, vocab_size = self.config, self.config.text_config.vocab_size
-        image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
-        if max(image_ids) >= vocab_size:
-            raise ValueError(
-                f"The image token ids {image_ids} do not all fit in the language model's vocabulary of {vocab_size}: "
-                "call model.resize_token_embeddings(len(tokenizer)) after adding the three tokens."
-            )
+        if input_ids is None or input_ids.shape[1] > 1:  # not in each step of decoding
+            self._check_image_ids()
         features = (mm_encoder_outputs or {}).get("image")
         if features is not None and (pixel_values is not None or visual_tokens is not None):
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
