@@ -431,7 +431,7 @@ class TestLimits:
         if fits:
             assert end in model.generate(**inputs, **kwargs, force_image=True)[0]
         else:
-            with pytest.raises(ValueError, match="An image takes 6 tokens, more than are left after the prompt"):
+            with pytest.raises(ValueError, match="no room for an image of 4 visual tokens"):
                 model.generate(**inputs, **kwargs, force_image=True)
 
     def test_stop_that_is_seen_a_step_late(self, golden_model, prompt, batch, monkeypatch):

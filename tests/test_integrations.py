@@ -8,7 +8,15 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, SiglipVisionConfig
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    SiglipVisionConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 from metamorph_hf import MetaMorphConfig, MetaMorphModel
@@ -204,6 +212,26 @@ class TestAttention:
         model.gradient_checkpointing_enable()
         assert model.model.language_model.layers[0].gradient_checkpointing
         assert model.model.vision_tower.encoder.layers[0].gradient_checkpointing
+
+
+class TestTrainer:
+    """transformers' own, without VPiT."""
+
+    def test_evaluate(self, tiny_model, inputs, tmp_path):
+        """It gathers logits, and not what the tower gave."""
+        model = tiny_model()
+        rows = [{**{name: value[0] for name, value in inputs.items()}, "labels": inputs["input_ids"][0]}] * 3
+        seen = []
+        trainer = Trainer(
+            model,
+            TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to="none", use_cpu=True),
+            eval_dataset=rows,
+            compute_metrics=lambda prediction: seen.append(prediction.predictions) or {},
+        )
+        loss = model(**inputs, labels=inputs["input_ids"]).loss.item()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        logits = next(part for part in seen[0] if part is not None and part.ndim == 3)
+        assert logits.shape == (3, inputs["input_ids"].shape[1], model.config.text_config.vocab_size)
 
 
 class TestAdapters:

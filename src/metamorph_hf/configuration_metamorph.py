@@ -47,6 +47,7 @@ class MetaMorphConfig(PreTrainedConfig):
     """
 
     model_type = "metamorph"
+    keys_to_ignore_at_inference = ["cache", "image_outputs"]  # what Trainer does not gather as predictions
     # transformers' generic code knows the two under these names.
     attribute_map = {"vision_start_token_id": "image_start_token_id", "vision_end_token_id": "image_end_token_id"}
     sub_configs_defaults = {

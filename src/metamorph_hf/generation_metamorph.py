@@ -106,6 +106,12 @@ class MaxImagesLogitsProcessor(LogitsProcessor):
     """
     Forbids `<image_start>` to rows that have begun `max_images` images, and to all where an image no longer fits. It
     counts, so it serves one answer only.
+
+    Args:
+        image_start_token_id (`int`): Id of `<image_start>`.
+        max_images (`int`, *optional*): Images of an answer; any number without it.
+        last_start (`int`, *optional*): Up to which length of `input_ids` an image fits; any without it.
+        begun (`torch.Tensor` of shape (B,), bool, *optional*): Rows whose prompt of `inputs_embeds` begins an image.
     """
 
     def __init__(
@@ -422,6 +428,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs: dict,
     ) -> None:
         """The looks at the prompts, before the loop."""
+        self.model._check_image_ids()
         config, (rows, length) = self.config, input_ids.shape
         vocab_size = config.text_config.vocab_size
         unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
@@ -439,8 +446,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
                     f"prompt takes all of its {config.num_image_tokens} placeholders and <image_end>."
                 )
         cache, features = model_kwargs.get("cache"), (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if features is None and model_kwargs.get("inputs_embeds") is None:
-            seen = int(cache.get_seq_length()) if getattr(cache, "_is_user_defined", False) else 0
+        # Mamba's cache does not say how much it has seen.
+        is_countable = cache is None or not cache.layers or not all(cache.is_linear)
+        if features is None and model_kwargs.get("inputs_embeds") is None and is_countable:
+            seen = 0 if cache is None else int(cache.get_seq_length())
             self.model._check_image_count(input_ids[:, seen:] == config.image_token_id, 0)
         if not self._can_draw(generation_config):
             return
@@ -453,7 +462,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         start = length if generation_config.force_image else length - 1 if begun.any() else None
         if None not in (start, last_start) and start > last_start:
             raise ValueError(
-                f"An image takes {config.num_image_tokens + 2} tokens, more than are left after the prompt in the "
+                f"After the prompt there is no room for an image of {config.num_image_tokens} visual tokens in the "
                 "language model's context or in the static cache: shorten the prompt, or pass a longer cache."
             )
 

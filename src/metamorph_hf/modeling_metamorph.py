@@ -70,6 +70,12 @@ class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     next_visual_token: torch.FloatTensor | None = None
 
 
+def select_tower_options(kwargs: dict) -> dict:
+    """What of `forward`'s options is for the vision tower, too; packing or causality, say, are not."""
+    names = ("output_attentions", "output_hidden_states")
+    return {"return_dict": True, **{name: kwargs[name] for name in names if name in kwargs}}
+
+
 class MetaMorphMLP(nn.Sequential):
     """`num_layers` linear layers with GELU (erf) between them; all hidden widths are the language model's."""
 
@@ -104,7 +110,11 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, although it is: of custom code, transformers leaves out SigLIP's own initialisation of layers."""
+        """
+        False, although it is. Of custom code transformers leaves out, where weights are missing, what a module without
+        weights of its own initialises, which in SigLIP are attention and MLP. What else it does with custom code is
+        about names of its own models and modules tied as a whole, and not for this one.
+        """
         return False
 
     @property
@@ -317,9 +327,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if features is not None and (pixel_values is not None or visual_tokens is not None):
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
         if features is None and (pixel_values is not None or visual_tokens is not None):
-            features = self.get_image_features(
-                pixel_values, visual_tokens, image_indices, **{**kwargs, "return_dict": True}
-            )
+            options = select_tower_options(kwargs)
+            features = self.get_image_features(pixel_values, visual_tokens, image_indices, **options)
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -420,7 +429,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         visual_tokens: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
@@ -439,9 +447,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             labels (`torch.LongTensor` of shape (B, S)):
                 At a text position the token id to predict or -100. At a visual token, `image_token_id` if it is a
                 regression target, -100 if it is only context. Position t - 1 predicts position t.
-            shift_labels (`torch.LongTensor` of shape (B, S)):
-                Instead of `labels`, what each position predicts: `labels` one place to the left. Trainers that split
-                sequences over devices give these.
             logits_to_keep (`int` or `torch.Tensor`): Compute logits for the last positions only; 0 for all.
             num_text_items, num_visual_items (`int` or `torch.Tensor` of shape (), *optional*):
                 What to divide each loss's sum by, instead of its count in this batch: the counts of a whole
@@ -451,13 +456,16 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 return zeros in their place, (B, 1, vocabulary): `generate()` needs none where all next ids are forced.
             skip_visual_token (`bool`, *optional*, defaults to `False`):
                 Return no `next_visual_token`: `generate()` needs none where the answer can hold no image.
+            shift_labels (`torch.LongTensor` of shape (B, S), among `kwargs`):
+                Instead of `labels`, what each position predicts: `labels` one place to the left. Trainers that split
+                sequences over devices give these.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
         """
         features = (mm_encoder_outputs or {}).get("image")
-        next_labels = shift_labels
-        if labels is not None and shift_labels is None:
+        next_labels = kwargs.pop("shift_labels", None)  # named in the signature, Trainer would want it in each batch
+        if labels is not None and next_labels is None:
             next_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if next_labels is not None:
             if input_ids is None:
@@ -470,8 +478,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                     images = next(i for i in (image_indices, pixel_values, visual_tokens) if i is not None)
                     self.model._check_image_count(is_image, len(images) * self.config.num_image_tokens)
                     noise_mask = is_target[is_image].view(-1, self.config.num_image_tokens).any(-1)
+                options = select_tower_options(kwargs)
                 features = self.model.get_image_features(
-                    pixel_values, visual_tokens, image_indices, noise_mask, **{**kwargs, "return_dict": True}
+                    pixel_values, visual_tokens, image_indices, noise_mask, **options
                 )
                 pixel_values = visual_tokens = image_indices = None
                 mm_encoder_outputs = {"image": features}
