@@ -112,7 +112,7 @@ def load_data(args: DataArguments, training_args: VPiTConfig) -> tuple[Dataset |
 def training_facts(trainer: VPiTTrainer, args: DataArguments, base: str) -> dict[str, Any]:
     """What somebody who finds the model wants to know of how it was made."""
     config, state = trainer.args, trainer.state
-    last = next(log for log in reversed(state.log_history) if "loss" in log)
+    last = next((log for log in reversed(state.log_history) if "loss" in log), {})  # none before `logging_steps`
     adapter = trainer.model.peft_config["default"] if isinstance(trainer.model, PeftModel) else None
     return {
         "base model": base,

@@ -5,6 +5,7 @@ N visual tokens per image, V width of a visual token.
 
 import io
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,10 @@ def read_image(image: Any) -> PIL.Image.Image:
         if image.mode.startswith("I"):  # PIL would cut 16 bits off at 255
             image = PIL.Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
         image = PIL.ImageOps.exif_transpose(image).convert("RGB")
-    # PIL raises all of these, some for broken headers.
-    except (OSError, ValueError, TypeError, SyntaxError, KeyError, AttributeError, EOFError) as error:
-        raise BadSample(f"cannot be read ({described(source)}): {error}") from error
     except PIL.Image.DecompressionBombError as error:
         raise BadSample(f"is too large to be safe ({described(source)}): {error}") from error
+    except Exception as error:  # decoders and networks raise anything for broken headers and addresses
+        raise BadSample(f"cannot be read ({described(source)}): {error}") from error
     if not image.width or not image.height:
         raise BadSample(f"is empty ({described(source)}): {image.width}x{image.height} pixels")
     return image
@@ -76,8 +76,9 @@ class DataCollatorForVPiT:
     their images (`image_token_id`) included, all else is -100.
 
     Each example has `messages` in the standard chat form and, one per image part and in reading order, either `images`
-    (anything that [`read_image`] reads) or `visual_tokens` (of shape (N, V) each, from `model.get_visual_tokens`, so
-    that the tower need not run). `id`, `source` and `task` name it in messages. Images are decoded here, in the
+    (anything that [`read_image`] reads; also within the parts, `{"type": "image", "image": ...}`, or a single one as
+    `image`) or `visual_tokens` (of shape (N, V) each, from `model.get_visual_tokens`, so that the tower need not run).
+    `id`, `source` and `task` name it in messages. Images are decoded here, in the
     workers, and one that a batch holds several times (the same path or object) is decoded and encoded once.
 
     The batch holds, beside the model's inputs, `sample_ids` and, if there are any, `rejected`: a dictionary with
@@ -105,6 +106,11 @@ class DataCollatorForVPiT:
 
     def __post_init__(self):
         processor = self.processor
+        if not re.search(r"\{%-?\s*generation\b", str(processor.chat_template)):
+            raise ValueError(
+                "The processor's chat template has no {% generation %} marks, so nothing would be learned: put them "
+                "around what the assistant writes (metamorph_hf.processing_metamorph.DEFAULT_CHAT_TEMPLATE has them)."
+            )
         text = processor.replace_image_token()
         self._image_ids = torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids)
         ids = (processor.image_token_id, processor.image_start_token_id, processor.image_end_token_id)
@@ -169,8 +175,7 @@ class DataCollatorForVPiT:
             raise BadSample(example["bad"])
         messages = self._checked(example.get("messages"))
         has_tokens = "visual_tokens" in example
-        given = example["visual_tokens"] if has_tokens else example.get("images")
-        given = [] if given is None else given
+        given = example["visual_tokens"] if has_tokens else self._given_images(example)
         num_parts = self._count_images(messages)
         if len(given) != num_parts:
             raise BadSample(f"has {num_parts} image parts in its messages, but {len(given)} images.")
@@ -200,6 +205,21 @@ class DataCollatorForVPiT:
                         raise BadSample(f"has image {number}, which {error}") from error
                 row["keys"].append(key)
         return row, dropped
+
+    @staticmethod
+    def _given_images(example: dict[str, Any]) -> list:
+        """Images of a column `images` or `image`, or else of the parts themselves."""
+        images = example.get("images")
+        if images is None and example.get("image") is not None:
+            return [example["image"]]
+        if images is None:
+            contents = (message["content"] for message in example["messages"])
+            parts = (part for content in contents if isinstance(content, list) for part in content)
+            within = (part.get("image") for part in parts if part["type"] == "image")
+            return [image for image in within if image is not None]
+        if not isinstance(images, (list, tuple)):
+            raise BadSample(f"has `images` of type {type(images).__name__}, expected a list of images.")
+        return images
 
     @staticmethod
     def _count_images(messages: list[dict[str, Any]]) -> int:

@@ -35,7 +35,8 @@ class VPiTConfig(SFTConfig):
             not trained yet (the released stage 1 has the text loss alone), else to the model configuration's.
         on_nonfinite_loss (`str`, *optional*, defaults to `"raise"`):
             What to do when a loss is NaN or infinite: `"raise"` stops and names step, batch and samples; `"skip"`
-            names them in a warning, makes no update from the whole optimisation step, and counts it.
+            names them in a warning, makes no update from the whole optimisation step, and counts it. Evaluation
+            leaves such a batch out.
         max_length (`int`, *optional*, defaults to 4096):
             Longest conversation in tokens, visual tokens included. None is ever cut through an image.
         on_too_long (`str`, *optional*, defaults to `"refuse"`):
@@ -44,7 +45,7 @@ class VPiTConfig(SFTConfig):
             What to do with a sample that cannot be used: `"raise"` stops and names it; `"skip"` leaves it out, counts
             it, and lists it in `rejected_samples-<process>.jsonl` in `output_dir`.
         max_bad_share (`float`, *optional*, defaults to 0.01):
-            The run stops when more than this share of the samples since it began was skipped.
+            The run stops when more than this share of an epoch's samples, or of a stream's so far, was skipped.
         lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`), warmup_steps (`float`, defaults to 0.03): The
             share of all steps that warm up.
         num_train_epochs (`float`, *optional*, defaults to 1.0).

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class JsonLines(Sequence):
     """
     A JSONL file by line number, without reading it whole: the places of its lines are found once (8 bytes a line), and
-    a line is read and parsed when it is asked for, in whichever process asks.
+    a line is read and parsed when it is asked for, in whichever process asks. Empty lines at the end are none.
     """
 
     def __init__(self, path: str | Path):
@@ -53,16 +53,20 @@ class JsonLines(Sequence):
                 last = block[-1:]
         ends = np.concatenate([*ends, *([[position]] if position and last != b"\n" else [])]) if position else []
         self.offsets = np.concatenate([[0], np.asarray(ends, dtype=np.int64) + 1]).astype(np.int64)
+        while len(self) and not self._line(len(self) - 1).strip():
+            self.offsets = self.offsets[:-1]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> Row:
+    def _line(self, index: int) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
-            line = file.read(self.offsets[index + 1] - self.offsets[index])
+            return file.read(self.offsets[index + 1] - self.offsets[index])
+
+    def __getitem__(self, index: int) -> Row:
         try:
-            row = json.loads(line)
+            row = json.loads(self._line(index))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BadSample(f"is line {index + 1} of {self.path}, which is not JSON: {error}") from error
         if not isinstance(row, dict):

@@ -101,7 +101,8 @@ def in_list(value: Any) -> list:
 
 def chat(row: Row, rng: random.Random, image_root: str | None = None) -> Record:
     """`messages` and `images` as TRL has them, or text alone. Of string contents, the first holds all images."""
-    images = [located(image, image_root) for image in in_list(row["images"])] if row.get("images") else []
+    given = row["images"] if row.get("images") else row.get("image")  # a single one, in some datasets
+    images = [] if given is None else [located(image, image_root) for image in in_list(given)]
     messages = needed(row, "messages")
     if not isinstance(messages, list):
         raise BadSample(f"has messages of type {type(messages).__name__}, expected a list.")

@@ -41,8 +41,8 @@ def complete_peft_config(
     the language model, projector and vision head trained whole, and the rows of `<image_start>` and `<image_end>`.
 
     Args:
-        peft_config ([`~peft.PeftConfig`]): Only `target_modules`, `modules_to_save` and `trainable_token_indices` that
-            are None are filled in. Another kind than LoRA is returned as it is.
+        peft_config ([`~peft.PeftConfig`]): Only `target_modules`, `exclude_modules`, `modules_to_save` and
+            `trainable_token_indices` that are None are filled in. Another kind than LoRA is returned as it is.
         model ([`MetaMorphForConditionalGeneration`]): Whose modules are looked through; it may be on the meta device.
         train_vision_tower (`bool`, *optional*, defaults to `False`): Train the vision tower whole, too.
     """
@@ -54,6 +54,9 @@ def complete_peft_config(
         linear = (nn.Linear, Conv1D)
         found = {name.rsplit(".")[-1] for name, module in language_model.named_modules() if isinstance(module, linear)}
         peft_config.target_modules = rf".*\blanguage_model\..*\b({'|'.join(map(re.escape, sorted(found)))})"
+    if peft_config.exclude_modules is None:
+        # Its layers are named as the language model's, but it gives the visual tokens: trained whole or not at all.
+        peft_config.exclude_modules = r"(.*\.)?vision_tower\..*"
     if peft_config.modules_to_save is None:
         peft_config.modules_to_save = ["projector", "vision_head"] + ["vision_tower"] * train_vision_tower
     if peft_config.trainable_token_indices is None:
@@ -247,9 +250,11 @@ class VPiTTrainer(SFTTrainer):
             processing_class = MetaMorphProcessor.from_pretrained(path)
         config = MetaMorphConfig.from_pretrained(path) if isinstance(model, str) else model.config
         self._check_agreement(config, processing_class)
+        if args.stage == "projector" and (peft_config is not None or isinstance(model, PeftModel)):
+            raise ValueError(
+                "Stage 'projector' trains no language model to adapt: leave out peft_config and adapters."
+            )
         if peft_config is not None:
-            if args.stage == "projector":
-                raise ValueError("Stage 'projector' trains no language model to adapt: leave out peft_config.")
             with torch.device("meta"):
                 skeleton = MetaMorphForConditionalGeneration(config) if isinstance(model, str) else model
             peft_config = complete_peft_config(peft_config, skeleton, args.vision_tower_learning_rate is not None)
@@ -279,6 +284,7 @@ class VPiTTrainer(SFTTrainer):
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
             raise ValueError("VPiTTrainer supports data parallelism (DDP, FSDP, DeepSpeed ZeRO) only.")
         self._set_trainable()
+        self._check_learning_rates()
         if args.on_nonfinite_loss == "skip":
             if self.is_deepspeed_enabled:
                 raise ValueError("on_nonfinite_loss='skip' is not supported with DeepSpeed: use 'raise'.")
@@ -320,6 +326,20 @@ class VPiTTrainer(SFTTrainer):
         model.model.vision_tower.requires_grad_(args.vision_tower_learning_rate is not None)
         model.model.projector.requires_grad_(True)
         model.get_input_embeddings().requires_grad_(True)  # in stage "projector": two rows, see train()
+
+    def _check_learning_rates(self) -> None:
+        trained = {_module_of(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for module in ("projector", "vision_head", "vision_tower"):
+            if getattr(self.args, f"{module}_learning_rate") is not None and module not in trained:
+                raise ValueError(
+                    f"{module}_learning_rate is set, but nothing of that module is trained: leave it out, or name "
+                    f"{module} in the peft_config's modules_to_save."
+                )
+        if self.args.vision_tower_learning_rate is not None and self._has_visual_tokens:
+            raise ValueError(
+                "vision_tower_learning_rate is set, but the dataset brings `visual_tokens`, for which the tower does "
+                "not run: leave it out, or train on images."
+            )
 
     def _learning_rate_of(self, module: str) -> float:
         own = {
@@ -382,6 +402,9 @@ class VPiTTrainer(SFTTrainer):
         only_rows = self.args.stage == "projector"
         with _only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self._sums["train"]:  # of steps after the last log
+            self._add_means({}, "", self._sums["train"])
+            self._sums["train"].clear()
         self.accelerator.wait_for_everyone()
         self.accelerator.print(self.rejected_table(), end="")
         return result
@@ -448,10 +471,11 @@ class VPiTTrainer(SFTTrainer):
             "shortened_samples": torch.tensor(num_shortened, device=loss.device),
             "samples": torch.tensor(len(sample_ids or []), device=loss.device),
         }
-        sums = {name: value.float() for name, value in sums.items()}
+        is_counted = torch.isfinite(loss)
         for name, value in sums.items():
-            # A batch that is skipped must not make the means of the others NaN.
-            self._sums["train" if self.model.training else "eval"][name] += value.nan_to_num(0.0, 0.0, 0.0)
+            if name not in ("skipped_samples", "shortened_samples", "samples"):
+                value = torch.where(is_counted, value, 0)  # the means are the other batches'
+            self._sums["train" if self.model.training else "eval"][name] += value.float()
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
         return (loss, outputs) if return_outputs else loss
@@ -486,14 +510,21 @@ class VPiTTrainer(SFTTrainer):
             f"{outputs.text_loss.item()}, visual_loss is {outputs.visual_loss.item()}. The batch holds the samples "
             f"{'(the collator gives no sample_ids)' if sample_ids is None else ', '.join(map(str, sample_ids))}."
         )
-        if self.args.on_nonfinite_loss == "raise" or not self.model.training:
+        if self.args.on_nonfinite_loss == "raise":
             raise ValueError(f"{sentence} Look at them, lower the learning rate, or set on_nonfinite_loss='skip'.")
+        if not self.model.training:
+            logger.warning(f"{sentence} This batch is left out of the evaluation.", main_process_only=False)
+            return
         logger.warning(f"{sentence} This optimisation step is skipped.", main_process_only=False)
         self.num_nonfinite += 1
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0) if self.args.on_nonfinite_loss == "skip" else loss
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._sums["eval"].clear()  # `predict` leaves some, which nobody logs
+        return super().evaluation_loop(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         started = time.monotonic()
@@ -530,8 +561,10 @@ class VPiTTrainer(SFTTrainer):
         for name in ("skipped_samples", "shortened_samples", "skipped_steps"):
             if self.totals[name]:
                 logs[name] = self.totals[name]
+        # Of a whole epoch, or of a thousand samples of a stream: early on, a single one is a large share.
         skipped, seen = self.totals["skipped_samples"], self.totals["skipped_samples"] + self.totals["samples"]
-        if skipped > self.args.max_bad_share * seen:
+        expected = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 1000
+        if not prefix and skipped > self.args.max_bad_share * max(seen, expected):
             raise ValueError(
                 f"{skipped} of {seen} samples were skipped, a larger share than max_bad_share="
                 f"{self.args.max_bad_share:g}. {self.args.output_dir}/rejected_samples-*.jsonl says why: mend them, "
