@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers.utils import logging
 
 from metamorph_hf import MetaMorphPipeline
+from metamorph_hf.vpit_collator import BadSample, read_image
 
 
 EMOJI = Path(__file__).parent / "emoji" / "checkpoint"
@@ -48,12 +49,9 @@ def load_pipeline(
 
 def load_picture(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        sys.exit(f"{path} is not an image that can be read: give a PNG, JPEG or WebP file.")
-    except OSError as error:
-        sys.exit(f"The image {path} cannot be read: {error}.")
+        return read_image(Path(path))
+    except BadSample as error:
+        sys.exit(f"The image {error}.")
 
 
 def main() -> None:

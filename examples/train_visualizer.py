@@ -9,7 +9,6 @@ are repeated or left out. On several devices: accelerate launch examples/train_v
 
 import argparse
 import json
-import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from datasets import Array2D, Dataset, Features, Image, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.optimization import get_scheduler
@@ -181,6 +180,11 @@ def build(args: argparse.Namespace) -> MetaMorphPipeline:
         trained = projector.state_dict()
         projector = VisualTokenProjector.from_config(projector.config, learned_unconditional=True)
         projector.load_state_dict({"unconditional": projector.unconditional, **trained})
+    options = ("default_guidance_scale", "default_num_inference_steps", "instruction_template")
+    config = {name: base.config[name] for name in options if name in base.config}
+    if pipeline:  # how captions are put is what the model was trained on
+        stored = json.loads((Path(args.model) / "model_index.json").read_text())
+        config |= {name: stored[name] for name in ("instruction_template",) if name in stored}
     return MetaMorphPipeline(
         model=model,
         processor=processor,
@@ -188,14 +192,13 @@ def build(args: argparse.Namespace) -> MetaMorphPipeline:
         unet=base.unet,
         vae=base.vae,
         scheduler=base.scheduler,
-        default_guidance_scale=base.config.get("default_guidance_scale", 7.5),
-        default_num_inference_steps=base.config.get("default_num_inference_steps", 50),
+        **config,
     )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was saved to its end."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/step.json")]
+    complete = [path.parent for path in folder.glob("checkpoint-[0-9]*/step.json")]
     return max(complete, key=lambda path: int(path.name.rsplit("-")[-1]), default=None)
 
 
@@ -271,7 +274,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.accumulation,
+        # Counted on over the ends of epochs, as the number of batches is that a resumed run begins with.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(args.accumulation, sync_with_dataloader=False),
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         cpu=args.cpu,
@@ -327,7 +331,7 @@ def main() -> None:
     if "prediction_type" not in noise_scheduler.config or "add_noise" not in dir(noise_scheduler):
         noise_scheduler = DDPMScheduler.from_config(noise_scheduler.config)
 
-    step, saved = 0, last_checkpoint(args.output)
+    step, saved, loss = 0, last_checkpoint(args.output), None
     if saved is not None:
         accelerator.load_state(str(saved))
         step = json.loads((saved / "step.json").read_text())["step"]
@@ -407,7 +411,7 @@ def main() -> None:
         pipe.unet.requires_grad_(False)
         pipe.save_pretrained(args.output)
         save_card(pipe, shown, args)
-        print(f"saved {args.output}, loss {json.dumps(math.floor(1e4 * loss.item()) / 1e4)}")
+        print(f"saved {args.output}, " + ("nothing left to train" if loss is None else f"loss {loss.item():.4f}"))
     accelerator.end_training()
 
 
@@ -434,7 +438,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / "step.json").write_text(json.dumps({"step": step}))
-        steps = sorted(int(path.name.rsplit("-")[-1]) for path in output.glob("checkpoint-*"))
+        steps = sorted(int(path.name.rsplit("-")[-1]) for path in output.glob("checkpoint-[0-9]*"))
         for old in steps[:-2]:
             shutil.rmtree(output / f"checkpoint-{old}")
 

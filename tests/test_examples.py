@@ -55,12 +55,12 @@ class TestGenerate:
         (tmp_path / "broken.png").write_bytes(b"no picture")
         done = run("generate.py", "What is this?", "--image", "broken.png", cwd=tmp_path)
         assert done.returncode == 1
-        assert "broken.png is not an image that can be read" in done.stderr
+        assert "The image cannot be read (broken.png): cannot identify image file" in done.stderr
 
     def test_missing_image(self, tmp_path):
         done = run("generate.py", "What is this?", "--image", "nowhere.png", cwd=tmp_path)
         assert done.returncode == 1
-        assert "nowhere.png cannot be read" in done.stderr
+        assert "The image cannot be read (nowhere.png): [Errno 2] No such file" in done.stderr
 
     def test_folder_without_a_pipeline(self, tmp_path):
         done = run("generate.py", "a cat", "--model", tmp_path, cwd=tmp_path)
@@ -253,6 +253,27 @@ class TestTrainVisualizer:
         card = (tmp_path / "whole" / "README.md").read_text()
         assert "| learning rate | 0.001 |" in card and "![reconstructions](reconstructions.png)" in card
         assert Image.open(tmp_path / "whole" / "reconstructions.png").size == grid.size
+        assert "nothing left to train" in self.train(tmp_path, "--output", "cut", "--steps", 4).stdout
+
+    def test_updates_go_on_over_the_ends_of_epochs(self, tmp_path):
+        """Three batches an epoch, two an update: resumed in the middle of an epoch, it is the same run."""
+        (tmp_path / "pictures").mkdir()
+        for place in range(9):
+            Image.new("RGB", (64, 64), (25 * place, 0, 0)).save(tmp_path / "pictures" / f"{place}.png")
+        shutil.copytree(CHECKPOINT, tmp_path / "base")
+        index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+        (tmp_path / "base" / "model_index.json").write_text(json.dumps({**index, "instruction_template": "Draw {}!"}))
+        flags = ["--model", tmp_path / "base", *self.FLAGS[2:]]
+        for output, steps in (("whole", 4), ("cut", 1), ("cut", 4)):
+            chosen = [*flags, "--output", output, "--steps", steps, "--checkpoint-every", 1]
+            done = run("train_visualizer.py", tmp_path / "pictures", *chosen, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+        whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
+        for name, weight in cut.unet.state_dict().items():
+            assert torch.equal(weight, whole.unet.state_dict()[name]), name
+        assert whole.config.instruction_template == "Draw {}!"
+        states = [torch.load(tmp_path / name / "checkpoint-4" / "optimizer.bin") for name in ("whole", "cut")]
+        assert [int(state["state"][0]["step"]) for state in states] == [4, 4]
 
     def test_two_processes_see_disjoint_data(self, tmp_path):
         """And together all of it, in each epoch; from a webdataset, with learned unconditional states."""

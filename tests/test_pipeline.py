@@ -161,6 +161,20 @@ class TestPrompts:
         pipe(["Make it red.", "Make it blue."], image=tiny_images[0])
         assert prompts_seen[0][0] == ["<image>Make it red.", "<image>Make it blue."]
 
+    def test_paths_tuples_and_no_image(self, pipe, prompts_seen, tiny_images, tmp_path):
+        tiny_images[0].save(tmp_path / "0.png")
+        for image in (tmp_path / "0.png", (tmp_path / "0.png",)):
+            pipe("b", image=image)
+        pipe("b", image=[])
+        pipe("b")
+        assert torch.equal(prompts_seen[0][1], prompts_seen[1][1]) and prompts_seen[0][0] == prompts_seen[1][0]
+        assert prompts_seen[2] == prompts_seen[3]
+
+    def test_template_with_other_braces(self, components, prompts_seen):
+        pipe = build(components, instruction_template='{"draw": "{}"}')
+        pipe("a {cat}")
+        assert '{"draw": "a {cat}"}' in prompts_seen[0][0][0]
+
     def test_messages_are_one_conversation_or_several(self, pipe, prompts_seen, tiny_images):
         image = {"type": "image", "image": tiny_images[0]}
         conversation = [{"role": "user", "content": [{"type": "text", "text": "Look: "}, image]}]
@@ -196,6 +210,18 @@ class TestAnswers:
         assert (output.images if output_type == "pil" else output.images.shape) == empty
         (record,) = warnings_of_pipeline.records
         assert record.getMessage() == f"Prompt 0 was answered without a picture: {output.text[0]!r}"
+
+    def test_no_picture_with_what_pictures_need(self, components):
+        """The text is not lost."""
+        start = components["model"].config.image_start_token_id
+        options = {"max_new_tokens": 3, "generation_kwargs": {"suppress_tokens": [start]}}
+        output = build(components)("a dog", latents=torch.randn(1, 3, 8, 8), **options)
+        assert output.image_counts == [0] and len(output.text) == 1
+
+    def test_beams_write_text(self, components):
+        options = {"max_new_tokens": 3, "generation_kwargs": {"num_beams": 2, "max_images": 0}}
+        output = build(components)(["a dog", "a cat"], **options)
+        assert output.images == [] and len(output.text) == 2
 
     def test_a_tuple_on_request(self, pipe):
         images, text, image_counts = pipe("a dog", return_dict=False)
@@ -270,6 +296,13 @@ class TestPainting:
             torch.testing.assert_close(four[place : place + 1], alone, atol=1e-5, rtol=0)
         two = pipe(prompts, generator=[seeded(0), seeded(2)], **options).images
         torch.testing.assert_close(two[::2], four[::2], atol=1e-5, rtol=0)
+
+    def test_a_generator_per_prompt_for_several_answers(self, pipe):
+        options = {"generation_kwargs": {"do_sample": True, "num_return_sequences": 2}, "output_type": "pt"}
+        first, again = (pipe(["a dog", "a cat"], generator=[seeded(0), seeded(1)], **options) for _ in range(2))
+        assert first.image_counts == [1] * 4
+        assert torch.equal(first.images, again.images)
+        assert not torch.allclose(first.images[0], first.images[1])  # the same answer, other noise
 
     def test_same_seed_same_picture(self, pipe):
         first, second, other = (pipe("a dog", generator=seeded(s), output_type="np").images for s in (0, 0, 1))
@@ -441,6 +474,23 @@ class TestPainting:
         cut = pipe.decode_visual_tokens(tokens, generator=seeded(), callback_on_step_end=cutoff, **settings)
         assert not torch.allclose(guided, cut)
 
+    def test_a_callback_may_end_guidance_in_each_chunk(self, pipe):
+        def end_guidance(pipe, step, timestep, tensors):
+            if step != 0:
+                return {}
+            pipe._guidance_scale = 0.0
+            return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+
+        settings = {"num_inference_steps": 3, "output_type": "latent", "num_images_per_prompt": 2}
+        settings |= {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        tokens = torch.randn(1, 4, 16)
+        together, alone = (
+            pipe.decode_visual_tokens(tokens, generator=seeded(), batch_size=size, **settings) for size in (2, 1)
+        )
+        torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+        output = pipe("a dog", guidance_scale=[2.0, 3.0], **settings)
+        assert len(output.images) == 4 and output.image_counts == [4]
+
     def test_half_precision(self, pipe):
         pipe.unet.to(torch.bfloat16)
         pipe.vae.to(torch.bfloat16)
@@ -461,6 +511,9 @@ class TestPainting:
 
         pipe.load_lora_weights(tmp_path)
         assert not torch.allclose(with_lora, plain)
+        pipe.fuse_lora()
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
+        pipe.unfuse_lora()
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
         options["cross_attention_kwargs"] = {"scale": 0.0}
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), plain)

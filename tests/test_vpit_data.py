@@ -1,6 +1,8 @@
+import copy
 import io
 import json
 import random
+import re
 import tarfile
 import tracemalloc
 from fractions import Fraction
@@ -279,6 +281,16 @@ class TestReadImage:
         two = self.bytes_of(red, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")])
         assert np.allclose(np.asarray(read_image(two))[0, 0], [255, 0, 0], atol=6)  # an animation's first frame
 
+    def test_transparent_is_white(self):
+        clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+        for kind in ("PNG", "WEBP"):
+            assert read_image(self.bytes_of(clear, kind, lossless=True)).getpixel((0, 0)) == (255, 255, 255)
+        palette = clear.convert("P")
+        palette.info["transparency"] = palette.getpixel((0, 0))
+        assert read_image(palette).getpixel((0, 0)) == (255, 255, 255)
+        half = Image.new("LA", (4, 4), (0, 128))
+        assert read_image(half).getpixel((0, 0)) == (127, 127, 127)
+
     def test_exif_turns(self):
         image = Image.new("RGB", (8, 4), "white")
         exif = Image.Exif()
@@ -331,6 +343,28 @@ class TestCollator:
             content = [{"type": "image"} if part == "*" else {"type": "text", "text": part} for part in turn]
             messages.append({"role": ("user", "assistant")[number % 2], "content": content})
         return {"messages": messages, "images": list(images)}
+
+    def test_where_images_stand(self, tiny_processor, pictures):
+        """A list, a single one, or within the parts as the standard chat form has them."""
+        example, path = self.example(["*", "a"], ["b"]), str(pictures / "4.png")
+        listed = {**example, "images": [path]}
+        del example["images"]
+        single = {**example, "image": path}
+        within = copy.deepcopy(example)
+        within["messages"][0]["content"][0]["image"] = Image.open(path)
+        expected, *others = (DataCollatorForVPiT(tiny_processor)([each]) for each in (listed, single, within))
+        for found in others:
+            assert torch.equal(found["pixel_values"], expected["pixel_values"])
+        with pytest.raises(BadSample, match="has `images` of type str, expected a list"):
+            DataCollatorForVPiT(tiny_processor)([{**example, "images": path}])
+        with pytest.raises(BadSample, match="has 0 image parts in its messages, but 1 images"):
+            DataCollatorForVPiT(tiny_processor)([{**self.example(["a"], ["b"]), "images": None, "image": path}])
+
+    def test_template_without_marks(self, tiny_processor):
+        processor = copy.copy(tiny_processor)
+        processor.chat_template = re.sub(r"\{%- (end)?generation -%\}", "", tiny_processor.chat_template)
+        with pytest.raises(ValueError, match="has no {% generation %} marks, so nothing would be learned"):
+            DataCollatorForVPiT(processor)
 
     def test_an_image_is_encoded_once(self, tiny_processor, tiny_model, pictures):
         paths = [str(pictures / f"{number}.png") for number in (1, 2, 1)]
@@ -474,6 +508,11 @@ class TestReading:
         assert len(lines) == 1_000_000 and lines[765_432]["n"] == 765_432
         assert tracemalloc.get_traced_memory()[1] < 100e6  # the file has 60 MB, the index 8
         tracemalloc.stop()
+
+    @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n  \r\n"])
+    def test_empty_lines_at_the_end(self, tmp_path, end):
+        (tmp_path / "lines.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}' + end.encode())
+        assert [row["a"] for row in JsonLines(tmp_path / "lines.jsonl")] == [1, 2]
 
 
 class TestMixture:

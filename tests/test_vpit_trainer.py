@@ -573,6 +573,22 @@ class TestPeft:
         assert completed.modules_to_save == ["projector"]
         assert completed.trainable_token_indices == [1]
 
+    @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "v_proj"]])
+    def test_tower_is_not_adapted(self, tiny_processor, model, tmp_path, target_modules):
+        """Its layers have the language model's names."""
+        config = LoraConfig(r=4, target_modules=target_modules)
+        trainer = build(model, tiny_processor, arguments(tmp_path), peft_config=config)
+        trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        assert any("language_model" in name and "lora_" in name for name in trained)
+        assert not any("vision_tower" in name for name in trained)
+
+    @pytest.mark.parametrize("module", ["projector", "vision_tower"])
+    def test_learning_rate_of_what_is_frozen(self, tiny_processor, model, tmp_path, module):
+        args = arguments(tmp_path, **{f"{module}_learning_rate": 1e-4})
+        config = LoraConfig(r=4, modules_to_save=["vision_head"])
+        with pytest.raises(ValueError, match=f"{module}_learning_rate is set, but nothing of that module is trained"):
+            build(model, tiny_processor, args, peft_config=config)
+
     def test_not_in_stage_1(self, tiny_processor, model, tmp_path):
         with pytest.raises(ValueError, match="leave out peft_config"):
             build(model, tiny_processor, arguments(tmp_path, stage="projector"), peft_config=LoraConfig())
@@ -674,6 +690,38 @@ class TestFaults:
         args = self.arguments(tmp_path, on_bad_sample="skip", per_device_train_batch_size=4)
         with pytest.raises(ValueError, match="1 of 4 samples were skipped, a larger share than max_bad_share=0.01"):
             train(model, tiny_processor, args, [bad, *EXAMPLES[:3]])
+
+    def test_one_bad_sample_early_on_is_no_large_share(self, tiny_processor, model, tmp_path):
+        bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
+        args = self.arguments(tmp_path, on_bad_sample="skip", max_bad_share=0.15, max_steps=2, logging_steps=1)
+        trainer = train(model, tiny_processor, args, [bad, *EXAMPLES[:7]])  # 1 of 2 in the first step, 1 of 8 in all
+        assert trainer.totals["skipped_samples"] == 1
+        assert trainer.evaluate(dataset_of([bad, EXAMPLES[0]]))["eval_loss"] > 0
+
+    def test_bad_samples_are_counted_after_the_last_log(self, tiny_processor, model, tmp_path):
+        bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
+        args = self.arguments(tmp_path, on_bad_sample="skip", max_steps=2, logging_steps=10)
+        with pytest.raises(ValueError, match="4 of 4 samples were skipped"):
+            train(model, tiny_processor, args, [bad] * 4)
+
+    def test_evaluation_after_prediction(self, tiny_processor, model, tmp_path):
+        trainer = build(model, tiny_processor, arguments(tmp_path))
+        few, more = dataset_of(EXAMPLES[:2]), dataset_of(EXAMPLES[:4])
+        first = trainer.evaluate(few)
+        trainer.predict(more)
+        again = trainer.evaluate(few)
+        for name in ("eval_loss", "eval_num_text_labels", "eval_num_images"):
+            assert again[name] == first[name]
+
+    def test_nan_in_evaluation(self, tiny_processor, model, tmp_path, caplog):
+        """The means are those of the other batches."""
+        examples, options = examples_with_nan(), {"on_nonfinite_loss": "skip", "per_device_eval_batch_size": 1}
+        trainer = build(model, tiny_processor, self.arguments(tmp_path, **options), examples)
+        found = trainer.evaluate(dataset_of(examples))
+        expected = trainer.evaluate(dataset_of([*examples[:5], *examples[6:]]))
+        for name in ("eval_loss", "eval_num_text_labels", "eval_visual_cosine"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+        assert "sample-5. This batch is left out of the evaluation" in caplog.text
 
     def test_nan_is_named(self, tiny_processor, model, tmp_path):
         with pytest.raises(ValueError, match=r"Step 3, process 0: text_loss is nan") as error:

@@ -378,7 +378,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < self.vae_scale_factor or pixels % self.vae_scale_factor):
                 raise ValueError(f"`{name}` is {pixels}, but must be a multiple of {self.vae_scale_factor}.")
-        if guidance_scale == []:
+        if isinstance(guidance_scale, list) and not guidance_scale:
             raise ValueError("`guidance_scale` is an empty list: name the scales of the row, or pass a number.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}, but must be one of {', '.join(OUTPUT_TYPES)}.")
@@ -400,9 +400,10 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         template = self.config.instruction_template if image is None else None
         conversations = []
         for text, entry in zip(prompts, images):
-            pictures = [] if entry is None else entry if isinstance(entry, list) else [entry]
+            pictures = [] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry]
+            pictures = [str(picture) if isinstance(picture, Path) else picture for picture in pictures]
             content = [{"type": "image", "image": picture} for picture in pictures]
-            content.append({"type": "text", "text": text if template is None else template.format(text)})
+            content.append({"type": "text", "text": text if template is None else template.replace("{}", text)})
             conversations.append([{"role": "user", "content": content}])
         return conversations
 
@@ -438,7 +439,12 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
                 self.model, **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options
             )
         text = self.processor.decode_generated(answers.sequences[:, inputs["input_ids"].shape[1] :])
-        return text, answers.visual_tokens
+        visual_tokens = answers.get("visual_tokens")
+        if visual_tokens is None:  # beam search and assisted decoding, which cannot draw
+            config = self.model.config
+            none = torch.zeros(0, config.num_image_tokens, config.visual_token_dim, device=answers.sequences.device)
+            visual_tokens = [none] * len(text)
+        return text, visual_tokens
 
     @torch.no_grad()
     def get_visual_tokens(self, images: PIL.Image.Image | list[PIL.Image.Image]) -> torch.Tensor:
@@ -484,7 +490,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         height = default_height if height is None else height // self.vae_scale_factor
         width = default_width if width is None else width // self.vae_scale_factor
         shape = (count, self.unet.config.in_channels, height, width)
-        if latents is None:
+        if latents is None or count == 0:  # an answer without a picture leaves nothing to paint
             latents = randn_tensor(shape, generator, torch.device(device), dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` have shape {tuple(latents.shape)}, expected {shape}.")
@@ -607,7 +613,8 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         )
         if not visual_tokens.isfinite().all():
             raise ValueError("`visual_tokens` hold NaN or infinite numbers: the model that made them is broken.")
-        self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        self._guidance_scale = guidance_scale
         self._interrupt = False
         scales, device, dtype = len(self._scales), self._execution_device, self.unet.dtype
         repeats = num_images_per_prompt * scales
@@ -635,8 +642,9 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         painted = []
         with self.progress_bar(total=self._num_timesteps * len(starts)) as progress_bar:
             for start in starts:
-                if start:  # a scheduler remembers what it has seen
+                if start:  # a scheduler remembers what it has seen, and a callback may have changed the scale
                     self.set_timesteps(num_inference_steps, timesteps, sigmas, device)
+                    self._guidance_scale = guidance_scale
                 chunk = slice(start, start + size)
                 painted.append(
                     self._denoise(
@@ -701,6 +709,14 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
                 prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
             progress_bar.update()
         return latents
+
+    def fuse_lora(self, components: list[str] = ("unet",), **kwargs) -> None:
+        """As of Stable Diffusion's pipelines, which have a text encoder, too."""
+        super().fuse_lora(components=list(components), **kwargs)
+
+    def unfuse_lora(self, components: list[str] = ("unet",), **kwargs) -> None:
+        """Undoes [`~MetaMorphPipeline.fuse_lora`]."""
+        super().unfuse_lora(components=list(components), **kwargs)
 
     def run_safety_checker(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """What Stable Diffusion's checker makes of pictures (I, 3, H, W) in [-1, 1], and which it blackened."""
@@ -779,6 +795,7 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         )
 
         # 2. Generate text and visual tokens
+        image = None if isinstance(image, list) and not image else image
         conversations = self.prepare_conversations(prompt, image, messages)
         text, visual_tokens = self.generate_visual_tokens(conversations, max_new_tokens, generation_kwargs)
         image_counts = [len(images) for images in visual_tokens]
@@ -786,11 +803,11 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
             if count == 0:
                 logger.warning("Prompt %d was answered without a picture: %r", index, answer)
         if isinstance(generator, list):  # per prompt so far, or per picture of one
-            each = len(generator) // len(image_counts)
+            each, answers = len(generator) // len(conversations), len(text) // len(conversations)
             generator = [
                 source
                 for place, count in enumerate(image_counts)
-                for source in generator[place * each : (place + 1) * each] * count
+                for source in generator[place // answers * each : (place // answers + 1) * each] * count
             ] or None  # `randn_tensor` takes no empty list
 
         # 3. to 5. Prepare latents, denoise, decode
@@ -813,7 +830,8 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        image_counts = [count * num_images_per_prompt * len(self._scales) for count in image_counts]
+        scales = len(guidance_scale) if isinstance(guidance_scale, list) else 1
+        image_counts = [count * num_images_per_prompt * scales for count in image_counts]
 
         # Offload all models
         self.maybe_free_model_hooks()

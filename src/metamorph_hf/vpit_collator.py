@@ -31,8 +31,8 @@ class BadSample(ValueError):
 
 def read_image(image: Any) -> PIL.Image.Image:
     """
-    An image as RGB pixels: decoded to its end, turned as its EXIF data say, 16 bits scaled to 8, of an animation the
-    first frame.
+    An image as RGB pixels: decoded to its end, turned as its EXIF data say, on white where it is transparent, 16 bits
+    scaled to 8, of an animation the first frame.
 
     Args:
         image: Path, URL, `PIL.Image.Image`, bytes, or what an [`~datasets.Image`] column holds undecoded.
@@ -52,7 +52,11 @@ def read_image(image: Any) -> PIL.Image.Image:
             image = load_image(image)
         if image.mode.startswith("I"):  # PIL would cut 16 bits off at 255
             image = PIL.Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-        image = PIL.ImageOps.exif_transpose(image).convert("RGB")
+        image = PIL.ImageOps.exif_transpose(image)
+        if image.has_transparency_data:  # as image processors do
+            image = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
     except PIL.Image.DecompressionBombError as error:
         raise BadSample(f"is too large to be safe ({described(source)}): {error}") from error
     except Exception as error:  # decoders and networks raise anything for broken headers and addresses

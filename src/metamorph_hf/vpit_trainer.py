@@ -149,7 +149,7 @@ def precompute_visual_tokens(
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint folder of a run that was saved to its end, or None: a save may have been interrupted."""
-    checkpoints = Path(output_dir).glob("checkpoint-*")
+    checkpoints = Path(output_dir).glob("checkpoint-[0-9]*")
     for folder in sorted(checkpoints, key=lambda folder: int(folder.name.rsplit("-")[-1]), reverse=True):
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text())  # what Trainer writes last
