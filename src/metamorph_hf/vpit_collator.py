@@ -180,6 +180,7 @@ class DataCollatorForVPiT:
         messages = self._checked(example.get("messages"))
         has_tokens = "visual_tokens" in example
         given = example["visual_tokens"] if has_tokens else self._given_images(example)
+        given = [] if given is None else given
         num_parts = self._count_images(messages)
         if len(given) != num_parts:
             raise BadSample(f"has {num_parts} image parts in its messages, but {len(given)} images.")

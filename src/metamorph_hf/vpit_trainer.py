@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
+from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
 from .configuration_metamorph import MetaMorphConfig
@@ -208,7 +209,7 @@ class VPiTTrainer(SFTTrainer):
     Each loss is a mean over its own labels in the whole optimisation step, over all devices and accumulation steps.
     Logged apart, for training and evaluation, over all processes since the last log: `text_loss`, `visual_loss`,
     `visual_cosine`, `num_text_labels`, `num_visual_labels`, `num_images`, and for training `images_per_second`; once
-    there are any, `skipped_samples`, `shortened_samples` and `skipped_steps` since training began.
+    there are any, `skipped_samples`, `shortened_samples` and `skipped_steps` since training began, or of an evaluation.
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
@@ -551,20 +552,23 @@ class VPiTTrainer(SFTTrainer):
     def _add_means(self, logs: dict[str, float], prefix: str, sums: dict[str, torch.Tensor]) -> None:
         totals = self.accelerator.gather(torch.stack(list(sums.values())).unsqueeze(0)).sum(0).tolist()
         totals = dict(zip(sums, totals, strict=True))
-        for name in ("skipped_samples", "shortened_samples", "samples"):
-            self.totals[name] += int(totals.pop(name))
+        samples = {name: int(totals.pop(name)) for name in ("skipped_samples", "shortened_samples", "samples")}
         counts = {name: totals.pop(name) for name in ("num_text_labels", "num_visual_labels", "num_images")}
         for name, total in totals.items():
             if count := counts["num_text_labels" if name == "text_loss" else "num_visual_labels"]:
                 logs[prefix + name] = total / count
         logs.update({prefix + name: round(count) for name, count in counts.items()})
+        if prefix:  # of an evaluation, which may come often
+            logs.update({prefix + name: count for name, count in samples.items() if name != "samples" and count})
+            return
+        self.totals.update(samples)
         for name in ("skipped_samples", "shortened_samples", "skipped_steps"):
             if self.totals[name]:
                 logs[name] = self.totals[name]
         # Of a whole epoch, or of a thousand samples of a stream: early on, a single one is a large share.
         skipped, seen = self.totals["skipped_samples"], self.totals["skipped_samples"] + self.totals["samples"]
-        expected = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 1000
-        if not prefix and skipped > self.args.max_bad_share * max(seen, expected):
+        expected = len(self.train_dataset) if has_length(self.train_dataset) else 1000
+        if skipped > self.args.max_bad_share * max(seen, expected):
             raise ValueError(
                 f"{skipped} of {seen} samples were skipped, a larger share than max_bad_share="
                 f"{self.args.max_bad_share:g}. {self.args.output_dir}/rejected_samples-*.jsonl says why: mend them, "
