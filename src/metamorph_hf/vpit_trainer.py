@@ -209,7 +209,7 @@ class VPiTTrainer(SFTTrainer):
     Each loss is a mean over its own labels in the whole optimisation step, over all devices and accumulation steps.
     Logged apart, for training and evaluation, over all processes since the last log: `text_loss`, `visual_loss`,
     `visual_cosine`, `num_text_labels`, `num_visual_labels`, `num_images`, and for training `images_per_second`; once
-    there are any, `skipped_samples`, `shortened_samples` and `skipped_steps` since training began, or of an evaluation.
+    there are any, `skipped_samples`, `shortened_samples` and `skipped_steps` of the run so far, or of an evaluation.
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
