@@ -411,7 +411,13 @@ def convert_stage1(source: Path, target: Path, base: Path, dtype: torch.dtype | 
     embedding_name = VOCABULARY_KEYS[0]
     if embedding_name not in trained:
         raise ConversionError(f"{source} lacks model.embed_tokens.weight: is it an mm_projector.bin of MetaMorph?")
-    rows = trained.pop(embedding_name)[-2:]
+    rows = trained.pop(embedding_name)
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ConversionError(
+            f"{source} has embeddings of shape {tuple(rows.shape)}, expected a matrix whose last two rows are those "
+            "of <image_start> and <image_end>."
+        )
+    rows = rows[-2:]
     image_ids = [config.image_start_token_id, config.image_end_token_id]
 
     weights = Weights(base)

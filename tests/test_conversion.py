@@ -232,6 +232,13 @@ class TestReleasedCheckpoint:
             "13 (model.vision_proj, model.vision_tower.vision_tower.head)" in table and "logits (1, 18, 225)" in table
         )
 
+    def test_stage1_with_one_embedding(self, golden, tmp_path):
+        stage1 = torch.load(STAGE1, weights_only=True)
+        stage1["model.embed_tokens.weight"] = stage1["model.embed_tokens.weight"][-1:]
+        torch.save(stage1, tmp_path / "mm_projector.bin")
+        with pytest.raises(ConversionError, match="expected a matrix whose last two rows are those of <image_start>"):
+            convert_stage1(tmp_path / "mm_projector.bin", tmp_path / "target", golden.converted)
+
     def test_stage1(self, golden, tmp_path):
         convert_stage1(STAGE1, tmp_path / "ours", golden.converted)
         stage1 = torch.load(STAGE1, weights_only=True)
