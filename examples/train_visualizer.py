@@ -184,7 +184,8 @@ def build(args: argparse.Namespace) -> MetaMorphPipeline:
     config = {name: base.config[name] for name in options if name in base.config}
     if pipeline:  # how captions are put is what the model was trained on
         stored = json.loads((Path(args.model) / "model_index.json").read_text())
-        config |= {name: stored[name] for name in ("instruction_template",) if name in stored}
+        if "instruction_template" in stored:
+            config["instruction_template"] = stored["instruction_template"]
     return MetaMorphPipeline(
         model=model,
         processor=processor,

@@ -428,7 +428,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs: dict,
     ) -> None:
         """The looks at the prompts, before the loop."""
-        self.model._check_image_ids()
+        self.model.check_image_ids()
         config, (rows, length) = self.config, input_ids.shape
         vocab_size = config.text_config.vocab_size
         unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
@@ -450,7 +450,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         is_countable = cache is None or not cache.layers or not all(cache.is_linear)
         if features is None and model_kwargs.get("inputs_embeds") is None and is_countable:
             seen = 0 if cache is None else int(cache.get_seq_length())
-            self.model._check_image_count(input_ids[:, seen:] == config.image_token_id, 0)
+            self.model.check_image_count(input_ids[:, seen:] == config.image_token_id, 0)
         if not self._can_draw(generation_config):
             return
         if rows > 1 and generation_config._pad_token_tensor is None:

@@ -265,10 +265,11 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        self._check_image_count(mask, image_features.shape[0] * image_features.shape[1])
+        self.check_image_count(mask, image_features.shape[0] * image_features.shape[1])
         return mask
 
-    def _check_image_ids(self) -> None:
+    def check_image_ids(self) -> None:
+        """Raises ValueError if the language model's vocabulary has no room for the three image tokens."""
         config, vocab_size = self.config, self.config.text_config.vocab_size
         image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
         if max(image_ids) >= vocab_size:
@@ -277,7 +278,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 "call model.resize_token_embeddings(len(tokenizer)) after adding the three tokens."
             )
 
-    def _check_image_count(self, mask: torch.Tensor, num_features: int) -> None:
+    def check_image_count(self, mask: torch.Tensor, num_features: int) -> None:
+        """Raises if the mask of image token positions has not as many as images fill, in a sentence with both."""
         num_image_tokens = self.config.num_image_tokens
         torch_compilable_check(
             mask.sum() == num_features,
@@ -322,7 +324,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if input_ids is None or input_ids.shape[1] > 1:  # not in each step of decoding
-            self._check_image_ids()
+            self.check_image_ids()
         features = (mm_encoder_outputs or {}).get("image")
         if features is not None and (pixel_values is not None or visual_tokens is not None):
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
@@ -476,7 +478,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 if self.training and self.config.visual_token_noise > 0:
                     is_image = input_ids == self.config.image_token_id
                     images = next(i for i in (image_indices, pixel_values, visual_tokens) if i is not None)
-                    self.model._check_image_count(is_image, len(images) * self.config.num_image_tokens)
+                    self.model.check_image_count(is_image, len(images) * self.config.num_image_tokens)
                     noise_mask = is_target[is_image].view(-1, self.config.num_image_tokens).any(-1)
                 options = select_tower_options(kwargs)
                 features = self.model.get_image_features(

@@ -45,7 +45,8 @@ class VPiTConfig(SFTConfig):
             What to do with a sample that cannot be used: `"raise"` stops and names it; `"skip"` leaves it out, counts
             it, and lists it in `rejected_samples-<process>.jsonl` in `output_dir`.
         max_bad_share (`float`, *optional*, defaults to 0.01):
-            The run stops when more than this share of an epoch's samples, or of a stream's so far, was skipped.
+            The run stops when more than this share of an epoch's samples was skipped; of a stream, which does not say
+            how many it has, of those so far and of a thousand at least.
         lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`), warmup_steps (`float`, defaults to 0.03): The
             share of all steps that warm up.
         num_train_epochs (`float`, *optional*, defaults to 1.0).
