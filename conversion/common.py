@@ -27,7 +27,7 @@ from transformers.utils import (
 )
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration
-from metamorph_hf.model_card_metamorph import create_model_card
+from metamorph_hf.model_cards import create_model_card
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor
-from metamorph_hf.model_card_metamorph import create_model_card
+from metamorph_hf.model_cards import create_model_card
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
 

@@ -48,7 +48,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 import metamorph_hf
 from metamorph_hf import MetaMorphPipeline
-from metamorph_hf.vpit_collator import read_image
+from metamorph_hf.image_reading import read_image
 
 
 LIBRARIES = (metamorph_hf, torch, transformers, diffusers, accelerate, torchmetrics)

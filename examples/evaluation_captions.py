@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset
 from PIL import Image, ImageOps
 
-from metamorph_hf.vpit_collator import BadSample, read_image
+from metamorph_hf.image_reading import BadSample, read_image
 
 
 sys.path.append(str(Path(__file__).parent / "emoji"))

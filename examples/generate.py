@@ -18,7 +18,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from metamorph_hf import MetaMorphPipeline
-from metamorph_hf.vpit_collator import BadSample, read_image
+from metamorph_hf.image_reading import BadSample, read_image
 
 
 EMOJI = Path(__file__).parent / "emoji" / "checkpoint"

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor
-from metamorph_hf.vpit_collator import BadSample, DataCollatorForVPiT, read_image
-from metamorph_hf.vpit_data import load_mixture, mixture_table
+from metamorph_hf.data.mixture import load_mixture, mixture_table
+from metamorph_hf.image_reading import BadSample, read_image
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
 STYLES = {"context": "color:#777", "text": "background:#cfc", "visual": "background:#fc9"}

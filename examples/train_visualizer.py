@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphProcessor, VisualTokenProjector
-from metamorph_hf.vpit_collator import read_image
+from metamorph_hf.image_reading import read_image
 
 
 class Painter(nn.Module):

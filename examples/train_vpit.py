@@ -34,8 +34,9 @@ from metamorph_hf import (
     VPiTConfig,
     VPiTTrainer,
 )
-from metamorph_hf.vpit_data import Source, load_mixture, mixture_table
-from metamorph_hf.vpit_trainer import last_complete_checkpoint, precompute_visual_tokens
+from metamorph_hf.data.mixture import Source, load_mixture, mixture_table
+from metamorph_hf.data.precompute import precompute_visual_tokens
+from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
 EMOJI = Path(__file__).parent / "emoji"

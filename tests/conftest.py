@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from helpers import GOLDEN, SPECIAL_TOKENS, byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoImageProcessor, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor
+from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor, VisualTokenProjector
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
 
@@ -25,10 +26,6 @@ os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 sys.path.append(str(Path(__file__).parents[1] / "conversion"))
 from convert_metamorph_to_hf import build_processor, convert  # noqa: E402
-
-
-GOLDEN = Path(__file__).parent / "golden"
-PLACEHOLDER = 224  # the released code has -200 in the ids and 224 rows; ours is one id more
 
 
 @dataclass
@@ -69,24 +66,6 @@ def golden_model(golden) -> MetaMorphForConditionalGeneration:
 @pytest.fixture(scope="session")
 def golden_image_processor():
     return AutoImageProcessor.from_pretrained(GOLDEN / "siglip", backend="pil")
-
-
-SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")
-
-
-def byte_tokenizer(special_tokens: tuple[str, ...], **kwargs) -> PreTrainedTokenizerFast:
-    """One token per byte, and the special ones: padding, end of turn, and more."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*special_tokens, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<|end|>",
-        **kwargs,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -192,3 +171,42 @@ def llama3_tokenizer(tmp_path_factory):
 def llama3_processor(llama3_tokenizer, golden_image_processor) -> MetaMorphProcessor:
     """With the released code's chat format and 4 visual tokens an image."""
     return build_processor(llama3_tokenizer(), golden_image_processor, MetaMorphConfig(num_image_tokens=4))
+
+
+@pytest.fixture
+def components(tiny_model, tiny_processor):
+    """Everything a pipeline is made of: 4 visual tokens 16 wide, 4x4 latents, 8x8 pixels."""
+    model = tiny_model()
+    torch.manual_seed(0)
+    projector = VisualTokenProjector(
+        visual_token_dim=16, cross_attention_dim=8, hidden_dim=12, num_image_tokens=4, sequence_length=6
+    )
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        latent_channels=3,
+        norm_num_groups=2,
+        sample_size=8,
+        scaling_factor=0.7,
+    )
+    return {
+        "model": model,
+        "processor": tiny_processor,
+        "projector": projector.eval(),
+        "unet": unet.eval(),
+        "vae": vae.eval(),
+        "scheduler": DDIMScheduler(clip_sample=False),
+    }

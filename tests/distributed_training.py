@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 sys.path.append(str(Path(__file__).parent))
 import conftest  # noqa: E402
-from test_vpit_trainer import EXAMPLES, arguments, build, examples_with_nan, losses  # noqa: E402
+from helpers import EXAMPLES, arguments, build_trainer, examples_with_nan, losses  # noqa: E402
 
 
 class Kill(TrainerCallback):
@@ -64,7 +64,7 @@ def run(
         # accelerate shards on accelerators alone; this has it take the same path for CPU processes.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     examples = examples_with_nan() if nan else EXAMPLES
-    trainer = build(model, processor, args, examples, callbacks=[Kill()] if kill == "step" else [])
+    trainer = build_trainer(model, processor, args, examples, callbacks=[Kill()] if kill == "step" else [])
     if kill == "save":
         save_rng_state = trainer._save_rng_state
 

@@ -13,14 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import ConversionError, run
-from conftest import SPECIAL_TOKENS, byte_tokenizer
 from convert_metamorph_to_hf import build_processor, convert, convert_stage1
 from convert_metamorph_to_hf import main as convert_metamorph
 from convert_visualizer_to_diffusers import main as convert_visualizer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from helpers import GOLDEN, SPECIAL_TOKENS, byte_tokenizer, run_as_stranger
 from init_from_pretrained import main as init_from_pretrained
 from safetensors.torch import load_file, save_file
-from test_remote_code import run_as_stranger
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -36,10 +35,9 @@ from transformers import (
 )
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphPipeline, VisualTokenProjector
-from metamorph_hf.vpit_collator import DataCollatorForVPiT
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
-GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT, STAGE1, VISUALIZER = GOLDEN / "checkpoint", GOLDEN / "stage1" / "mm_projector.bin", GOLDEN / "visualizer"
 TOWER = str(GOLDEN / "siglip")
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

@@ -12,7 +12,7 @@ import torch
 from distributed_training import run
 from safetensors.torch import load_file
 
-from metamorph_hf.vpit_trainer import last_complete_checkpoint
+from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
 SCRIPT = Path(__file__).parent / "distributed_training.py"

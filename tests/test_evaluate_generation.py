@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from PIL import Image
-from test_pipeline import components  # noqa: F401
 from torchmetrics.multimodal import CLIPScore
 from transformers import (
     AutoTokenizer,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PLACEHOLDER
+from helpers import PLACEHOLDER
 from transformers import (
     CompileConfig,
     DynamicCache,

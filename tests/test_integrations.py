@@ -20,7 +20,7 @@ from transformers import (
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 from metamorph_hf import MetaMorphConfig, MetaMorphModel
-from metamorph_hf.model_card_metamorph import create_model_card
+from metamorph_hf.model_cards import create_model_card
 
 
 PICTURE = [5, 4, 4, 4, 4, 6]  # ids of the tiny tokenizer

@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from conftest import PLACEHOLDER
 from convert_metamorph_to_hf import our_name
+from helpers import PLACEHOLDER
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -18,7 +17,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -38,45 +36,6 @@ from metamorph_hf import (
     PatchVAE,
     VisualTokenProjector,
 )
-
-
-@pytest.fixture
-def components(tiny_model, tiny_processor):
-    """Everything a pipeline is made of: 4 visual tokens 16 wide, 4x4 latents, 8x8 pixels."""
-    model = tiny_model()
-    torch.manual_seed(0)
-    projector = VisualTokenProjector(
-        visual_token_dim=16, cross_attention_dim=8, hidden_dim=12, num_image_tokens=4, sequence_length=6
-    )
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=2,
-        cross_attention_dim=8,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        latent_channels=3,
-        norm_num_groups=2,
-        sample_size=8,
-        scaling_factor=0.7,
-    )
-    return {
-        "model": model,
-        "processor": tiny_processor,
-        "projector": projector.eval(),
-        "unet": unet.eval(),
-        "vae": vae.eval(),
-        "scheduler": DDIMScheduler(clip_sample=False),
-    }
 
 
 @pytest.fixture

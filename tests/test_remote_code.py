@@ -1,47 +1,11 @@
 """What is saved also loads, with `trust_remote_code=True`, in a process that cannot import this package."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from helpers import run_as_stranger
 
 from metamorph_hf import GridUNet2DConditionModel, MetaMorphPipeline, PatchVAE, VisualTokenProjector
-
-
-STRANGER = """
-import sys
-
-sys.modules["metamorph_hf"] = None  # importing it raises ImportError
-import torch
-import transformers
-from PIL import Image
-
-folder, out = sys.argv[1:]
-{}
-"""
-
-
-def run_as_stranger(code: str, folder: Path, tmp_path: Path):
-    """Runs `code`, which puts what it found in `found`, and gives it back."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            STRANGER.format(code) + "torch.save(found, out)",
-            str(folder),
-            str(tmp_path / "found.pt"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    return torch.load(tmp_path / "found.pt", weights_only=True)
 
 
 def test_model_and_processor(tiny_model, tiny_processor, tiny_images, tmp_path):

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from metamorph_hf import vpit_families
-from metamorph_hf.vpit_collator import BadSample, DataCollatorForVPiT, read_image
-from metamorph_hf.vpit_data import JsonLines, Source, load_mixture, mixture_table
-from metamorph_hf.vpit_families import FAMILIES, WORDINGS, video_frames
+from metamorph_hf.data import formats as vpit_families
+from metamorph_hf.data.formats import FAMILIES, WORDINGS, video_frames
+from metamorph_hf.data.mixture import JsonLines, Source, load_mixture, mixture_table
+from metamorph_hf.image_reading import BadSample, read_image
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
 GOLDEN_CHATS = json.loads((Path(__file__).parent / "golden" / "llama3_chat_golden.json").read_text())["cases"]

@@ -10,6 +10,19 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
+from helpers import (
+    EXAMPLES,
+    IMAGE,
+    arguments,
+    build_trainer,
+    conversation,
+    dataset_of,
+    examples_with_nan,
+    losses,
+    picture,
+    text,
+    train,
+)
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -20,110 +33,22 @@ from metamorph_hf import (
     LogSamplesCallback,
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
-    VPiTConfig,
-    VPiTTrainer,
     modeling_metamorph,
 )
-from metamorph_hf.vpit_collator import BadSample, DataCollatorForVPiT
-from metamorph_hf.vpit_data import load_mixture
-from metamorph_hf.vpit_trainer import (
-    complete_peft_config,
-    last_complete_checkpoint,
-    precompute_visual_tokens,
-)
+from metamorph_hf.data.mixture import load_mixture
+from metamorph_hf.data.precompute import precompute_visual_tokens
+from metamorph_hf.image_reading import BadSample
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
+from metamorph_hf.vpit.stages import complete_peft_config
+from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji" / "checkpoint"
 
 
-def picture(seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (16 * 16 * 3,), generator=generator, dtype=torch.uint8)
-    return Image.frombytes("RGB", (16, 16), bytes(pixels.tolist()))
-
-
-def conversation(question, answer, images):
-    return {
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-        "images": images,
-    }
-
-
 @pytest.fixture
 def model(tiny_model):
     return tiny_model()
-
-
-IMAGE = {"type": "image"}
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-EXAMPLES = [
-    conversation([text("draw a cat")], [IMAGE], [picture(0)]),
-    conversation([IMAGE, text("what is this?")], [text("a cat")], [picture(1)]),
-    conversation([text("hello")], [text("hello to you, a long answer of many words")], []),
-    conversation(
-        [IMAGE, text("make it red")], [text("here"), IMAGE, text("done"), IMAGE], [picture(n) for n in range(3)]
-    ),
-    conversation([text("say yes")], [text("yes")], []),
-    conversation([text("two cats")], [IMAGE, IMAGE], [picture(4), picture(5)]),
-    conversation([IMAGE, IMAGE, text("same?")], [text("no")], [picture(6), picture(7)]),
-    conversation([text("a dog")], [IMAGE], [picture(8)]),
-]
-
-
-def arguments(tmp_path, **kwargs) -> VPiTConfig:
-    defaults = {
-        "output_dir": str(tmp_path),
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "optim": "sgd",
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": False,
-    }
-    return VPiTConfig(**{**defaults, **kwargs})
-
-
-def examples_with_nan() -> list[dict]:
-    """Visual tokens instead of images; those of sample 5 are NaN."""
-    examples = []
-    for number, example in enumerate(EXAMPLES):
-        tokens = torch.full((len(example["images"]), 4, 16), float("nan") if number == 5 else 0.1)
-        examples.append({"id": f"sample-{number}", "messages": example["messages"], "visual_tokens": list(tokens)})
-    return examples
-
-
-def dataset_of(examples):
-    # A transform keeps PIL images and mixed contents as they are, which Arrow columns would not.
-    return Dataset.from_dict({"place": list(range(len(examples)))}).with_transform(
-        lambda columns: {key: [examples[place][key] for place in columns["place"]] for key in examples[0]}
-    )
-
-
-def build(model, processor, args, examples=EXAMPLES, **kwargs) -> VPiTTrainer:
-    return VPiTTrainer(model, args, processing_class=processor, train_dataset=dataset_of(examples), **kwargs)
-
-
-def train(*args, **kwargs) -> VPiTTrainer:
-    trainer = build(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-def losses(trainer) -> list[float]:
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 class TestCollator:
@@ -242,7 +167,7 @@ class TestTrainer:
 
     def test_evaluation_is_a_mean_over_labels(self, tiny_processor, model, tmp_path):
         """Batches of 3, 3 and 2 rows with different counts; Trainer's own eval_loss would be a mean over batches."""
-        trainer = build(model, tiny_processor, arguments(tmp_path, per_device_eval_batch_size=3))
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path, per_device_eval_batch_size=3))
         metrics = trainer.evaluate(trainer.train_dataset)
         expected = model.eval()(**DataCollatorForVPiT(tiny_processor)(EXAMPLES))
         assert metrics["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
@@ -285,7 +210,7 @@ class TestTrainer:
         def count(name):
             return lambda module, args: rows.update({name: rows[name] + args[0].shape[0]})
 
-        trainer = build(model, tiny_processor, arguments(tmp_path, per_device_train_batch_size=8))
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path, per_device_train_batch_size=8))
         model.lm_head.register_forward_pre_hook(count("lm_head"))
         model.vision_head.register_forward_pre_hook(count("vision_head"))
         trainer.train()
@@ -312,7 +237,7 @@ class TestTrainer:
         collate = DataCollatorForVPiT(tiny_processor)
         lengths = [collate([example])["input_ids"].shape[1] for example in EXAMPLES]
         args = arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=8)
-        trainer = build(model, tiny_processor, args)
+        trainer = build_trainer(model, tiny_processor, args)
         trainer.train_dataset = Dataset.from_dict({"length": lengths})
         order = [lengths[place] for place in trainer._get_train_sampler()]
         assert order == sorted(lengths, reverse=True)
@@ -446,7 +371,9 @@ class TestStages:
             "vision_head_learning_rate": 5e-3,
             "vision_tower_learning_rate": 1e-4,
         }
-        trainer = build(model, tiny_processor, arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1, **rates))
+        trainer = build_trainer(
+            model, tiny_processor, arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1, **rates)
+        )
         optimizer = trainer.create_optimizer()
         by_parameter = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
@@ -470,11 +397,11 @@ class TestStages:
     def test_square_root_rule(self, tiny_processor, model, tmp_path, batch, given, expected):
         given = {"learning_rate": None, **given}
         args = arguments(tmp_path, per_device_train_batch_size=batch // 8, gradient_accumulation_steps=8, **given)
-        optimizer = build(model, tiny_processor, args).create_optimizer()
+        optimizer = build_trainer(model, tiny_processor, args).create_optimizer()
         assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(expected, rel=5e-3)] * 2
 
     def test_table(self, tiny_processor, model, tmp_path, capsys):
-        build(model, tiny_processor, arguments(tmp_path, stage="projector", projector_learning_rate=2e-3))
+        build_trainer(model, tiny_processor, arguments(tmp_path, stage="projector", projector_learning_rate=2e-3))
         table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
         size = sum(p.numel() for p in model.model.projector.parameters())
         assert table["projector"] == [f"{size:,}", f"{size:,}", "0.002"]
@@ -549,7 +476,7 @@ class TestPeft:
         tiny_processor.save_pretrained(tmp_path / "base")
         args = arguments(tmp_path / "run", max_steps=2, learning_rate=1e-1)
         options = {"peft_config": LoraConfig(r=4), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
-        trainer = build(str(tmp_path / "base"), None, args, **options)
+        trainer = build_trainer(str(tmp_path / "base"), None, args, **options)
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         assert all(p.dtype == torch.float32 for name, p in before.items() if "lora_" not in name)
         assert any("vision_head" in name for name in before) and any("projector" in name for name in before)
@@ -577,7 +504,7 @@ class TestPeft:
     def test_tower_is_not_adapted(self, tiny_processor, model, tmp_path, target_modules):
         """Its layers have the language model's names."""
         config = LoraConfig(r=4, target_modules=target_modules)
-        trainer = build(model, tiny_processor, arguments(tmp_path), peft_config=config)
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path), peft_config=config)
         trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
         assert any("language_model" in name and "lora_" in name for name in trained)
         assert not any("vision_tower" in name for name in trained)
@@ -587,14 +514,16 @@ class TestPeft:
         args = arguments(tmp_path, **{f"{module}_learning_rate": 1e-4})
         config = LoraConfig(r=4, modules_to_save=["vision_head"])
         with pytest.raises(ValueError, match=f"{module}_learning_rate is set, but nothing of that module is trained"):
-            build(model, tiny_processor, args, peft_config=config)
+            build_trainer(model, tiny_processor, args, peft_config=config)
 
     def test_not_in_stage_1(self, tiny_processor, model, tmp_path):
         with pytest.raises(ValueError, match="leave out peft_config"):
-            build(model, tiny_processor, arguments(tmp_path, stage="projector"), peft_config=LoraConfig())
+            build_trainer(model, tiny_processor, arguments(tmp_path, stage="projector"), peft_config=LoraConfig())
 
     def test_whole_modules_are_trained_in_float32(self, tiny_processor, tiny_model, tmp_path):
-        trainer = build(tiny_model().bfloat16(), tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4))
+        trainer = build_trainer(
+            tiny_model().bfloat16(), tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4)
+        )
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
                 assert parameter.dtype == torch.float32, name
@@ -631,7 +560,7 @@ class TestFaults:
         # The save of step 4 was interrupted: all but what Trainer writes last.
         (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1')
         assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-2")
-        resumed = build(tiny_model(**noise), tiny_processor, args)
+        resumed = build_trainer(tiny_model(**noise), tiny_processor, args)
         resumed.train(resume_from_checkpoint=True)
         assert losses(cut) == losses(whole)[:5]
         assert losses(resumed) == losses(whole)
@@ -639,7 +568,7 @@ class TestFaults:
             assert torch.equal(weight, whole.model.state_dict()[name]), name
 
     def test_nothing_to_resume_from(self, tiny_processor, model, tmp_path):
-        trainer = build(model, tiny_processor, self.arguments(tmp_path))
+        trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path))
         with pytest.raises(ValueError, match="no complete checkpoint"):
             trainer.train(resume_from_checkpoint=True)
 
@@ -653,7 +582,9 @@ class TestFaults:
 
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        trainer = build(model, tiny_processor, self.arguments(tmp_path, save_total_limit=1), callbacks=[Fill()])
+        trainer = build_trainer(
+            model, tiny_processor, self.arguments(tmp_path, save_total_limit=1), callbacks=[Fill()]
+        )
         try:
             with pytest.raises((OSError, RuntimeError, SafetensorError), match="[Ff]ile too large|write failed"):
                 trainer.train()
@@ -662,7 +593,7 @@ class TestFaults:
             signal.signal(signal.SIGXFSZ, handler)
         assert (tmp_path / "checkpoint-4").exists()
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-        resumed = build(model, tiny_processor, self.arguments(tmp_path, save_total_limit=1))
+        resumed = build_trainer(model, tiny_processor, self.arguments(tmp_path, save_total_limit=1))
         resumed.train(resume_from_checkpoint=True)
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
@@ -707,7 +638,7 @@ class TestFaults:
             train(model, tiny_processor, args, [bad] * 4)
 
     def test_evaluation_after_prediction(self, tiny_processor, model, tmp_path):
-        trainer = build(model, tiny_processor, arguments(tmp_path))
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path))
         few, more = dataset_of(EXAMPLES[:2]), dataset_of(EXAMPLES[:4])
         first = trainer.evaluate(few)
         trainer.predict(more)
@@ -718,7 +649,7 @@ class TestFaults:
     def test_nan_in_evaluation(self, tiny_processor, model, tmp_path, caplog):
         """The means are those of the other batches."""
         examples, options = examples_with_nan(), {"on_nonfinite_loss": "skip", "per_device_eval_batch_size": 1}
-        trainer = build(model, tiny_processor, self.arguments(tmp_path, **options), examples)
+        trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path, **options), examples)
         found = trainer.evaluate(dataset_of(examples))
         expected = trainer.evaluate(dataset_of([*examples[:5], *examples[6:]]))
         for name in ("eval_loss", "eval_num_text_labels", "eval_visual_cosine"):
@@ -771,7 +702,7 @@ class TestLogSamples:
             model = MetaMorphForConditionalGeneration.from_pretrained(EMOJI / "model", dtype="float32")
             model.config.visual_token_noise = 1.0
             args = arguments(tmp_path / str(with_samples), max_steps=3, report_to="tensorboard")
-            trainer = build(model, pipe.processor, args, examples)
+            trainer = build_trainer(model, pipe.processor, args, examples)
             if with_samples:
                 callback = LogSamplesCallback(
                     trainer,
@@ -809,7 +740,7 @@ class TestLogSamples:
         pytest.importorskip(tracker)
         pipe = MetaMorphPipeline.from_pretrained(EMOJI, dtype=torch.float32)
         examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
-        trainer = build(pipe.model, pipe.processor, arguments(tmp_path / "run", report_to=tracker), examples)
+        trainer = build_trainer(pipe.model, pipe.processor, arguments(tmp_path / "run", report_to=tracker), examples)
         options = {"max_new_tokens": 24, "paint_kwargs": {"num_inference_steps": 1}}
         trainer.add_callback(LogSamplesCallback(trainer, ["a red apple"], 1, pipe, **options))
         trainer.train()
@@ -819,4 +750,4 @@ class TestLogSamples:
     @pytest.mark.parametrize(("prompts", "every"), [([], 1), (["a cat"], 0)])
     def test_refused(self, tiny_processor, model, tmp_path, prompts, every):
         with pytest.raises(ValueError, match="at least one prompt"):
-            LogSamplesCallback(build(model, tiny_processor, arguments(tmp_path)), prompts, every)
+            LogSamplesCallback(build_trainer(model, tiny_processor, arguments(tmp_path)), prompts, every)

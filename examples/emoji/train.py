@@ -47,7 +47,7 @@ from metamorph_hf import (
     VPiTTrainer,
 )
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
-from metamorph_hf.vpit_trainer import last_complete_checkpoint
+from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
 HERE = Path(__file__).parent

@@ -12,13 +12,12 @@ from .processing_metamorph import MetaMorphProcessor
 
 
 if TYPE_CHECKING:
-    from .grid_unet import GridUNet2DConditionModel
-    from .patch_vae import PatchVAE
     from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
+    from .small_visualizer import GridUNet2DConditionModel, PatchVAE
     from .visual_token_projector import VisualTokenProjector
-    from .vpit_callbacks import LogSamplesCallback
-    from .vpit_config import VPiTConfig
-    from .vpit_trainer import VPiTTrainer
+    from .vpit.callbacks import LogSamplesCallback
+    from .vpit.config import VPiTConfig
+    from .vpit.trainer import VPiTTrainer
 
 __version__ = "0.1.0"
 
@@ -36,13 +35,13 @@ MetaMorphProcessor.register_for_auto_class()
 
 # diffusers and TRL take seconds to import, and TRL is an extra, so what needs them loads on first use.
 _LAZY = {
-    "GridUNet2DConditionModel": "grid_unet",
-    "LogSamplesCallback": "vpit_callbacks",
+    "GridUNet2DConditionModel": "small_visualizer",
+    "LogSamplesCallback": "vpit.callbacks",
     "MetaMorphPipeline": "pipeline_metamorph",
     "MetaMorphPipelineOutput": "pipeline_metamorph",
-    "PatchVAE": "patch_vae",
-    "VPiTConfig": "vpit_config",
-    "VPiTTrainer": "vpit_trainer",
+    "PatchVAE": "small_visualizer",
+    "VPiTConfig": "vpit.config",
+    "VPiTTrainer": "vpit.trainer",
     "VisualTokenProjector": "visual_token_projector",
 }
 

@@ -26,7 +26,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_metamorph import MetaMorphConfig
 from .generation_metamorph import MetaMorphGenerationMixin
-from .model_card_metamorph import create_model_card
+from .model_cards import create_model_card
 
 
 # Logits that training holds at once, in float32: 256 MiB. More are computed in chunks, and again in the backward pass.

@@ -34,11 +34,10 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 # Modules of this package whose classes a saved pipeline may hold. Their code is saved with it.
 OWN_MODULES = (
-    "grid_unet",
     "modeling_metamorph",
-    "patch_vae",
     "pipeline_metamorph",
     "processing_metamorph",
+    "small_visualizer",
     "visual_token_projector",
 )
 

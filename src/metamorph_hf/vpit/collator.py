@@ -3,8 +3,6 @@
 N visual tokens per image, V width of a visual token.
 """
 
-import io
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,65 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers.image_utils import load_image
 
-from .processing_metamorph import MetaMorphProcessor
+from ..image_reading import BadSample, read_image
+from ..processing_metamorph import MetaMorphProcessor
 
 
 ROLES = ("system", "user", "assistant", "tool")
-
-
-class BadSample(ValueError):
-    """A sample that cannot be trained on: the reason, in a sentence."""
-
-
-def read_image(image: Any) -> PIL.Image.Image:
-    """
-    An image as RGB pixels: decoded to its end, turned as its EXIF data say, on white where it is transparent, 16 bits
-    scaled to 8, of an animation the first frame.
-
-    Args:
-        image: Path, URL, `PIL.Image.Image`, bytes, or what an [`~datasets.Image`] column holds undecoded.
-
-    Raises:
-        BadSample: if it is missing, broken, empty, or a decompression bomb (PIL's limit).
-    """
-    source = image
-    try:
-        if isinstance(image, Mapping):
-            image = image["path"] if image.get("bytes") is None else image["bytes"]
-        if isinstance(image, bytes):
-            image = PIL.Image.open(io.BytesIO(image))
-        elif isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
-            image = PIL.Image.open(image)
-        if not isinstance(image, PIL.Image.Image):
-            image = load_image(image)
-        if image.mode.startswith("I"):  # PIL would cut 16 bits off at 255
-            image = PIL.Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-        image = PIL.ImageOps.exif_transpose(image)
-        if image.has_transparency_data:  # as image processors do
-            image = image.convert("RGBA")
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    except PIL.Image.DecompressionBombError as error:
-        raise BadSample(f"is too large to be safe ({described(source)}): {error}") from error
-    except Exception as error:  # decoders and networks raise anything for broken headers and addresses
-        raise BadSample(f"cannot be read ({described(source)}): {error}") from error
-    if not image.width or not image.height:
-        raise BadSample(f"is empty ({described(source)}): {image.width}x{image.height} pixels")
-    return image
-
-
-def described(image: Any) -> str:
-    """What a message calls an image or a video: its path, never its bytes."""
-    if isinstance(image, Mapping):
-        image = image.get("path") or image.get("bytes")
-    return str(image)[:200] if isinstance(image, (str, Path)) else type(image).__name__
 
 
 @dataclass
@@ -286,4 +234,4 @@ class DataCollatorForVPiT:
         return {"type": "text", "text": part["text"]}
 
 
-__all__ = ["BadSample", "DataCollatorForVPiT", "read_image"]
+__all__ = ["DataCollatorForVPiT"]

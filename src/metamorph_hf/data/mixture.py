@@ -1,7 +1,7 @@
 """
 Training data: sources of any size read lazily, and mixtures of them as datasets of conversations.
 
-A mixture holds records: what a family of `vpit_families` makes of a row (`messages`, `images`), and `task`, `source`
+A mixture holds records: what a family of `formats` makes of a row (`messages`, `images`), and `task`, `source`
 and `id` to name it. A row that cannot become a record has the reason in `bad`, for the collator to raise or to skip.
 """
 
@@ -30,8 +30,8 @@ from datasets import (
     load_dataset,
 )
 
-from .vpit_collator import BadSample
-from .vpit_families import FAMILIES, Record, Row
+from ..image_reading import BadSample
+from .formats import FAMILIES, Record, Row
 
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from trl.models import unwrap_model_for_generation
 
 
 if TYPE_CHECKING:
-    from .pipeline_metamorph import MetaMorphPipeline
-    from .vpit_trainer import VPiTTrainer
+    from ..pipeline_metamorph import MetaMorphPipeline
+    from .trainer import VPiTTrainer
 
 
 class LogSamplesCallback(TrainerCallback):

@@ -1,151 +1,32 @@
 """Visual-Predictive Instruction Tuning (VPiT, arXiv 2412.14164 section 3) on TRL's `SFTTrainer`."""
 
 import contextlib
-import copy
 import json
-import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.logging import get_logger
-from datasets import Array3D, Dataset, Features, Value
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
-from .configuration_metamorph import MetaMorphConfig
-from .modeling_metamorph import MetaMorphForConditionalGeneration
-from .processing_metamorph import MetaMorphProcessor
-from .vpit_collator import BadSample, DataCollatorForVPiT, read_image
-from .vpit_config import VPiTConfig
+from ..configuration_metamorph import MetaMorphConfig
+from ..modeling_metamorph import MetaMorphForConditionalGeneration
+from ..processing_metamorph import MetaMorphProcessor
+from .collator import DataCollatorForVPiT
+from .config import VPiTConfig
+from .stages import complete_peft_config, module_of, only_image_token_embeddings
 
 
 logger = get_logger(__name__)
-
-
-def complete_peft_config(
-    peft_config: PeftConfig, model: MetaMorphForConditionalGeneration, train_vision_tower: bool = False
-) -> PeftConfig:
-    """
-    What a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) leaves open, filled in for VPiT: adapters on all linear layers of
-    the language model, projector and vision head trained whole, and the rows of `<image_start>` and `<image_end>`.
-
-    Args:
-        peft_config ([`~peft.PeftConfig`]): Only `target_modules`, `exclude_modules`, `modules_to_save` and
-            `trainable_token_indices` that are None are filled in. Another kind than LoRA is returned as it is.
-        model ([`MetaMorphForConditionalGeneration`]): Whose modules are looked through; it may be on the meta device.
-        train_vision_tower (`bool`, *optional*, defaults to `False`): Train the vision tower whole, too.
-    """
-    if not isinstance(peft_config, LoraConfig):
-        return peft_config
-    peft_config = copy.deepcopy(peft_config)
-    if peft_config.target_modules is None:
-        language_model = model.model.language_model
-        linear = (nn.Linear, Conv1D)
-        found = {name.rsplit(".")[-1] for name, module in language_model.named_modules() if isinstance(module, linear)}
-        peft_config.target_modules = rf".*\blanguage_model\..*\b({'|'.join(map(re.escape, sorted(found)))})"
-    if peft_config.exclude_modules is None:
-        # Its layers are named as the language model's, but it gives the visual tokens: trained whole or not at all.
-        peft_config.exclude_modules = r"(.*\.)?vision_tower\..*"
-    if peft_config.modules_to_save is None:
-        peft_config.modules_to_save = ["projector", "vision_head"] + ["vision_tower"] * train_vision_tower
-    if peft_config.trainable_token_indices is None:
-        rows = [model.config.image_start_token_id, model.config.image_end_token_id]
-        embeddings = model.get_input_embeddings()
-        name = next(name for name, module in model.named_modules() if module is embeddings)
-        peft_config.trainable_token_indices = {name.rsplit(".")[-1]: rows}
-        if not model.config.tie_word_embeddings and "lm_head" not in peft_config.modules_to_save:
-            peft_config.trainable_token_indices["lm_head"] = rows
-    return peft_config
-
-
-class _WithVisualTokens:
-    """A mixture's records with the visual tokens of `encoded` in the place of their images."""
-
-    def __init__(self, transform: Callable[[dict[str, list]], dict[str, list]], encoded: Dataset):
-        self.transform, self.encoded = transform, encoded
-
-    def __call__(self, columns: dict[str, list]) -> dict[str, list]:
-        encoded = self.encoded[columns.pop("place")]
-        records = {**self.transform(columns), **encoded}
-        return {name: values for name, values in records.items() if name != "images"}
-
-
-def precompute_visual_tokens(
-    dataset: Dataset,
-    model: MetaMorphForConditionalGeneration,
-    processor: MetaMorphProcessor,
-    batch_size: int = 32,
-    dtype: Literal["float32", "float16"] = "float32",
-) -> Dataset:
-    """
-    The dataset with a column `visual_tokens` in the place of `images`, so that training need not run the vision tower.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            With a column `images`, lists of anything that [`read_image`] reads, or a mixture of [`load_mixture`].
-        model ([`MetaMorphForConditionalGeneration`]): Encodes on the device and in the dtype it is in.
-        processor ([`MetaMorphProcessor`]): The model's.
-        batch_size (`int`, *optional*, defaults to 32): Rows whose images are encoded together.
-        dtype (`str`, *optional*, defaults to `"float32"`): What is stored; float16 takes half and rounds to 3 digits.
-
-    Returns:
-        [`~datasets.Dataset`] whose `visual_tokens` are arrays of shape (images of the row, N, V). A row with an image
-        that cannot be read has the reason in a column `bad`, and is the collator's to refuse or skip.
-
-    Raises:
-        ValueError: if the dataset is a stream.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"Visual tokens are computed once for a stored dataset, but this is {type(dataset).__name__}: load it "
-            "without streaming, or train on its pixels."
-        )
-    shape = (model.config.num_image_tokens, model.config.visual_token_dim)
-
-    @torch.no_grad()
-    def encode(rows: dict[str, list]) -> dict[str, list]:
-        images, counts, bad = [], [], list(rows.get("bad") or [None] * len(rows["images"]))
-        for place, row in enumerate(rows["images"]):
-            before = len(images)
-            try:
-                images += [read_image(image) for image in row or []]
-            except BadSample as error:
-                bad[place] = f"has an image that {error}"
-            counts.append(len(images) - before)
-        tokens = torch.zeros(0, *shape)
-        if images:
-            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            tokens = model.get_visual_tokens(pixels.to(model.device)).float().cpu()
-        return {"visual_tokens": [part.numpy() for part in tokens.split(counts)], "bad": bad}
-
-    columns = {"visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}
-    transform = dataset.format["format_kwargs"].get("transform")
-    removed = {"images", "bad"} & set(dataset.column_names) if transform is None else dataset.column_names
-    kept = {name: feature for name, feature in dataset.features.items() if name not in removed}
-    encoded = dataset.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=list(removed),
-        features=Features({**kept, **columns}),
-        desc="Visual tokens",
-    ).with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
-    if transform is None:
-        return encoded
-    places = dataset.with_format(None).add_column("place", np.arange(len(dataset)))
-    return places.with_transform(_WithVisualTokens(transform, encoded))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -160,29 +41,6 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _only_image_token_embeddings(model: MetaMorphForConditionalGeneration) -> Iterator[None]:
-    """
-    Lets gradients reach the embeddings of `<image_start>` and `<image_end>` alone. The released stage 1 trains the
-    whole matrix, of which these two rows are all that its stage 2 takes over.
-    """
-    embeddings, lm_head = model.get_input_embeddings(), model.lm_head
-    image_ids = torch.tensor([model.config.image_start_token_id, model.config.image_end_token_id])
-
-    def detach_others(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        is_trained = torch.isin(args[0], image_ids.to(args[0].device)).unsqueeze(-1)
-        return torch.where(is_trained, output, output.detach())
-
-    handle = embeddings.register_forward_hook(detach_others)
-    if lm_head.weight is embeddings.weight:  # tied: as lm_head, too, the other rows must stay
-        lm_head.forward = lambda hidden_states: F.linear(hidden_states, lm_head.weight.detach())
-    try:
-        yield
-    finally:
-        handle.remove()
-        lm_head.__dict__.pop("forward", None)
-
-
 class _SkipNonfiniteSteps(TrainerCallback):
     """Makes no update from an optimisation step in which a loss of any process was NaN or infinite."""
 
@@ -194,11 +52,6 @@ class _SkipNonfiniteSteps(TrainerCallback):
             optimizer.zero_grad(set_to_none=True)  # an optimizer passes over parameters without gradient
             self.trainer.totals["skipped_steps"] += 1
         self.trainer.num_nonfinite.zero_()
-
-
-def _module_of(parameter_name: str) -> str:
-    modules = ("vision_tower", "projector", "vision_head", "lm_head")
-    return next((module for module in modules if module in parameter_name.split(".")), "language_model")
 
 
 class VPiTTrainer(SFTTrainer):
@@ -329,7 +182,7 @@ class VPiTTrainer(SFTTrainer):
         model.get_input_embeddings().requires_grad_(True)  # in stage "projector": two rows, see train()
 
     def _check_learning_rates(self) -> None:
-        trained = {_module_of(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trained = {module_of(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         for module in ("projector", "vision_head", "vision_tower"):
             if getattr(self.args, f"{module}_learning_rate") is not None and module not in trained:
                 raise ValueError(
@@ -358,7 +211,7 @@ class VPiTTrainer(SFTTrainer):
             if "original_module" in name.split("."):  # PEFT's untouched copy of what it trains whole
                 continue
             is_embedding = id(parameter) in embeddings
-            module = "embeddings" if is_embedding else _module_of(name)
+            module = "embeddings" if is_embedding else module_of(name)
             size = get_model_param_count(nn.ParameterList([parameter]))
             totals[module] += size
             if parameter.requires_grad:
@@ -375,7 +228,7 @@ class VPiTTrainer(SFTTrainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        modules = {p: _module_of(name) for name, p in (model or self.model).named_parameters()}
+        modules = {p: module_of(name) for name, p in (model or self.model).named_parameters()}
         embeddings = self.metamorph.get_input_embeddings().weight
         groups = list(optimizer.param_groups)
         optimizer.param_groups.clear()
@@ -401,7 +254,7 @@ class VPiTTrainer(SFTTrainer):
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
         self._last_log_time = time.monotonic()
         only_rows = self.args.stage == "projector"
-        with _only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
+        with only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._sums["train"]:  # of steps after the last log
             self._add_means({}, "", self._sums["train"])
@@ -576,10 +429,4 @@ class VPiTTrainer(SFTTrainer):
             )
 
 
-__all__ = [
-    "DataCollatorForVPiT",
-    "VPiTTrainer",
-    "complete_peft_config",
-    "last_complete_checkpoint",
-    "precompute_visual_tokens",
-]
+__all__ = ["VPiTTrainer", "last_complete_checkpoint"]

@@ -1,0 +1,1 @@
+"""Training data: formats, mixtures of sources, videos, precomputed visual tokens."""

@@ -1,0 +1,1 @@
+"""Visual-Predictive Instruction Tuning (VPiT): configuration, trainer, collator and callbacks."""

@@ -1,0 +1,154 @@
+"""What several test modules share: golden paths, tiny examples, and a process without this package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from metamorph_hf import VPiTConfig, VPiTTrainer
+
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+PLACEHOLDER = 224  # the released code has -200 in the ids and 224 rows; ours is one id more
+EMOJI_CHECKPOINT = ROOT / "examples" / "emoji" / "checkpoint"
+
+SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")
+
+
+def byte_tokenizer(special_tokens: tuple[str, ...], **kwargs) -> PreTrainedTokenizerFast:
+    """One token per byte, and the special ones: padding, end of turn, and more."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special_tokens, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        **kwargs,
+    )
+
+
+def picture(seed: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (16 * 16 * 3,), generator=generator, dtype=torch.uint8)
+    return Image.frombytes("RGB", (16, 16), bytes(pixels.tolist()))
+
+
+def conversation(question, answer, images):
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "images": images,
+    }
+
+
+IMAGE = {"type": "image"}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+EXAMPLES = [
+    conversation([text("draw a cat")], [IMAGE], [picture(0)]),
+    conversation([IMAGE, text("what is this?")], [text("a cat")], [picture(1)]),
+    conversation([text("hello")], [text("hello to you, a long answer of many words")], []),
+    conversation(
+        [IMAGE, text("make it red")], [text("here"), IMAGE, text("done"), IMAGE], [picture(n) for n in range(3)]
+    ),
+    conversation([text("say yes")], [text("yes")], []),
+    conversation([text("two cats")], [IMAGE, IMAGE], [picture(4), picture(5)]),
+    conversation([IMAGE, IMAGE, text("same?")], [text("no")], [picture(6), picture(7)]),
+    conversation([text("a dog")], [IMAGE], [picture(8)]),
+]
+
+
+def arguments(tmp_path, **kwargs) -> VPiTConfig:
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+    }
+    return VPiTConfig(**{**defaults, **kwargs})
+
+
+def examples_with_nan() -> list[dict]:
+    """Visual tokens instead of images; those of sample 5 are NaN."""
+    examples = []
+    for number, example in enumerate(EXAMPLES):
+        tokens = torch.full((len(example["images"]), 4, 16), float("nan") if number == 5 else 0.1)
+        examples.append({"id": f"sample-{number}", "messages": example["messages"], "visual_tokens": list(tokens)})
+    return examples
+
+
+def dataset_of(examples):
+    # A transform keeps PIL images and mixed contents as they are, which Arrow columns would not.
+    return Dataset.from_dict({"place": list(range(len(examples)))}).with_transform(
+        lambda columns: {key: [examples[place][key] for place in columns["place"]] for key in examples[0]}
+    )
+
+
+def build_trainer(model, processor, args, examples=EXAMPLES, **kwargs) -> VPiTTrainer:
+    return VPiTTrainer(model, args, processing_class=processor, train_dataset=dataset_of(examples), **kwargs)
+
+
+def train(*args, **kwargs) -> VPiTTrainer:
+    trainer = build_trainer(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+STRANGER = """
+import sys
+
+sys.modules["metamorph_hf"] = None  # importing it raises ImportError
+import torch
+import transformers
+from PIL import Image
+
+folder, out = sys.argv[1:]
+{}
+"""
+
+
+def run_as_stranger(code: str, folder: Path, tmp_path: Path):
+    """Runs `code`, which puts what it found in `found`, and gives it back."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            STRANGER.format(code) + "torch.save(found, out)",
+            str(folder),
+            str(tmp_path / "found.pt"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(tmp_path / "found.pt", weights_only=True)
