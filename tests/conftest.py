@@ -4,12 +4,15 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from helpers import GOLDEN, SPECIAL_TOKENS, byte_tokenizer
+from helpers import GOLDEN, ROWS, SPECIAL_TOKENS, byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
@@ -210,3 +213,41 @@ def components(tiny_model, tiny_processor):
         "vae": vae.eval(),
         "scheduler": DDIMScheduler(clip_sample=False),
     }
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Ten pictures, each of its own grey."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(10):
+        Image.new("RGB", (20, 16), (25 * number,) * 3).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory) -> Path:
+    """Ten seconds; frame by frame brighter. 10 frames a second in the first half, 2 in the second."""
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    times = [*np.arange(0, 5, 0.1), *np.arange(5, 10, 0.5)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for time in times:
+            grey = np.full((32, 32, 3), round(20 + 20 * time), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def row(pictures, video):
+    """Makes a row of a family with all paths in place."""
+
+    def make(family: str) -> dict:
+        made = {k: str(pictures / v) if str(v).endswith(".png") else v for k, v in ROWS[family].items()}
+        return made | ({"video": str(video)} if family.startswith("video") else {})
+
+    return make

@@ -1,5 +1,6 @@
 """What several test modules share: golden paths, tiny examples, and a process without this package."""
 
+import json
 import os
 import subprocess
 import sys
@@ -152,3 +153,24 @@ def run_as_stranger(code: str, folder: Path, tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr
     return torch.load(tmp_path / "found.pt", weights_only=True)
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+LLAVA = {
+    "id": "a",
+    "image": "1.png",
+    "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A grey."}],
+}
+ROWS = {
+    "chat": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]},
+    "llava": LLAVA,
+    "text_to_image": {"caption": "a grey square.", "image": "2.png"},
+    "image_to_image": {"source": "3.png", "instruction": "Make it brighter.", "target": "4.png"},
+    "visual_thinking": {"image": "5.png", "question": "Which?", "answer": "This.", "boxes": [2, 2, 10, 12]},
+    "video_qa": {"conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Light."}]},
+    "video_prediction": {},
+}

@@ -1,0 +1,193 @@
+import json
+import random
+
+import av
+import numpy as np
+import pytest
+from helpers import GOLDEN, ROWS, write_jsonl
+from PIL import Image
+
+from metamorph_hf.data import formats as vpit_families
+from metamorph_hf.data.formats import FAMILIES, WORDINGS, video_frames
+from metamorph_hf.data.mixture import load_mixture
+from metamorph_hf.image_reading import BadSample
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
+
+
+GOLDEN_CHATS = json.loads((GOLDEN / "llama3_chat_golden.json").read_text())["cases"]
+
+
+class TestFamilies:
+    # What stands in the labels, word by word; IMAGE is four visual targets, _ what is only context.
+    ANSWERS = {
+        "chat": ["Hello.", "<|eot_id|>"],
+        "llava": ["A grey.", "<|eot_id|>"],
+        "image_to_image": ["<image_start>", "IMAGE", "<image_end>", "<|eot_id|>"],
+        "video_qa": ["Light.", "<|eot_id|>"],
+    }
+
+    def answer(self, batch, processor, row=0) -> list[str]:
+        """The learned labels of a row, images as one word, in reading order."""
+        labels, words = batch["labels"][row], []
+        learned = labels[labels != -100].tolist()
+        place = 0
+        while place < len(learned):
+            if learned[place] == processor.image_token_id:
+                assert learned[place : place + 4] == [processor.image_token_id] * 4
+                words.append("IMAGE")
+                place += 4
+                continue
+            words.append(learned[place])
+            place += 1
+        return words
+
+    def words(self, processor, expected: list[str]) -> list:
+        ids = []
+        for word in expected:
+            if word == "IMAGE":
+                ids.append(word)
+            elif word.startswith("<"):
+                ids.append(processor.tokenizer.convert_tokens_to_ids(word))
+            else:
+                ids += processor.tokenizer(word, add_special_tokens=False).input_ids
+        return ids
+
+    @pytest.mark.parametrize("family", ANSWERS)
+    def test_answers_are_targets(self, llama3_processor, row, family):
+        record = FAMILIES[family](row(family), random.Random(0))
+        batch = DataCollatorForVPiT(llama3_processor)([record])
+        assert self.answer(batch, llama3_processor) == self.words(llama3_processor, self.ANSWERS[family])
+        is_image = batch["input_ids"][0] == llama3_processor.image_token_id
+        assert is_image.sum() == 4 * len(record["images"])
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_text_to_image(self, llama3_processor, row, seed):
+        record = FAMILIES["text_to_image"](row("text_to_image"), random.Random(seed))
+        question, answer = record["messages"][0]["content"], record["messages"][1]["content"]
+        assert "a grey square" in question[0]["text"] and "square.." not in question[0]["text"]
+        lead = [part["text"] for part in answer if part["type"] == "text"]
+        expected = [*lead, "<image_start>", "IMAGE", "<image_end>", "<|eot_id|>"]
+        batch = DataCollatorForVPiT(llama3_processor)([record])
+        assert self.answer(batch, llama3_processor) == self.words(llama3_processor, expected)
+
+    @pytest.mark.parametrize("show", ["crop", "boxes"])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_visual_thinking(self, llama3_processor, row, show, seed):
+        record = FAMILIES["visual_thinking"](row("visual_thinking"), random.Random(seed), show=show)
+        whole, shown = record["images"]
+        assert shown.size == ((8, 10) if show == "crop" else whole.size)
+        if show == "boxes":
+            assert shown.getpixel((2, 2)) == (255, 0, 0) and whole.getpixel((2, 2)) == (125, 125, 125)
+        thought = [part["text"] for part in record["messages"][1]["content"] if part["type"] == "text"][:-1]
+        expected = [*thought, "<image_start>", "IMAGE", "<image_end>", "This.", "<|eot_id|>"]
+        batch = DataCollatorForVPiT(llama3_processor)([record])
+        assert self.answer(batch, llama3_processor) == self.words(llama3_processor, expected)
+
+    @pytest.mark.parametrize("kind", WORDINGS)
+    @pytest.mark.parametrize("seed", range(3))
+    def test_video_prediction(self, llama3_processor, row, kind, seed):
+        options = {"kinds": [kind], "min_seconds": 0.5, "max_seconds": 1.5}
+        record = FAMILIES["video_prediction"](row("video_prediction"), random.Random(seed), **options)
+        question, answer = (message["content"] for message in record["messages"])
+        asked = sum(part["type"] == "image" for part in question)
+        grey = [np.asarray(image).mean() for image in record["images"]]
+        order = np.argsort(np.argsort(grey[:asked])).tolist(), grey[asked:]
+        if kind == "time_between":
+            assert asked == len(grey) and answer[0]["text"].split()[1].startswith("second")
+            seconds = float(answer[0]["text"].split()[0])
+            assert np.diff(grey).mean() == pytest.approx(20 * seconds, abs=6)
+        elif kind == "reverse":
+            assert grey[asked:] == grey[:asked][::-1]
+        elif kind == "reorder":
+            assert grey[asked:] == sorted(grey[:asked])
+        elif kind == "every_other":
+            assert sorted(grey) == [
+                g for pair in zip(grey[:asked], [*grey[asked:], None]) for g in pair if g is not None
+            ]
+        else:
+            assert grey == sorted(grey) and len(grey) > asked
+            assert len(grey) - asked <= 3 or kind != "next_images"
+        assert order[0] == sorted(order[0]) or kind == "reorder"
+        batch = DataCollatorForVPiT(llama3_processor)([record])
+        drawn = (batch["labels"] == llama3_processor.image_token_id).sum().item()
+        assert drawn == 4 * (len(grey) - asked)
+
+    @pytest.mark.parametrize("case", GOLDEN_CHATS)
+    def test_llava_is_the_released_form(self, llama3_processor, pictures, case):
+        """The released preprocessing's ids for its own data."""
+        golden = GOLDEN_CHATS[case]
+        count = sum(turn["value"].count("<image>") for turn in golden["conversation"])
+        row = {"conversations": golden["conversation"], "image": [str(pictures / "0.png")] * count}
+        batch = DataCollatorForVPiT(llama3_processor)([FAMILIES["llava"](row, random.Random(0))])
+        expected = [t for token in golden["input_ids"] for t in ([128258] * 4 if token == -200 else [token])]
+        assert batch["input_ids"][0].tolist() == expected
+
+    def test_frames_by_their_time_stamps(self, video):
+        """The second half has fewer frames: counted by index it would be over too soon."""
+        grey = [np.asarray(frame).mean() for frame in video_frames(str(video), 1.0)]
+        assert grey == pytest.approx([20 + 20 * second for second in range(10)], abs=6)
+        assert len(video_frames(str(video), 0.1, limit=7)) == 7
+
+    @pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
+    @pytest.mark.parametrize("form", ["bytes", "path"])
+    def test_a_video_that_breaks_off_is_named(self, tmp_path, part, form):
+        """A file whose index stands first opens and decodes without an error as far as it goes."""
+        path = tmp_path / "clip.mp4"
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            noise = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
+            for picture in noise:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        whole = path.read_bytes()
+        assert len(video_frames(str(path), 0.5)) == 8
+        path.write_bytes(whole[: int(part * len(whole))])
+        video = str(path) if form == "path" else {"bytes": path.read_bytes(), "path": "clip.mp4"}
+        mixture = load_mixture(
+            [
+                {
+                    "task": "video_qa",
+                    "path": write_jsonl(tmp_path / "rows.jsonl", [{**ROWS["video_qa"], "video": str(path)}]),
+                }
+            ]
+        )
+        assert mixture[0]["id"] == "row 0" and "breaks off after" in mixture[0]["bad"]
+        with pytest.raises(BadSample, match=r"breaks off after [0-3]\.\d of 4\.0 s \(.*clip\.mp4\)"):
+            video_frames(video, 0.5)
+        assert len(video_frames(video, 0.5, limit=1)) == 1  # what comes before the break is whole
+
+    def test_frames_of_a_question_are_capped(self, row):
+        record = FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=2.0, max_frames=4)
+        grey = [np.asarray(image).mean() for image in record["images"]]
+        assert [(g - 20) / 20 for g in grey] == pytest.approx([0, 2.5, 5, 7.5], abs=0.3)  # the times they are of
+
+    def test_frames_of_a_long_video_are_not_all_held(self, row, monkeypatch):
+        wanted = []
+        monkeypatch.setattr(
+            vpit_families, "video_frames", lambda video, seconds: wanted.append(seconds) or [Image.new("RGB", (8, 8))]
+        )
+        FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=1000.0, max_frames=4)
+        assert wanted == [pytest.approx(2.5, abs=0.2)]
+
+    @pytest.mark.parametrize(
+        ("family", "change", "reason"),
+        [
+            ("chat", {"messages": None}, "has none of the columns messages"),
+            ("chat", {"messages": "hello"}, "has messages of type str"),
+            ("llava", {"conversations": [{"from": "robot", "value": "hi"}]}, "LLaVA's form does not know"),
+            ("llava", {"conversations": 3}, "no list of turns"),
+            ("text_to_image", {"caption": " "}, "has the caption ' '"),
+            ("image_to_image", {"instruction": None}, "none of the columns instruction"),
+            ("visual_thinking", {"boxes": [2, 2, 30, 12]}, "not inside its 20x16 picture"),
+            ("visual_thinking", {"boxes": [10, 2, 2, 12]}, "not inside"),
+            ("visual_thinking", {"boxes": ["a", 2, 3, 4]}, "expected \\[left, top, right, bottom\\]"),
+            ("visual_thinking", {"image": "/no/such.png"}, "cannot be read \\(/no/such.png\\)"),
+            ("video_qa", {"video": "/no/such.mp4"}, "video that cannot be read \\(/no/such.mp4\\)"),
+            ("video_qa", {"conversations": [{"from": "human", "value": "What?"}]}, "0 places for its video"),
+            ("video_prediction", {"video": b"broken"}, "video that cannot be read"),
+        ],
+    )
+    def test_bad_rows_are_named(self, row, family, change, reason):
+        with pytest.raises(BadSample, match=reason):
+            FAMILIES[family]({**row(family), **change}, random.Random(0))

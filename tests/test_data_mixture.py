@@ -1,0 +1,241 @@
+import io
+import json
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import datasets
+import pytest
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from datasets import Dataset, IterableDataset
+from datasets import Image as ImageFeature
+from helpers import LLAVA, ROWS, write_jsonl
+from torch.utils.data import DataLoader
+
+from metamorph_hf.data.mixture import JsonLines, Source, load_mixture, mixture_table
+from metamorph_hf.image_reading import BadSample, read_image
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
+
+
+class TestReading:
+    @pytest.mark.parametrize("end", ["\n", ""])
+    @pytest.mark.parametrize("count", [0, 1, 3])
+    def test_json_lines(self, tmp_path, count, end):
+        rows = [{"n": number, "text": "ä\u2028" * number} for number in range(count)]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + (end if count else ""))
+        assert list(JsonLines(path)) == rows
+
+    def test_broken_lines_are_named(self, tmp_path):
+        path = write_jsonl(tmp_path / "rows.jsonl", [{"n": 0}, '{"n": ', [1]])
+        lines = JsonLines(path)
+        with pytest.raises(BadSample, match="is line 2 of .*rows.jsonl, which is not JSON"):
+            lines[1]
+        with pytest.raises(BadSample, match="is line 3 of .*rows.jsonl, which holds list"):
+            lines[2]
+
+    def test_a_million_lines_in_little_memory(self, tmp_path):
+        path = tmp_path / "many.jsonl"
+        path.write_bytes(b"".join(b'{"n": %d, "text": "%s"}\n' % (n, b"x" * 40) for n in range(1_000_000)))
+        tracemalloc.start()
+        lines = JsonLines(path)
+        assert len(lines) == 1_000_000 and lines[765_432]["n"] == 765_432
+        assert tracemalloc.get_traced_memory()[1] < 100e6  # the file has 60 MB, the index 8
+        tracemalloc.stop()
+
+    @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n  \r\n"])
+    def test_empty_lines_at_the_end(self, tmp_path, end):
+        (tmp_path / "lines.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}' + end.encode())
+        assert [row["a"] for row in JsonLines(tmp_path / "lines.jsonl")] == [1, 2]
+
+
+class TestMixture:
+    @pytest.fixture
+    def sources(self, tmp_path, pictures):
+        chats = [{"id": f"chat-{n}", **ROWS["chat"]} for n in range(30)]
+        drawings = [{"caption": f"grey {n}", "image": f"{n}.png"} for n in range(10)]
+        return [
+            {"task": "chat", "path": write_jsonl(tmp_path / "chat.jsonl", chats)},
+            {
+                "task": "text_to_image",
+                "path": write_jsonl(tmp_path / "t2i.jsonl", drawings),
+                "image_root": str(pictures),
+            },
+        ]
+
+    def count(self, dataset) -> dict[str, int]:
+        tasks = [record["task"] for record in dataset]
+        return {task: tasks.count(task) for task in sorted(set(tasks))}
+
+    def test_all_once(self, sources):
+        mixture = load_mixture(sources)
+        assert self.count(mixture) == {"chat": 30, "text_to_image": 10}
+        assert len({(record["source"], record["id"]) for record in mixture}) == 40
+
+    @pytest.mark.parametrize("count", [1, 7, 25])
+    def test_counts(self, sources, count):
+        """The ablation's switch: understanding as it is, so many generation samples."""
+        mixture = load_mixture([sources[0], {**sources[1], "num_samples": count}])
+        assert self.count(mixture) == {"chat": 30, "text_to_image": count}
+        ids = [record["id"] for record in mixture if record["task"] == "text_to_image"]
+        assert max(ids.count(name) for name in ids) == -(-count // 10)
+
+    @pytest.mark.parametrize(("size", "expected"), [(None, (10, 10)), (60, (30, 30))])
+    def test_weights(self, sources, size, expected):
+        mixture = load_mixture([{**source, "weight": 2.0} for source in sources], size=size)
+        assert tuple(self.count(mixture).values()) == expected
+
+    def test_seeds(self, sources):
+        first, again, other = (list(load_mixture(sources, seed=seed)) for seed in (0, 0, 1))
+        assert first == again != other
+        assert sorted(r["id"] for r in first) == sorted(r["id"] for r in other)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_workers(self, sources, tiny_processor, workers):
+        """Rows that cannot be read are skipped and named, in whichever process."""
+        with open(sources[0]["path"], "a") as file:
+            file.write("{broken\n")
+        collate = DataCollatorForVPiT(tiny_processor, on_bad_sample="skip")
+        batches = list(DataLoader(load_mixture(sources), batch_size=4, num_workers=workers, collate_fn=collate))
+        assert sum(len(batch["sample_ids"]) for batch in batches) == 40
+        (rejected,) = [sample for batch in batches for sample in batch.get("rejected", [])]
+        assert rejected["sample"].startswith("Example row 30 of") and "line 31" in rejected["reason"]
+
+    def test_streaming(self, sources, tmp_path, pictures, monkeypatch):
+        """The same samples as without; they go on where a state was taken."""
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds an iterator
+        rows = [{"caption": f"grey {n}", "image": str(pictures / f"{n}.png")} for n in range(10)]
+        Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "t2i.parquet")
+        stream = {"task": "text_to_image", "path": "parquet", "data_files": str(tmp_path / "t2i.parquet")}
+        mixture = load_mixture([sources[0], {**stream, "streaming": True}])
+        assert isinstance(mixture, IterableDataset)
+        assert self.count(mixture) == {"chat": 30, "text_to_image": 10}
+        whole = [(record["source"], record["id"]) for record in mixture]
+        iterator = iter(mixture)
+        begun = [(record["source"], record["id"]) for record in (next(iterator) for _ in range(13))]
+        resumed = load_mixture([sources[0], {**stream, "streaming": True}])
+        resumed.load_state_dict(mixture.state_dict())
+        assert begun + [(record["source"], record["id"]) for record in resumed] == whole
+        not_streaming = load_mixture([stream])
+        assert read_image(not_streaming[0]["images"][0]).size == (20, 16)
+
+    MEMBERS = {
+        "text_to_image": ({"jpg": "2.png", "txt": b"a grey square."}, {}),
+        "image_to_image": (
+            {"source.png": "3.png", "target.png": "4.png", "json": b'{"instruction": "Make it brighter."}'},
+            {"source": "source.png", "target": "target.png"},
+        ),
+        "llava": (
+            {"png": "1.png", "json": json.dumps({"conversations": LLAVA["conversations"]}).encode()},
+            {"image": "png"},
+        ),
+        "video_prediction": ({"mp4": None}, {}),
+        "video_qa": ({"mp4": None, "json": json.dumps(ROWS["video_qa"]).encode()}, {}),
+        "visual_thinking": ({"jpg": "5.png", "json": json.dumps(ROWS["visual_thinking"]).encode()}, {"image": "jpg"}),
+        "chat": ({"png": "1.png", "json": json.dumps(ROWS["chat"]).encode()}, {"images": "png"}),
+    }
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("task", [*MEMBERS, "text_to_image json"])
+    def test_webdataset(self, tiny_processor, pictures, video, tmp_path, monkeypatch, task, streaming):
+        """Members of a tar are columns, and so are the keys of its .json members."""
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        task, _, json_caption = task.partition(" ")
+        members, columns = self.MEMBERS[task]
+        if json_caption:
+            members = {"jpg": "2.png", "json": b'{"caption": "a grey square."}'}
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for number in range(3):
+                for ending, content in members.items():
+                    data = video.read_bytes() if content is None else content
+                    data = (pictures / content).read_bytes() if isinstance(content, str) else data
+                    member = tarfile.TarInfo(f"{number:04}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        source = {"task": task, "path": "webdataset", "data_files": str(tmp_path / "shard.tar"), "columns": columns}
+        records = list(load_mixture([{**source, "streaming": streaming}]))
+        assert sorted(record["id"] for record in records) == [f"{n:04} (row {n})" for n in range(3)]
+        batch = DataCollatorForVPiT(tiny_processor)(records)
+        assert (batch["labels"] != -100).any(1).all() and "pixel_values" in batch
+        if task == "text_to_image":
+            assert "a grey square" in tiny_processor.tokenizer.decode(batch["input_ids"][0])
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("resume_after", [0, 3])
+    def test_two_processes_share_the_samples(
+        self, sources, tiny_processor, tmp_path, monkeypatch, streaming, resume_after
+    ):
+        """As accelerate deals them out to Trainer's processes, from the start and from the middle of an epoch."""
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        if streaming:
+            for shard in range(2):
+                rows = [{"id": f"{shard}-{n}", **ROWS["chat"]} for n in range(20)]
+                Dataset.from_list(rows).to_parquet(tmp_path / f"{shard}.parquet")
+            files = [str(tmp_path / f"{shard}.parquet") for shard in range(2)]
+            sources = [{"task": "chat", "path": "parquet", "data_files": files, "streaming": True}]
+        seen = []
+        for process in range(2):
+            loader = DataLoader(load_mixture(sources), batch_size=4, collate_fn=DataCollatorForVPiT(tiny_processor))
+            sharding = {"num_processes": 2, "process_index": process, "put_on_device": False}
+            loader = prepare_data_loader(loader, dispatch_batches=False, **sharding)
+            batches = [batch["sample_ids"] for batch in skip_first_batches(loader, resume_after)]
+            assert len(batches) == 5 - resume_after
+            seen += [name for names in batches for name in names]
+        assert len(seen) == len(set(seen)) == 40 - 2 * 4 * resume_after
+
+    @pytest.mark.parametrize(
+        ("lengths", "batches_of"),
+        [((4, 12), [1, 3]), ((8, 4, 4), [3, 1]), ((16,), [2, 2])],
+        ids=["uneven", "not divisible", "one shard"],
+    )
+    def test_uneven_shards_are_named(self, tiny_processor, tmp_path, monkeypatch, caplog, lengths, batches_of):
+        """Whole shards go to a process: no sample is lost or seen twice, but one process ends earlier."""
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        files = [str(tmp_path / f"{shard}.parquet") for shard in range(len(lengths))]
+        for file, length in zip(files, lengths):
+            Dataset.from_list([{"id": f"{Path(file).stem}-{n}", **ROWS["chat"]} for n in range(length)]).to_parquet(
+                file
+            )
+        sources = [{"task": "chat", "path": "parquet", "data_files": files, "streaming": True}]
+        seen, counts = [], []
+        for process in range(2):
+            loader = DataLoader(load_mixture(sources), batch_size=4, collate_fn=DataCollatorForVPiT(tiny_processor))
+            sharding = {"num_processes": 2, "process_index": process, "put_on_device": False}
+            loader = prepare_data_loader(loader, dispatch_batches=False, **sharding)
+            batches = [batch["sample_ids"] for batch in loader]
+            resumed = skip_first_batches(loader, 1)  # as Trainer does
+            assert [batch["sample_ids"] for batch in resumed] == batches[1:]
+            counts.append(len(batches))
+            seen += [name.split()[1] for names in batches for name in names]
+        assert len(seen) == len(set(seen)) == 16
+        assert counts == batches_of
+        assert ("ends earlier than the others" in caplog.text) == (len(lengths) > 1)
+
+    def test_table(self, sources):
+        with open(sources[0]["path"], "a") as file:
+            file.write("{broken\n")
+        table = [line.split() for line in mixture_table(load_mixture(sources)).splitlines()]
+        assert table[1][:7] == ["chat", "31", "75.6%", "0", "0", "0%", "1"]
+        assert table[2][:7] == ["text_to_image", "10", "24.4%", "0", "10", "100%", "0"]
+        assert mixture_table(load_mixture(sources), 5).endswith("5 samples read, the first of 41")
+
+    @pytest.mark.parametrize(
+        ("entries", "reason"),
+        [
+            ([], "at least one source"),
+            ([{"task": "poem", "path": "x"}], "task is 'poem', expected one of chat"),
+            ([{"path": "x"}], "lacks task"),
+            ([{"task": "chat", "path": "x", "weight": 1, "num_samples": 2}], "one of the two"),
+            ([{"task": "chat", "path": "x", "weight": 0}], "more than 0"),
+            ([{"task": "chat", "path": "a", "weight": 1}, {"task": "chat", "path": "b"}], "for every one or for none"),
+        ],
+    )
+    def test_refused(self, entries, reason):
+        with pytest.raises(ValueError, match=reason):
+            load_mixture(entries)
+
+    def test_empty(self, tmp_path):
+        (tmp_path / "empty.jsonl").touch()
+        with pytest.raises(ValueError, match="empty.jsonl has no samples"):
+            load_mixture([Source("chat", str(tmp_path / "empty.jsonl"))])

@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    IMAGE,
+    arguments,
+    build_trainer,
+    conversation,
+    picture,
+    text,
+)
+from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
+
+from metamorph_hf import (
+    LogSamplesCallback,
+    MetaMorphForConditionalGeneration,
+    MetaMorphPipeline,
+)
+
+
+EMOJI = Path(__file__).parents[1] / "examples" / "emoji" / "checkpoint"
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model()
+
+
+class TestLogSamples:
+    def test_prompts_are_answered_and_painted(self, tiny_processor, tiny_model, tmp_path):
+        """Texts and pictures in the folder and in TensorBoard, and the run is the one without them."""
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI)
+        examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
+        states = []
+        for with_samples in (False, True):
+            torch.manual_seed(0)
+            model = MetaMorphForConditionalGeneration.from_pretrained(EMOJI / "model", dtype="float32")
+            model.config.visual_token_noise = 1.0
+            args = arguments(tmp_path / str(with_samples), max_steps=3, report_to="tensorboard")
+            trainer = build_trainer(model, pipe.processor, args, examples)
+            if with_samples:
+                callback = LogSamplesCallback(
+                    trainer,
+                    ["a red apple", "hello"],
+                    2,
+                    pipe,
+                    max_new_tokens=24,
+                    paint_kwargs={"num_inference_steps": 2},
+                )
+                trainer.add_callback(callback)
+            trainer.train()
+            states.append(model.state_dict())
+        folder = tmp_path / "True" / "samples"
+        assert {path.name for path in folder.glob("*.json")} == {"step-000002.json", "step-000003.json"}
+        apple, _ = json.loads((folder / "step-000002.json").read_text())
+        assert apple["prompt"] == "a red apple"
+        assert apple["answer"].count("<image>") == len(apple["images"]) == 1
+        assert Image.open(folder / apple["images"][0]).size == (64, 64)
+        for run in (tmp_path / "True").rglob("events.out.tfevents.*"):
+            events = event_accumulator.EventAccumulator(str(run))
+            events.Reload()
+            if "samples/0-0" in events.Tags()["images"]:
+                assert [event.step for event in events.Images("samples/0-0")] == [2, 3]
+                break
+        else:
+            pytest.fail("no picture in TensorBoard's files")
+        for name, weight in states[0].items():
+            assert torch.equal(weight, states[1][name]), name
+
+    @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+    def test_other_trackers(self, tmp_path, monkeypatch, tracker):
+        for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": "", "TRACKIO_DIR": "", "WANDB_SILENT": "1"}.items():
+            monkeypatch.setenv(name, value or str(tmp_path / "tracked"))
+        (tmp_path / "tracked").mkdir()
+        pytest.importorskip(tracker)
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI, dtype=torch.float32)
+        examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
+        trainer = build_trainer(pipe.model, pipe.processor, arguments(tmp_path / "run", report_to=tracker), examples)
+        options = {"max_new_tokens": 24, "paint_kwargs": {"num_inference_steps": 1}}
+        trainer.add_callback(LogSamplesCallback(trainer, ["a red apple"], 1, pipe, **options))
+        trainer.train()
+        tracked = {path.resolve() for path in (tmp_path / "tracked").rglob("*.png")}
+        assert [Image.open(path).size for path in tracked] == [(64, 64)]
+
+    @pytest.mark.parametrize(("prompts", "every"), [([], 1), (["a cat"], 0)])
+    def test_refused(self, tiny_processor, model, tmp_path, prompts, every):
+        with pytest.raises(ValueError, match="at least one prompt"):
+            LogSamplesCallback(build_trainer(model, tiny_processor, arguments(tmp_path)), prompts, every)

@@ -1,0 +1,244 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from helpers import (
+    EXAMPLES,
+    arguments,
+    build_trainer,
+    train,
+)
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from metamorph_hf import (
+    MetaMorphForConditionalGeneration,
+)
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
+from metamorph_hf.vpit.stages import complete_peft_config
+
+
+EMOJI = Path(__file__).parents[1] / "examples" / "emoji" / "checkpoint"
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model()
+
+
+class TestStages:
+    """What moves, parameter by parameter, and at which learning rate."""
+
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize(("stage", "tower"), [("projector", False), ("full", False), ("full", True)])
+    def test_what_moves(self, tiny_processor, tiny_model, tmp_path, stage, tied, tower):
+        model = tiny_model(tie_word_embeddings=tied)
+        before = copy.deepcopy(model.state_dict())
+        rates = {"vision_tower_learning_rate": 1e-2} if tower else {}
+        args = arguments(
+            tmp_path, stage=stage, per_device_train_batch_size=8, weight_decay=0.1, optim="adamw_torch", **rates
+        )
+        train(model, tiny_processor, args)
+        after = model.state_dict()
+        moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+        embeddings = "model.language_model.embed_tokens.weight"
+        if stage == "projector":
+            rows = (after[embeddings] != before[embeddings]).any(1).nonzero().flatten().tolist()
+            assert rows == sorted([tiny_processor.image_start_token_id, tiny_processor.image_end_token_id])
+            moved -= {"lm_head.weight"} if tied else set()
+            assert moved == {embeddings} | {name for name in before if name.startswith("model.projector.")}
+        else:
+            # The tower's final norm and pooling head are not part of visual tokens.
+            unused = ("post_layernorm", "vision_tower.head")
+            frozen = {n for n in before if "vision_tower" in n and (not tower or any(part in n for part in unused))}
+            assert moved == before.keys() - frozen
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_image_token_rows_get_the_input_gradient(self, tiny_processor, tiny_model, tmp_path, tied):
+        """Against a model whose whole input embedding trains, by the text loss alone, as the released stage 1."""
+        model, twin = tiny_model(tie_word_embeddings=tied), tiny_model()
+        if tied:
+            twin.lm_head.weight.data = twin.model.language_model.embed_tokens.weight.data.clone()
+            model.model.language_model.embed_tokens.weight.data = twin.lm_head.weight.data.clone()
+            model.tie_weights()
+        start = model.get_input_embeddings().weight.detach().clone()
+        train(model, tiny_processor, arguments(tmp_path, stage="projector", per_device_train_batch_size=8))
+        twin.train()(**DataCollatorForVPiT(tiny_processor)(EXAMPLES)).text_loss.backward()
+        rows = [tiny_processor.image_start_token_id, tiny_processor.image_end_token_id]
+        expected = start - 1e-2 * twin.get_input_embeddings().weight.grad
+        torch.testing.assert_close(model.get_input_embeddings().weight[rows], expected[rows])
+        # Training over, the model is whole again: stage 2 reaches every row.
+        model.train()(**DataCollatorForVPiT(tiny_processor)(EXAMPLES[:3])).loss.backward()
+        gradient = model.get_input_embeddings().weight.grad
+        assert gradient.abs().sum(1).count_nonzero() > 2
+
+    def test_stage_1_leaves_the_models_loss_weight_alone(self, tiny_processor, tiny_model, tmp_path):
+        model = tiny_model(visual_loss_weight=2.0)
+        logs = train(model, tiny_processor, arguments(tmp_path, stage="projector")).state.log_history[0]
+        assert logs["loss"] == pytest.approx(logs["text_loss"])
+        assert model.config.visual_loss_weight == 2.0
+
+    def test_learning_rates_of_modules(self, tiny_processor, model, tmp_path):
+        rates = {
+            "projector_learning_rate": 3e-3,
+            "vision_head_learning_rate": 5e-3,
+            "vision_tower_learning_rate": 1e-4,
+        }
+        trainer = build_trainer(
+            model, tiny_processor, arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1, **rates)
+        )
+        optimizer = trainer.create_optimizer()
+        by_parameter = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        for name, parameter in model.named_parameters():
+            key = next((m for m in ("projector", "vision_head", "vision_tower") if m in name), None)
+            expected = rates.get(f"{key}_learning_rate", 1e-3)
+            assert by_parameter[id(parameter)]["lr"] == pytest.approx(expected), name
+            decayed = not ("norm" in name or name.endswith("bias"))
+            assert by_parameter[id(parameter)]["weight_decay"] == (0.1 if decayed else 0.0), name
+
+    @pytest.mark.parametrize(
+        ("batch", "given", "expected"),
+        [
+            (448, {}, 3.74e-5),  # the released README's stage 1
+            (1536, {}, 6.93e-5),  # its stage 2
+            (48, {}, 1.23e-5),  # its one-node script
+            (48, {"learning_rate": 1e-4}, 1e-4),
+            (64, {"learning_rate": 1e-4, "base_batch_size": 256}, 5e-5),
+        ],
+    )
+    def test_square_root_rule(self, tiny_processor, model, tmp_path, batch, given, expected):
+        given = {"learning_rate": None, **given}
+        args = arguments(tmp_path, per_device_train_batch_size=batch // 8, gradient_accumulation_steps=8, **given)
+        optimizer = build_trainer(model, tiny_processor, args).create_optimizer()
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(expected, rel=5e-3)] * 2
+
+    def test_table(self, tiny_processor, model, tmp_path, capsys):
+        build_trainer(model, tiny_processor, arguments(tmp_path, stage="projector", projector_learning_rate=2e-3))
+        table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+        size = sum(p.numel() for p in model.model.projector.parameters())
+        assert table["projector"] == [f"{size:,}", f"{size:,}", "0.002"]
+        assert table["embeddings"][1:] == ["64", "0.01"]  # two rows of 32
+        for module in ("vision_tower", "vision_head", "language_model", "lm_head"):
+            assert table[module][1:] == ["0", "frozen"]
+
+    def test_frozen_tower_stays_in_eval_mode(self, model):
+        model.model.vision_tower.requires_grad_(False)
+        assert model.train().training and not model.model.vision_tower.training
+        model.model.vision_tower.requires_grad_(True)
+        assert model.train().model.vision_tower.training
+
+
+class TestPeft:
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_train_save_load_merge(self, tiny_processor, tiny_model, tmp_path, tied, use_dora):
+        model = tiny_model(tie_word_embeddings=tied)
+        model.save_pretrained(tmp_path / "base")
+        tiny_processor.save_pretrained(tmp_path / "base")
+        before = copy.deepcopy(model.state_dict())
+        args = arguments(tmp_path / "run", max_steps=3, learning_rate=1e-1)
+        peft_config = LoraConfig(r=4, use_dora=use_dora)
+        trainer = train(str(tmp_path / "base"), None, args, peft_config=peft_config)
+        trained = trainer.model
+        assert peft_config.target_modules is None, "the caller's configuration must stay as it was"
+        for name, parameter in trained.named_parameters():
+            expected = "lora_" in name or "trainable_tokens_delta" in name or "modules_to_save" in name
+            assert parameter.requires_grad == expected, name
+            assert not (expected and "vision_tower" in name)
+        assert sum("lora_A" in name for name, _ in trained.named_parameters()) == 2 * 7  # all linear layers, 2 blocks
+        logs = trainer.state.log_history[0]
+        assert logs["visual_loss"] != 0
+
+        trainer.save_model(tmp_path / "adapter")
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        with torch.no_grad():
+            expected = trained.eval()(**batch)
+            assert not torch.allclose(expected.logits, tiny_model(tie_word_embeddings=tied)(**batch).logits, atol=1e-3)
+            base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+            loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            torch.testing.assert_close(loaded(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+            merged = loaded.merge_and_unload()
+            torch.testing.assert_close(merged(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+            merged.save_pretrained(tmp_path / "merged")
+            plain = MetaMorphForConditionalGeneration.from_pretrained(tmp_path / "merged")
+            torch.testing.assert_close(plain(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert plain.state_dict().keys() == before.keys()
+        moved = {name for name, weight in plain.state_dict().items() if not torch.equal(weight, before[name])}
+        rows = (plain.get_input_embeddings().weight != before["model.language_model.embed_tokens.weight"]).any(1)
+        image_tokens = sorted([tiny_processor.image_start_token_id, tiny_processor.image_end_token_id])
+        assert rows.nonzero().flatten().tolist() == image_tokens
+        assert {"lm_head.weight", "vision_head.0.weight", "model.projector.0.weight"} <= moved
+        assert not any("vision_tower" in name for name in moved)
+
+    def test_load_adapter(self, tiny_processor, tiny_model, tmp_path):
+        """transformers' own way to load an adapter gives what PEFT's gives."""
+        args = arguments(tmp_path, max_steps=2, learning_rate=1e-1)
+        trainer = train(tiny_model(), tiny_processor, args, peft_config=LoraConfig(r=4))
+        trainer.save_model(tmp_path / "adapter")
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        tiny_model().save_pretrained(tmp_path / "base")
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+        model.load_adapter(str(tmp_path / "adapter"))
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
+
+    def test_qlora(self, tiny_processor, tiny_model, tmp_path):
+        """The language model in 4 bits with adapters; projector and vision head whole, in float32."""
+        tiny_model().save_pretrained(tmp_path / "base")
+        tiny_processor.save_pretrained(tmp_path / "base")
+        args = arguments(tmp_path / "run", max_steps=2, learning_rate=1e-1)
+        options = {"peft_config": LoraConfig(r=4), "quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+        trainer = build_trainer(str(tmp_path / "base"), None, args, **options)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert all(p.dtype == torch.float32 for name, p in before.items() if "lora_" not in name)
+        assert any("vision_head" in name for name in before) and any("projector" in name for name in before)
+        assert any(isinstance(module, Linear4bit) for module in trainer.model.modules())
+        trainer.train()
+        for name, parameter in trainer.model.named_parameters():
+            assert (name in before and not torch.equal(parameter, before[name])) == parameter.requires_grad, name
+
+    def test_adapters_are_small(self, tiny_config, tiny_processor, tmp_path):
+        """An adapter holds no embedding matrix: two rows of it."""
+        config = tiny_config()
+        config.text_config.vocab_size = 20_000
+        model = MetaMorphForConditionalGeneration(config)
+        train(model, tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4)).save_model(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 100_000
+
+    def test_what_is_given_is_kept(self, model):
+        given = LoraConfig(target_modules=["q_proj"], modules_to_save=["projector"], trainable_token_indices=[1])
+        completed = complete_peft_config(given, model)
+        assert completed.target_modules == {"q_proj"}
+        assert completed.modules_to_save == ["projector"]
+        assert completed.trainable_token_indices == [1]
+
+    @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "v_proj"]])
+    def test_tower_is_not_adapted(self, tiny_processor, model, tmp_path, target_modules):
+        """Its layers have the language model's names."""
+        config = LoraConfig(r=4, target_modules=target_modules)
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path), peft_config=config)
+        trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        assert any("language_model" in name and "lora_" in name for name in trained)
+        assert not any("vision_tower" in name for name in trained)
+
+    @pytest.mark.parametrize("module", ["projector", "vision_tower"])
+    def test_learning_rate_of_what_is_frozen(self, tiny_processor, model, tmp_path, module):
+        args = arguments(tmp_path, **{f"{module}_learning_rate": 1e-4})
+        config = LoraConfig(r=4, modules_to_save=["vision_head"])
+        with pytest.raises(ValueError, match=f"{module}_learning_rate is set, but nothing of that module is trained"):
+            build_trainer(model, tiny_processor, args, peft_config=config)
+
+    def test_not_in_stage_1(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match="leave out peft_config"):
+            build_trainer(model, tiny_processor, arguments(tmp_path, stage="projector"), peft_config=LoraConfig())
+
+    def test_whole_modules_are_trained_in_float32(self, tiny_processor, tiny_model, tmp_path):
+        trainer = build_trainer(
+            tiny_model().bfloat16(), tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4)
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.dtype == torch.float32, name
