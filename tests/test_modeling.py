@@ -11,9 +11,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     DynamicCache,
+    SiglipVisionConfig,
 )
 
-from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphModel
+from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphModel, modeling_metamorph
 
 
 GOLDEN_IMAGES = ("gradient", "shapes", "gray", "rgba")
@@ -299,8 +300,8 @@ class TestLosses:
             {**{key: value[:1] for key, value in batch.items()}, "pixel_values": batch["pixel_values"][:2]},
             {**{key: value[1:] for key, value in batch.items()}, "pixel_values": batch["pixel_values"][2:]},
         ]
-        counts = {"num_text_items": torch.tensor(12), "num_visual_items": 8}
-        parts = [gradients(model, **half, **counts) for half in halves]
+        counts = torch.tensor([12, 8])
+        parts = [gradients(model, **half, num_items_in_batch=counts) for half in halves]
         for name, gradient in whole.items():
             torch.testing.assert_close(parts[0][name] + parts[1][name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -319,7 +320,7 @@ class TestLosses:
 
     def test_counts_of_zero(self, tiny_model, batch):
         labels = torch.full_like(batch["labels"], -100)
-        outputs = tiny_model()(**{**batch, "labels": labels}, num_text_items=torch.tensor(0), num_visual_items=0)
+        outputs = tiny_model()(**{**batch, "labels": labels}, num_items_in_batch=torch.tensor([0, 0]))
         assert outputs.loss.item() == 0
 
     def test_batch_without_images(self, tiny_model, batch):
@@ -339,7 +340,7 @@ class TestLosses:
 
     def test_image_labels_without_images(self, tiny_model, batch):
         del batch["pixel_values"]
-        with pytest.raises(ValueError, match="mark 8 visual tokens as targets, but no images were given"):
+        with pytest.raises(ValueError, match="has 12 image token positions, but the images fill 0"):
             tiny_model()(**batch)
 
     def test_labels_need_ids(self, tiny_model, batch):
@@ -349,22 +350,20 @@ class TestLosses:
             model(inputs_embeds=embeds, **batch)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("labels", [None, 7], ids=["alone", "beside other labels"])
-    def test_shift_labels(self, tiny_model, batch, labels):
-        """What context parallelism gives instead of `labels`, or beside labels that nobody reads then."""
-        model, expected = tiny_model(), tiny_model()(**batch)
-        batch["shift_labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-        batch["labels"] = labels and torch.full_like(batch["labels"], labels)
+    @pytest.mark.parametrize("rows_at_once", [1, 1000])
+    def test_accuracy_and_entropy(self, tiny_model, batch, monkeypatch, rows_at_once):
+        """Compared with the logits of all positions, whether or not the losses are computed in chunks."""
+        model = tiny_model()
+        monkeypatch.setattr(modeling_metamorph, "MAX_LOGITS", rows_at_once * model.config.text_config.vocab_size)
+        logits = model(**batch).logits.index_fill(-1, torch.tensor([IMAGE]), -torch.inf)[:, :-1]
+        labels = batch["labels"][:, 1:]
+        is_text = (labels != -100) & (labels != IMAGE)
+        labels[is_text.nonzero()[::2].unbind(1)] = logits.argmax(-1)[is_text.nonzero()[::2].unbind(1)]
         outputs = model(**batch)
-        for name in ("loss", "text_loss", "visual_loss", "visual_cosine", "num_text_labels", "num_visual_labels"):
-            assert outputs[name] == expected[name], name
-
-    def test_shift_labels_past_the_end(self, tiny_model, batch):
-        """The last position of a part of a sequence cannot predict a visual token of the next part."""
-        batch["shift_labels"] = torch.full_like(batch["input_ids"], -100)
-        batch["shift_labels"][0, -1] = tiny_model().config.image_token_id
-        with pytest.raises(ValueError, match="where `input_ids` do not"):
-            tiny_model()(**batch)
+        distributions = torch.distributions.Categorical(logits=logits[is_text].clamp(min=-1e4))
+        assert outputs.text_entropy.item() == pytest.approx(distributions.entropy().mean().item(), rel=1e-4)
+        correct = (logits.argmax(-1) == labels)[is_text]
+        assert outputs.text_accuracy.item() == pytest.approx(correct.float().mean().item())
 
     def test_image_token_takes_no_probability(self, tiny_model, batch):
         model = tiny_model()
@@ -401,7 +400,7 @@ class TestForward:
         encoded.pop("pixel_values")
         torch.testing.assert_close(model(**encoded).loss, model(**batch).loss, rtol=0, atol=0)
         torch.testing.assert_close(model(**encoded).logits, model(**batch).logits, rtol=0, atol=0)
-        with pytest.raises(ValueError, match="Give either `pixel_values` or `visual_tokens`"):
+        with pytest.raises(ValueError, match="Pass exactly one of `pixel_values` and `visual_tokens`"):
             model(**encoded, pixel_values=batch["pixel_values"])
         encoded["visual_tokens"] = encoded["visual_tokens"][:, :3]
         with pytest.raises(ValueError, match=r"has shape \(3, 3, 16\), expected \(images, 4, 16\)"):
@@ -584,7 +583,7 @@ class TestOtherParts:
         assert torch.equal(outputs.image_outputs.visual_tokens, visual_tokens)
 
     def test_patches_that_are_no_square(self, tiny_model):
-        with pytest.raises(ValueError, match="gave 12 patches per image, which is no square grid"):
+        with pytest.raises(ValueError, match="returned 12 patches per image, which do not form a square grid"):
             tiny_model().model.reduce_patches(torch.zeros(1, 12, 16))
 
     @torch.no_grad()
@@ -645,7 +644,7 @@ class TestSaving:
     def test_tied_embeddings(self, tiny_config, tiny_model, tmp_path, where):
         text_config = tiny_config().text_config
         text_config.tie_word_embeddings = where == "text_config"
-        model = tiny_model(text_config=text_config, tie_word_embeddings=where == "composite")
+        model = tiny_model(text_config=text_config, tie_word_embeddings=True if where == "composite" else None)
         model.save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path)
         for tied in (model, loaded):
@@ -668,6 +667,21 @@ class TestConfig:
     def test_ids_are_distinct(self, tiny_config):
         with pytest.raises(ValueError, match=r"are \(5, 5, 6\), but must be distinct"):
             tiny_config(image_token_id=5)
+
+    def test_the_callers_objects_stay_as_they_are(self, tiny_config):
+        parts = {"text_config": tiny_config().text_config, "vision_config": SiglipVisionConfig(vision_use_head=True)}
+        before = {name: part.to_dict() for name, part in parts.items()}
+        config = MetaMorphConfig(**parts)
+        assert {name: part.to_dict() for name, part in parts.items()} == before
+        assert config.vision_config.vision_use_head is False
+
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("asked", [True, False, None])
+    def test_tying_is_as_asked(self, tiny_config, tied, asked):
+        text_config = tiny_config().text_config
+        text_config.tie_word_embeddings = tied
+        config = tiny_config(text_config=text_config, tie_word_embeddings=asked)
+        assert config.tie_word_embeddings is (tied if asked is None else asked)
 
     @pytest.mark.parametrize("name", ["token_reduction", "projector_type", "vision_head_type", "visual_loss_type"])
     def test_unknown_choice(self, tiny_config, name):

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
+from . import _moved_modules
 from .configuration_metamorph import MetaMorphConfig
-from .diffusers_registration import register_in_diffusers
-from .generation_metamorph import MetaMorphStreamer
+from .generation_metamorph import MetaMorphGenerationConfig, MetaMorphStreamer
 from .modeling_metamorph import MetaMorphForConditionalGeneration, MetaMorphModel, MetaMorphPreTrainedModel
 from .processing_metamorph import MetaMorphProcessor
 
@@ -23,17 +23,18 @@ __version__ = "0.1.0"
 
 AutoConfig.register("metamorph", MetaMorphConfig, exist_ok=True)
 AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor, exist_ok=True)
-# AutoModel gives the class that can generate: a checkpoint saved from it is what people load.
+# AutoModel returns the class that can generate, since people load checkpoints saved from it.
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
-register_in_diffusers()
 
-# What is saved carries its code, so that `trust_remote_code=True` loads it where this package is not installed.
+_moved_modules.register(__name__)
+
+# Saved checkpoints carry their code, so that `trust_remote_code=True` loads them without this package.
 MetaMorphConfig.register_for_auto_class()
 MetaMorphForConditionalGeneration.register_for_auto_class("AutoModel")
 MetaMorphProcessor.register_for_auto_class()
 
-# diffusers and TRL take seconds to import, and TRL is an extra, so what needs them loads on first use.
+# diffusers and TRL take seconds to import, and TRL is an extra, so their modules load on first use.
 _LAZY = {
     "GridUNet2DConditionModel": "small_visualizer",
     "LogSamplesCallback": "vpit.callbacks",
@@ -49,6 +50,7 @@ __all__ = [
     "LogSamplesCallback",
     "MetaMorphConfig",
     "MetaMorphForConditionalGeneration",
+    "MetaMorphGenerationConfig",
     "MetaMorphModel",
     "MetaMorphPipeline",
     "MetaMorphPipelineOutput",

@@ -1,5 +1,6 @@
 """Configuration of MetaMorph (arXiv 2412.14164)."""
 
+import copy
 import re
 from typing import Literal
 
@@ -12,16 +13,16 @@ from transformers.configuration_utils import SubConfigSpec
 class MetaMorphConfig(PreTrainedConfig):
     r"""
     Configuration of [`MetaMorphForConditionalGeneration`]: a vision tower, a projector, a causal language model and a
-    vision head.
+    vision head. Sub-configurations are copied; objects of the caller stay as they are.
 
     Args:
-        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to Llama-3.1-8B's shape):
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to the shape of Llama-3.1-8B):
             Configuration of any causal language model that `AutoModelForCausalLM` knows.
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to SigLIP so400m-patch14-384):
             Configuration of any vision encoder with a square patch grid, `image_size`, `patch_size`, `hidden_size`.
         image_token_id (`int`, *optional*, defaults to 128258):
-            Id that stands at each position of a visual token, in `input_ids` and, where the visual token is a
-            regression target, in `labels`. It is never predicted as text.
+            Id at each position of a visual token, in `input_ids` and, where the visual token is a regression target,
+            in `labels`. It is never predicted as text.
         image_start_token_id (`int`, *optional*, defaults to 128256): Id of `<image_start>`, an ordinary text target.
         image_end_token_id (`int`, *optional*, defaults to 128257): Id of `<image_end>`, an ordinary text target.
         num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N; a square number.
@@ -32,14 +33,15 @@ class MetaMorphConfig(PreTrainedConfig):
             `"linear"`, or `"mlp2x_gelu"` (the paper), `"mlp3x_gelu"` and so on for that many linear layers.
         vision_head_type (`str`, *optional*, defaults to `"mlp"`):
             `"linear"`, `"mlp"` (the paper) or `"mlp2x_gelu"`: one, two or three linear layers.
-        normalize_visual_tokens (`bool`, *optional*, defaults to `True`): L2-normalise visual tokens over channels.
+        normalize_visual_tokens (`bool`, *optional*, defaults to `True`): L2-normalize visual tokens over channels.
         visual_loss_type (`str`, *optional*, defaults to `"cosine"`): `"cosine"` (the paper), `"l1"` or `"mse"`.
         visual_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the visual loss beside the text loss.
         visual_token_noise (`float`, *optional*, defaults to 0.0):
-            How much of the visual tokens *fed in* for answer images is replaced by noise in training (the targets
-            never are). Each image draws its share from [0, this], cut at 1: with 2.0 half of the images are all
-            noise. The paper has none; a small model without it copies what it is fed and never learns to draw from
-            words.
+            Largest share of the visual tokens *fed in* for answer images that noise replaces in training; the targets
+            stay clean. Each image draws its share from [0, this], cut at 1: with 2.0 half of the images are all
+            noise. The paper has none; a small model without it copies its inputs and does not learn to generate
+            images from words.
+        tie_word_embeddings (`bool`, *optional*): Share `lm_head` with the embeddings; defaults to `text_config`'s.
 
     Raises:
         ValueError: if `num_image_tokens` is not a square number, `projector_type` is unknown, or the three image token
@@ -47,8 +49,8 @@ class MetaMorphConfig(PreTrainedConfig):
     """
 
     model_type = "metamorph"
-    keys_to_ignore_at_inference = ["cache", "image_outputs"]  # what Trainer does not gather as predictions
-    # transformers' generic code knows the two under these names.
+    keys_to_ignore_at_inference = ["cache", "image_outputs"]  # Trainer gathers all other outputs
+    # The names of transformers' generic code.
     attribute_map = {"vision_start_token_id": "image_start_token_id", "vision_end_token_id": "image_end_token_id"}
     sub_configs_defaults = {
         "text_config": SubConfigSpec(
@@ -102,19 +104,21 @@ class MetaMorphConfig(PreTrainedConfig):
     visual_loss_type: Literal["cosine", "l1", "mse"] = "cosine"
     visual_loss_weight: float = 1.0
     visual_token_noise: float = 0.0
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
+        self.text_config, self.vision_config = copy.deepcopy(self.text_config), copy.deepcopy(self.vision_config)
         super().__post_init__(**kwargs)
         if getattr(self, "auto_map", None) is None:  # saving adds AutoConfig and AutoModel
             model_class = "modeling_metamorph.MetaMorphForConditionalGeneration"
             self.auto_map = {"AutoModelForImageTextToText": model_class, "AutoModelForMultimodalLM": model_class}
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
-        # Visual tokens are what the tower's last layer gives; tied, its hidden state would be the one after the norm.
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        # Visual tokens come from the last layer; if tied, its hidden state would be the one after the final norm.
         self.vision_config.tie_last_hidden_states = False
-        # Nobody reads what SigLIP's pooling head gives, and its attention cannot be offloaded.
+        # SigLIP's pooling head is never used, and its attention cannot be offloaded.
         self.vision_config.vision_use_head = False
-        if self.grid_side**2 != self.num_image_tokens:
+        if self.num_image_tokens < 1 or self.grid_side**2 != self.num_image_tokens:
             raise ValueError(
                 f"num_image_tokens is {self.num_image_tokens}, but visual tokens form a square grid: use a square "
                 "number such as 16, 64 or 256."
@@ -124,9 +128,10 @@ class MetaMorphConfig(PreTrainedConfig):
                 f'projector_type is "{self.projector_type}", but must be "linear", or "mlp2x_gelu" or the like.'
             )
         ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
-        if len(set(ids)) != 3:
+        if len(set(ids)) != 3 or min(ids) < 0:
             raise ValueError(
-                f"image_token_id, image_start_token_id and image_end_token_id are {ids}, but must be distinct."
+                f"image_token_id, image_start_token_id and image_end_token_id are {ids}, but must be distinct ids of "
+                "the vocabulary."
             )
 
     @property

@@ -1,11 +1,12 @@
-"""What `generate()` needs to mix text steps and visual steps.
+"""`generate()` for answers that mix text and images.
 
-The decoding loop is transformers' own. A logits processor keeps each row in step: after `<image_start>` it forces N
-times the placeholder id, then `<image_end>`. Where a placeholder was chosen, the next forward pass reads
+The decoding loop is transformers' own. A logits processor keeps each row in step: after `<image_start>` it forces the
+image token id N times, then `<image_end>`. Where the image token id was chosen, the next forward pass reads
 projector(visual token) instead of an embedding; the visual token is the vision head's output of the step before.
+
+Shapes: B rows, S sequence, I images, N visual tokens per image, V width of a visual token.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,10 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     ProcessorMixin,
-    StoppingCriteria,
     TextIteratorStreamer,
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
-from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metamorph import MetaMorphConfig
@@ -29,125 +28,108 @@ from .configuration_metamorph import MetaMorphConfig
 logger = logging.get_logger(__name__)
 
 
+class MetaMorphGenerationConfig(GenerationConfig):
+    """
+    A [`GenerationConfig`] with two fields more, which `generate()` takes as arguments, too.
+
+    Args:
+        max_images (`int`, *optional*):
+            Largest number of images in an answer. With 0 the answer is text only, and beam search, assisted decoding
+            and classifier-free guidance are possible; they are refused otherwise.
+        force_image (`bool`, *optional*, defaults to `False`): Begin the answer with an image.
+        kwargs: The fields of [`GenerationConfig`].
+    """
+
+    def __init__(self, **kwargs):
+        self.max_images = kwargs.pop("max_images", None)
+        self.force_image = kwargs.pop("force_image", False)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "MetaMorphGenerationConfig":
+        """See [`GenerationConfig.from_model_config`], which expects its own fields only."""
+        return cls(**GenerationConfig.from_model_config(model_config).to_dict())
+
+
 @dataclass
 class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     """
-    [`GenerateDecoderOnlyOutput`] and what was drawn (B rows, N visual tokens per image, V wide).
+    [`GenerateDecoderOnlyOutput`] with the generated visual tokens.
 
     Args:
         visual_tokens (`list[torch.Tensor]`):
-            For each row its finished generated images, (images, N, V), normalised, in reading order.
+            For each row the visual tokens of its finished images, (images, N, V), normalized, in reading order.
         unfinished_images (`torch.Tensor` of shape (B,), bool):
-            Rows that a stopping criterion ended inside an image. Its visual tokens are in `sequences` as placeholders
-            but not in `visual_tokens`. `max_new_tokens` never does this: an image that has begun is finished.
+            Rows that a stopping criterion ended inside an image. The image is left out of `visual_tokens`.
     """
 
     visual_tokens: list[torch.FloatTensor] | None = None
     unfinished_images: torch.BoolTensor | None = None
 
 
-def is_inside_image(last: torch.LongTensor, image_token_id: int, image_start_token_id: int) -> torch.BoolTensor:
-    """Whether a visual token, or `<image_end>` after the last of them, comes after these ids."""
-    return (last == image_token_id) | (last == image_start_token_id)
-
-
-class ImageTokensLogitsProcessor(LogitsProcessor):
-    """Forces exactly `num_image_tokens` placeholders after `<image_start>`, then `<image_end>`.
+class ImageLogitsProcessor(LogitsProcessor):
+    """
+    Force exactly N image tokens after `<image_start>`, then `<image_end>`, and forbid images that are not wanted or no
+    longer fit.
 
     Args:
-        config ([`MetaMorphConfig`]): Says the ids and the number.
-        begun (`torch.Tensor` of shape (B,), bool, *optional*): Rows whose prompt of `inputs_embeds` begins an image.
-        force_at (`int`, *optional*): Where `<image_start>` itself is forced, a length of `input_ids`.
-    """
-
-    def __init__(self, config: MetaMorphConfig, begun: torch.BoolTensor | None = None, force_at: int | None = None):
-        self.image_token_id = config.image_token_id  # an attribute of a configuration is slow to get
-        self.image_start_token_id = config.image_start_token_id
-        self.image_end_token_id = config.image_end_token_id
-        self.num_image_tokens = config.num_image_tokens
-        self.begun = begun
-        self.force_at = force_at
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # No ids in the first step after a prompt of `inputs_embeds`.
-        inside = is_inside_image(input_ids[:, -1:], self.image_token_id, self.image_start_token_id).any(dim=-1)
-        if self.begun is not None and input_ids.shape[1] == 0:
-            inside = self.begun
-        is_forced = input_ids.shape[1] == self.force_at
-        if inside.device.type == "cpu" and not is_forced and not inside.any():  # elsewhere a look would have to wait
-            return scores
-        full = torch.zeros_like(inside)
-        if input_ids.shape[1] >= self.num_image_tokens:
-            full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(dim=-1)
-        forced_id = torch.where(full, self.image_end_token_id, self.image_token_id)
-        if is_forced:
-            forced_id = torch.where(inside, forced_id, self.image_start_token_id)
-            inside = torch.ones_like(inside)
-        forced_score = torch.where(inside[:, None], 0.0, scores.gather(1, forced_id[:, None]))
-        return scores.masked_fill(inside[:, None], float("-inf")).scatter_(1, forced_id[:, None], forced_score)
-
-    # transformers asks for it in every step; found anew, it costs as much as the rest.
-    __call__.__signature__ = inspect.signature(__call__)
-
-
-class ForbiddenTokensLogitsProcessor(LogitsProcessor):
-    """Forbids some ids: transformers' `SuppressTokensLogitsProcessor`, without a search of the vocabulary per step."""
-
-    def __init__(self, token_ids: torch.LongTensor):
-        self.token_ids = token_ids
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return scores.index_fill(-1, self.token_ids, float("-inf"))
-
-    __call__.__signature__ = inspect.signature(__call__)  # as above
-
-
-class MaxImagesLogitsProcessor(LogitsProcessor):
-    """
-    Forbids `<image_start>` to rows that have begun `max_images` images, and to all where an image no longer fits. It
-    counts, so it serves one answer only.
-
-    Args:
-        image_start_token_id (`int`): Id of `<image_start>`.
-        max_images (`int`, *optional*): Images of an answer; any number without it.
-        last_start (`int`, *optional*): Up to which length of `input_ids` an image fits; any without it.
-        begun (`torch.Tensor` of shape (B,), bool, *optional*): Rows whose prompt of `inputs_embeds` begins an image.
+        config ([`MetaMorphConfig`]): The model's configuration, for the token ids and N.
+        prompt_length (`int`): Length of the prompts' ids.
+        max_length (`int`): Length of `input_ids` in which an image, `<image_end>` included, must fit.
+        max_images (`int`, *optional*): Largest number of images in an answer, images begun by the prompt included.
+        force_image (`bool`, *optional*, defaults to `False`): Begin each answer with an image.
     """
 
     def __init__(
         self,
-        image_start_token_id: int,
-        max_images: int | None,
-        last_start: int | None,
-        begun: torch.BoolTensor | None = None,
+        config: MetaMorphConfig,
+        prompt_length: int,
+        max_length: int,
+        max_images: int | None = None,
+        force_image: bool = False,
     ):
-        self.image_start_token_id = image_start_token_id
-        self.max_images = max_images
-        self.last_start = last_start
-        self.begun = 0 if begun is None else begun.long()
+        # Reading an attribute of a configuration is slow, and this runs at each step.
+        self.image_token_id, self.num_image_tokens = config.image_token_id, config.num_image_tokens
+        self.image_start_token_id, self.image_end_token_id = config.image_start_token_id, config.image_end_token_id
+        self.prompt_length, self.max_length = prompt_length, max_length
+        self.max_images, self.force_image = max_images, force_image
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.begun = self.begun + (input_ids[:, -1:] == self.image_start_token_id).any(dim=-1)
-        forbidden = torch.zeros_like(self.begun, dtype=torch.bool)
-        if self.max_images is not None:
-            forbidden = self.begun >= self.max_images
-        if self.last_start is not None and input_ids.shape[1] > self.last_start:
-            forbidden = torch.ones_like(forbidden)
-        start_score = scores[:, self.image_start_token_id].masked_fill(forbidden, float("-inf"))
-        return scores.select_scatter(start_score, 1, self.image_start_token_id)
+        length, start = input_ids.shape[1], self.image_start_token_id
+        # A prompt of `inputs_embeds` has no ids, so `last` may be empty.
+        last = input_ids[:, -1:]
+        is_inside = ((last == self.image_token_id) | (last == start)).any(-1)
+        is_full = torch.zeros_like(is_inside)
+        if length >= self.num_image_tokens:
+            is_full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(-1)
+
+        if length + self.num_image_tokens + 2 > self.max_length:
+            scores = scores.index_fill(1, torch.tensor([start], device=scores.device), -torch.inf)
+        elif self.max_images is not None:
+            # The prompt's last token may begin the answer's first image.
+            num_begun = (input_ids[:, max(self.prompt_length - 1, 0) :] == start).sum(-1)
+            start_scores = scores[:, start].masked_fill(num_begun >= self.max_images, -torch.inf)
+            scores = scores.select_scatter(start_scores, 1, start)
+
+        forced_ids = torch.where(is_full, self.image_end_token_id, self.image_token_id)
+        if self.force_image and length == self.prompt_length:
+            forced_ids = torch.where(is_inside, forced_ids, start)
+            is_inside = torch.ones_like(is_inside)
+        forced_scores = torch.full_like(scores, -torch.inf).scatter_(1, forced_ids[:, None], 0.0)
+        return torch.where(is_inside[:, None], forced_scores, scores)
 
 
 class MetaMorphStreamer(TextIteratorStreamer):
     """
     Yields an answer while `generate()` writes it in another thread: pieces of text (`str`), and each image as soon as
-    it is finished (`torch.Tensor` of shape (N, V), its visual tokens). For one prompt at a time, as transformers'
-    streamers are.
+    it is finished (`torch.Tensor` of shape (N, V), its visual tokens). Like transformers' streamers it takes one
+    prompt at a time.
 
     Args:
-        processor ([`MetaMorphProcessor`]): Its tokenizer makes text of ids.
+        processor ([`MetaMorphProcessor`]): Its tokenizer decodes ids to text.
         skip_prompt (`bool`, defaults to `True`): Yield the answer alone.
         timeout (`float`, *optional*): Seconds to wait for the next piece before `queue.Empty` is raised.
-        decode_kwargs: For the tokenizer's `decode`; special tokens are skipped unless they say otherwise.
+        decode_kwargs: Arguments of the tokenizer's `decode`; `skip_special_tokens` defaults to `True`.
 
     Example:
 
@@ -164,332 +146,275 @@ class MetaMorphStreamer(TextIteratorStreamer):
     ):
         decode_kwargs = {"skip_special_tokens": True, **decode_kwargs}
         super().__init__(processor.tokenizer, skip_prompt=skip_prompt, timeout=timeout, **decode_kwargs)
-        self.image_token_id = processor.image_token_id
-        self.num_image_tokens = processor.num_image_tokens
+        self.image_token_id, self.num_image_tokens = processor.image_token_id, processor.num_image_tokens
         self.begin([])
 
     def begin(self, visual_token_steps: list[torch.Tensor]) -> None:
-        """Called by `generate()`: where it puts what the vision head gives, (1, 1, V) for each new token."""
+        """Start an answer. `generate()` appends the vision head's output (1, 1, V) of each step to the list."""
         self.visual_token_steps = visual_token_steps
-        self.new_tokens = self.drawn = 0
+        self.num_new_tokens = self.num_visual_tokens = 0
 
     def put(self, value: torch.LongTensor) -> None:
+        """See [`TextIteratorStreamer.put`]."""
         if self.next_tokens_are_prompt:
             super().put(value)
             self.next_tokens_are_prompt = False
             return
-        self.new_tokens += 1
+        self.num_new_tokens += 1
         if value.flatten()[0].item() != self.image_token_id:
             super().put(value)
             return
-        self.drawn += 1
-        if self.drawn % self.num_image_tokens == 0:
-            # Text that waits for its word to end comes before the image.
+        self.num_visual_tokens += 1
+        if self.num_visual_tokens % self.num_image_tokens == 0:
+            # Text that waits for the end of its word comes before the image.
             text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
             self.token_cache, self.print_len = [], 0
             self.on_finalized_text(text)
-            first = self.new_tokens - self.num_image_tokens
-            self.text_queue.put(torch.cat(self.visual_token_steps[first : self.new_tokens], dim=1)[0])
-
-
-class MaxLengthOutsideImageCriteria(StoppingCriteria):
-    """
-    transformers' `MaxLengthCriteria`, but a row finishes the image it is in, at most N + 1 tokens more. It is none of
-    them, since where those are the decoding loop stops by itself at their `max_length`.
-    """
-
-    def __init__(self, max_length: int, config: MetaMorphConfig, pads: bool):
-        self.max_length = max_length
-        self.image_token_id = config.image_token_id
-        self.image_start_token_id = config.image_start_token_id
-        if pads:  # rows end at different times: where a criterion has this attribute, the loop pads those that have
-            self.eos_token_id = None
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        inside = is_inside_image(input_ids[:, -1], self.image_token_id, self.image_start_token_id)
-        return ~inside & (input_ids.shape[1] >= self.max_length)
+            steps = self.visual_token_steps[self.num_new_tokens - self.num_image_tokens : self.num_new_tokens]
+            self.text_queue.put(torch.cat(steps, dim=1)[0])
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
     """
-    `generate()` for text and images: greedy search and sampling, cached or not, any batch.
+    `generate()` for text and images: greedy search and sampling, cached or not, for any batch. It takes the fields of
+    [`MetaMorphGenerationConfig`] and, instead of `pixel_values`, `visual_tokens`.
 
-    Options of `generate()` beside transformers' own, also as entries of `generation_config`:
-
-    - `max_images` (`int`): At most so many images in an answer. With 0 it is text only, and beam search and assisted
-      decoding are possible; they are refused otherwise.
-    - `force_image` (`bool`): The answer begins with an image. So does one to a prompt that ends with `<image_start>`.
-    - `visual_tokens` (`torch.Tensor` of shape (I, N, V) or list of such): Instead of `pixel_values`, the prompts'
-      images as `get_visual_tokens` or an earlier answer gives them: an image asked about often is encoded once. As in
-      `forward`, `image_indices` says which of them stands at each place.
-
-    No image begins where it no longer fits into the language model's context or a static cache.
+    An image takes N + 2 tokens (`<image_start>`, N visual tokens, `<image_end>`). None begins where it no longer fits
+    into `max_new_tokens`, the language model's context or a static cache.
     """
 
-    def _prepare_generation_config(self, generation_config, **kwargs):
-        if kwargs.pop("generation_mode", "text") != "text":  # what pipeline("any-to-any") passes on
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        visual_tokens: torch.Tensor | list[torch.Tensor] | None = None,
+        generation_mode: str = "text",
+        **kwargs,
+    ) -> MetaMorphGenerateOutput | ModelOutput | torch.LongTensor:
+        """
+        See [`~transformers.GenerationMixin.generate`] for all other arguments.
+
+        Args:
+            visual_tokens (`torch.Tensor` of shape (I, N, V) or list of (images, N, V) tensors, *optional*):
+                The prompts' images as `get_visual_tokens` or an earlier answer returns them, instead of
+                `pixel_values`. As in `forward`, `image_indices` says which of them stands at each position.
+            generation_mode (`str`, *optional*, defaults to `"text"`):
+                Set by `pipeline("any-to-any")`, which cannot decode visual tokens into images.
+
+        Returns:
+            Ids of shape (B, S), or with `return_dict_in_generate=True` a [`MetaMorphGenerateOutput`] (beam search and
+            assisted decoding return transformers' own outputs).
+
+        Raises:
+            ValueError: if options exclude each other, images and image tokens differ in number, the prompt is too
+                long, or an image that is asked for does not fit.
+        """
+        if generation_mode != "text":
             raise ValueError(
-                "`generate` gives visual tokens, which no pipeline of transformers makes pixels of: use "
-                "MetaMorphPipeline for pictures, or `generate` with force_image=True and "
-                "return_dict_in_generate=True for visual tokens."
+                f"generation_mode={generation_mode!r} is not supported: no pipeline of transformers decodes visual "
+                "tokens into images. Use MetaMorphPipeline, or `generate` with force_image=True and "
+                "return_dict_in_generate=True for the visual tokens."
             )
-        given = {name: kwargs.pop(name) for name in ("max_images", "force_image") if name in kwargs}
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        options = {"max_images": None, "force_image": False, **generation_config.to_dict(), **given}
-        max_images, force_image = options["max_images"], options["force_image"]
-        if max_images is not None and (type(max_images) is not int or max_images < 0):
-            raise ValueError(f"`max_images` is {max_images!r}, but must be 0, for text only, or a larger number.")
-        if force_image and max_images == 0 and len(given) == 1:  # what a call says goes before what is stored
-            max_images, force_image = (0, False) if "max_images" in given else (None, True)
-        generation_config.max_images, generation_config.force_image = max_images, force_image
-        if force_image and not self._can_draw(generation_config):
-            raise ValueError(
-                "`force_image` asks for an image, but `max_images=0`, `suppress_tokens` or `bad_words_ids` allow none."
-            )
-        return generation_config, model_kwargs
-
-    def _can_draw(self, generation_config: GenerationConfig) -> bool:
-        bad_words = [word[0] for word in generation_config.bad_words_ids or [] if len(word) == 1]
-        never = [*(generation_config.suppress_tokens or []), *bad_words]
-        return generation_config.max_images != 0 and self.config.image_start_token_id not in never
-
-    def _begins_image(
-        self, input_ids: torch.LongTensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs
-    ) -> torch.BoolTensor:
-        """Which prompts end with `<image_start>`, (B,), whether they are ids or `inputs_embeds` alone."""
-        if input_ids is not None and input_ids.shape[1]:
-            return input_ids[:, -1] == self.config.image_start_token_id
-        if inputs_embeds is None:
-            raise ValueError("The prompt is empty: give `input_ids` or `inputs_embeds` of one position at least.")
-        image_start = torch.tensor(self.config.image_start_token_id, device=inputs_embeds.device)
-        return (inputs_embeds[:, -1] == self.get_input_embeddings()(image_start)).all(-1)
-
-    @property
-    def _context(self) -> int | None:
-        """The language model's; one with ALiBi or without attention has no limit."""
-        return getattr(self.config.text_config, "max_position_embeddings", None)
-
-    def _last_image_start(
-        self, prompt_length: int, cache: Cache | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs
-    ) -> int | None:
-        """Where in `input_ids` an image can begin at the latest, to fit into context and cache; None for anywhere."""
-        limits = [self._context] if self._context is not None else []
-        if cache is not None:
-            lengths = [layer.get_max_length() for layer, slides in zip(cache.layers, cache.is_sliding) if not slides]
-            limits += [length for length in lengths if length >= 0]
-        unseen = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
-        return min(limits) - unseen - self.config.num_image_tokens - 1 if limits else None
-
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        supported = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        if generation_mode not in supported and self._can_draw(generation_config):
-            raise ValueError(
-                f"{generation_mode.value.replace('_', ' ')} cannot draw images: visual tokens are regressed one by "
-                "one, so there are no alternatives to rank or verify. Use greedy search or sampling (num_beams=1, no "
-                "assistant), or switch images off with max_images=0."
-            )
-        if generation_config.guidance_scale not in (None, 1) and self._can_draw(generation_config):
-            raise ValueError(
-                "Classifier-free guidance (guidance_scale) cannot draw images: its second pass reads the answer as "
-                "ids, without visual tokens, and guides the choice of text only. Leave guidance_scale out, or switch "
-                "images off with max_images=0."
-            )
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError(
-            "Continuous batching (`generate_batch`, the paged cache) hands on token ids alone, and no visual tokens: "
-            "call `generate` with a batch."
-        )
-
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        if self._context is not None and input_ids_length >= self._context:
-            raise ValueError(
-                f"The prompt has {input_ids_length} tokens, visual tokens included, longer than the model's "
-                f"context of {self._context} tokens. Shorten it or leave out images."
-            )
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-
-    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        config, device, prompt_length = self.config, kwargs.get("device"), kwargs["input_ids_seq_length"]
-        begun = None
-        if prompt_length == 0:
-            begun = self._begins_image(**kwargs["model_kwargs"])
-        # First, so that sampling and user processors choose among real text tokens; the forcing comes last.
-        never_text = [config.image_token_id, config.image_end_token_id]
-        if generation_config.max_images == 0:
-            never_text.append(config.image_start_token_id)
-        processors.insert(0, ForbiddenTokensLogitsProcessor(torch.tensor(never_text, device=device)))
-        if self._can_draw(generation_config):
-            max_images = generation_config.max_images
-            last_start = self._last_image_start(prompt_length, **kwargs["model_kwargs"])
-            if last_start is not None and last_start >= generation_config.max_length - 1:
-                last_start = None  # none begins that late
-            if max_images is not None or last_start is not None:
-                start = config.image_start_token_id
-                processors.insert(0, MaxImagesLogitsProcessor(start, max_images, last_start, begun))
-            force_at = prompt_length if generation_config.force_image else None
-            processors.append(ImageTokensLogitsProcessor(config, begun, force_at))
-        return processors
-
-    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args, **kwargs) -> StoppingCriteriaList:
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        if not self._can_draw(generation_config):
-            return criteria
-        pads = generation_config._pad_token_tensor is not None
-        return StoppingCriteriaList(
-            MaxLengthOutsideImageCriteria(criterion.max_length, self.config, pads)
-            if type(criterion) is MaxLengthCriteria
-            else criterion
-            for criterion in criteria
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        # Room in a static cache for finishing an image that begins just before `max_length`.
-        max_cache_length += self.config.num_image_tokens + 1 if self._can_draw(generation_config) else 0
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
-        visual_tokens = model_kwargs.pop("visual_tokens", None)
+        if not isinstance(self.generation_config, MetaMorphGenerationConfig):  # a plain one lacks our two fields
+            self.generation_config = MetaMorphGenerationConfig(**self.generation_config.to_dict())
+        # An option of the call outweighs a stored option that contradicts it.
+        if kwargs.get("max_images") == 0:
+            kwargs.setdefault("force_image", False)
+        elif kwargs.get("force_image") and self.generation_config.max_images == 0:
+            kwargs.setdefault("max_images", None)
         if visual_tokens is not None:
-            if model_kwargs.get("pixel_values") is not None or model_kwargs.get("mm_encoder_outputs"):
+            if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
                 raise ValueError(
-                    "Images are given twice: pass `visual_tokens`, `pixel_values` or `mm_encoder_outputs` alone."
+                    "Images are given twice: pass one of `visual_tokens`, `pixel_values` and `mm_encoder_outputs`."
                 )
             if not isinstance(visual_tokens, torch.Tensor):
                 visual_tokens = torch.cat(list(visual_tokens))
-            features = self.get_image_features(
-                visual_tokens=visual_tokens, image_indices=model_kwargs.pop("image_indices", None), return_dict=True
-            )
-            model_kwargs["mm_encoder_outputs"] = {"image": features}
-        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+            image_indices = kwargs.pop("image_indices", None)
+            features = self.get_image_features(visual_tokens=visual_tokens, image_indices=image_indices)
+            kwargs["mm_encoder_outputs"] = {"image": features}
+        self._check_image_count_before_expansion(inputs, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if features is not None and expand_size > 1 and model_kwargs.get("cache") is None:
-            # transformers expands as many images as there are places, and drops the rest.
-            ids = input_ids if input_ids is not None and input_ids.numel() else None
-            self.model.get_placeholder_mask(ids, model_kwargs.get("inputs_embeds"), features.pooler_output)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+    def _check_image_count_before_expansion(
+        self, inputs=None, input_ids=None, pixel_values=None, image_indices=None, mm_encoder_outputs=None, **kwargs
+    ) -> None:
+        """Compare counts early: with `num_return_sequences`, transformers drops surplus images silently."""
+        ids = input_ids if inputs is None else inputs
+        if ids is None or kwargs.get("cache") is not None:  # a cache holds images of earlier turns
+            return
+        given = image_indices if image_indices is not None else pixel_values
+        if mm_encoder_outputs:
+            given = mm_encoder_outputs["image"].pooler_output
+        num_images = 0 if given is None else len(given)
+        self.model.check_image_count(ids == self.config.image_token_id, num_images * self.config.num_image_tokens)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        kwargs.pop("visual_token_steps", None)
-        may_look, may_skip_logits = kwargs.pop("may_look", False), kwargs.pop("skip_logits", False)
-        # On a CPU a look at the ids costs nothing, so text steps leave out vision head and projector, and steps whose
-        # next ids are forced leave out `lm_head`: logits processors see zeros there. An accelerator would have to wait
-        # for it, and a compiled step is the same each time.
-        if may_look and input_ids.shape[1]:  # it is empty before the first token of a prompt of `inputs_embeds`
-            last, image_token_id = input_ids[:, -1], self.config.image_token_id
-            inside = is_inside_image(last, image_token_id, self.config.image_start_token_id)
-            kwargs["skip_visual_token"] = not inside.any()
-            kwargs["skip_logits"] = may_skip_logits and bool(inside.all())
-            if kwargs["skip_visual_token"] or not (last == image_token_id).any():
-                kwargs.pop("generated_visual_tokens", None)
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            cache=cache,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse continuous batching, which passes on token ids but no visual tokens."""
+        raise NotImplementedError(
+            "Continuous batching (`generate_batch`, the paged cache) passes on token ids but no visual tokens: call "
+            "`generate` with a batch."
         )
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if (steps := model_kwargs.get("visual_token_steps")) is not None:
-            # None in a text step. A copy, since a step compiled to a CUDA graph writes its outputs over those before.
-            steps.append(None if outputs.next_visual_token is None else outputs.next_visual_token.clone())
-            # Without a cache the whole answer is read again, so all of its visual tokens are needed.
-            model_kwargs["generated_visual_tokens"] = (
-                steps[-1] if model_kwargs.get("use_cache", True) else torch.cat(steps, dim=1)
+    def _allows_images(self, generation_config: GenerationConfig) -> bool:
+        bad_words = [word[0] for word in generation_config.bad_words_ids or [] if len(word) == 1]
+        suppressed = [*(generation_config.suppress_tokens or []), *bad_words]
+        return generation_config.max_images != 0 and self.config.image_start_token_id not in suppressed
+
+    # Overridden since beam search and assisted decoding would run silently wrong.
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        max_images, force_image = generation_config.max_images, generation_config.force_image
+        if max_images is not None and (type(max_images) is not int or max_images < 0):
+            raise ValueError(f"`max_images` is {max_images!r}, but must be 0, for text only, or a larger number.")
+        if not self._allows_images(generation_config):
+            if force_image:
+                raise ValueError(
+                    "`force_image` asks for an image, but `max_images=0`, `suppress_tokens` or `bad_words_ids` allow "
+                    "none."
+                )
+            return
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(
+                f"{generation_mode.value.replace('_', ' ')} cannot generate images: visual tokens are regressed, so "
+                "there are no alternatives to rank or verify. Use greedy search or sampling (num_beams=1, no "
+                "assistant), or exclude images with max_images=0."
             )
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                "Classifier-free guidance (guidance_scale) cannot generate images: its second pass reads the answer "
+                "as ids, without visual tokens. Leave guidance_scale out, or exclude images with max_images=0."
+            )
+
+    # Overridden since a processor that depends on the prompt's length cannot be passed by the caller.
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, input_ids_seq_length: int, *args, model_kwargs: dict, **kwargs
+    ) -> LogitsProcessorList:
+        config, allows_images = self.config, self._allows_images(generation_config)
+        suppressed = [config.image_token_id, config.image_end_token_id]
+        if not allows_images:
+            suppressed.append(config.image_start_token_id)
+        generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), *suppressed]
+        processors = super()._get_logits_processor(
+            generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs
+        )
+        if allows_images:
+            max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
+            options = {"max_images": generation_config.max_images, "force_image": generation_config.force_image}
+            processors.append(ImageLogitsProcessor(config, input_ids_seq_length, max_length, **options))
+        return processors
+
+    @property
+    def _context(self) -> int | None:
+        """The language model's context in tokens; models with ALiBi and state space models have no limit."""
+        return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    def _max_length_with_image(
+        self,
+        generation_config: GenerationConfig,
+        prompt_length: int,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> int:
+        """Length of `input_ids` in which an image must fit: by `max_new_tokens`, the context and a static cache."""
+        num_embeds = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
+        # The last token of an answer is never read, so the context and the cache hold one token more.
+        limits = [generation_config.max_length]
+        if self._context is not None:
+            limits.append(self._context + 1 - num_embeds)
+        if cache is not None:
+            lengths = [layer.get_max_length() for layer, slides in zip(cache.layers, cache.is_sliding) if not slides]
+            limits += [length + 1 - num_embeds for length in lengths if length >= 0]
+        return min(limits)
+
+    # Overridden to hand the vision head's output to the next forward pass.
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict, is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict:
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if (steps := model_kwargs.get("visual_token_steps")) is not None:
+            # A copy, since a step compiled to a CUDA graph writes over the outputs of the step before.
+            steps.append(outputs.next_visual_token.clone())
+            # Without a cache the whole answer is read again, so all of its visual tokens are needed.
+            model_kwargs["generated_visual_tokens"] = steps[-1] if model_kwargs["use_cache"] else torch.cat(steps, 1)
         return model_kwargs
 
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        """See [`~transformers.GenerationMixin.prepare_inputs_for_generation`]."""
+        kwargs.pop("visual_token_steps", None)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
     def _check_prompts(
-        self,
-        input_ids: torch.LongTensor,
-        begun: torch.BoolTensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
+        self, input_ids, generation_config, cache=None, inputs_embeds=None, mm_encoder_outputs=None, **kwargs
     ) -> None:
-        """The looks at the prompts, before the loop."""
+        """Raise a ValueError for prompts that cannot be continued."""
         self.model.check_image_ids()
-        config, (rows, length) = self.config, input_ids.shape
-        vocab_size = config.text_config.vocab_size
-        unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+        config, length = self.config, input_ids.shape[1]
+        num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
+        if num_given == 0:
+            raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
+        if self._context is not None and num_given >= self._context:
+            raise ValueError(
+                f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "
+                f"{self._context}: shorten the prompt or leave out images."
+            )
+        unknown = input_ids[(input_ids < 0) | (input_ids >= config.text_config.vocab_size)]
         if unknown.numel():
             raise ValueError(
-                f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the "
-                "ids come from another tokenizer."
+                f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has "
+                f"{config.text_config.vocab_size} tokens: the ids come from another tokenizer."
             )
-        if length:
-            is_visual = input_ids[:, -config.num_image_tokens :] == config.image_token_id
-            partly = is_visual[:, -1] & (is_visual.sum(-1) < config.num_image_tokens)
-            if partly.any():
-                raise ValueError(
-                    f"Prompts {partly.nonzero().flatten().tolist()} end in the middle of an image: an image in the "
-                    f"prompt takes all of its {config.num_image_tokens} placeholders and <image_end>."
-                )
-        cache, features = model_kwargs.get("cache"), (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        # Mamba's cache does not say how much it has seen.
-        is_countable = cache is None or not cache.layers or not all(cache.is_linear)
-        if features is None and model_kwargs.get("inputs_embeds") is None and is_countable:
-            seen = 0 if cache is None else int(cache.get_seq_length())
-            self.model.check_image_count(input_ids[:, seen:] == config.image_token_id, 0)
-        if not self._can_draw(generation_config):
-            return
-        if rows > 1 and generation_config._pad_token_tensor is None:
+        is_visual = input_ids[:, -config.num_image_tokens :] == config.image_token_id
+        is_partial = is_visual[:, -1:].any(-1) & (is_visual.sum(-1) < config.num_image_tokens)
+        if is_partial.any():
             raise ValueError(
-                "Rows that draw end later than others, which are padded then, but there is no padding token: pass "
-                "`pad_token_id`, or switch images off with max_images=0."
+                f"Prompts {is_partial.nonzero().flatten().tolist()} end in the middle of an image: an image in a "
+                f"prompt takes all of its {config.num_image_tokens} image tokens and <image_end>."
             )
-        last_start = self._last_image_start(length, **model_kwargs)
-        start = length if generation_config.force_image else length - 1 if begun.any() else None
-        if None not in (start, last_start) and start > last_start:
-            raise ValueError(
-                f"After the prompt there is no room for an image of {config.num_image_tokens} visual tokens in the "
-                "language model's context or in the static cache: shorten the prompt, or pass a longer cache."
-            )
+        # The cache of a state space model does not say how much it has read.
+        if not mm_encoder_outputs and (cache is None or not all(cache.is_linear)):
+            num_read = 0 if cache is None else int(cache.get_seq_length())
+            self.model.check_image_count(input_ids[:, num_read:] == config.image_token_id, 0)
 
+    def _check_room(self, input_ids, generation_config, cache=None, inputs_embeds=None, **kwargs) -> None:
+        """Raise a ValueError if an image that is asked for does not fit, and warn if none can."""
+        is_begun = (input_ids[:, -1:] == self.config.image_start_token_id).any().item()
+        force_image = generation_config.force_image
+        max_length = self._max_length_with_image(generation_config, input_ids.shape[1], cache, inputs_embeds)
+        num_needed = self.config.num_image_tokens + (1 if is_begun and not force_image else 2)
+        num_left = max_length - input_ids.shape[1]
+        if num_left >= num_needed:
+            return
+        advice = f"shorten the prompt by {num_needed - num_left} tokens, or use a longer context or static cache"
+        if max_length == generation_config.max_length:
+            advice = f"pass max_new_tokens={num_needed} or more"
+        sentence = f"An image takes {num_needed} more tokens, but only {num_left} fit after the prompt"
+        if is_begun or force_image:
+            raise ValueError(f"{sentence}: {advice}.")
+        logger.warning("%s, so the answer will be text: %s, or max_images=0 for text only.", sentence, advice)
+
+    # Overridden to collect the visual tokens of each step, and to return them beside the ids.
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        config, prompt_length, can_draw = self.config, input_ids.shape[1], self._can_draw(generation_config)
-        begun = self._begins_image(input_ids, **kwargs)
-        self._check_prompts(input_ids, begun, generation_config, kwargs)
-        steps = []
+        self._check_prompts(input_ids, generation_config, **kwargs)
+        prompt_length, steps = input_ids.shape[1], []
+        allows_images = self._allows_images(generation_config)
+        if allows_images:
+            self._check_room(input_ids, generation_config, **kwargs)
+        begun = (input_ids[:, -1:] == self.config.image_start_token_id).sum(-1) * allows_images
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
             kwargs["streamer"].begin(steps)
-        if can_draw:
-            is_compiled = self._valid_auto_compile_criteria(kwargs, generation_config)
-            kwargs |= {
-                "visual_token_steps": steps,
-                "may_look": input_ids.device.type == "cpu" and generation_config.use_cache and not is_compiled,
-                "skip_logits": not generation_config.output_logits,
-            }
-        else:
-            kwargs["skip_visual_token"] = True
+        if allows_images:
+            kwargs["visual_token_steps"] = steps
         outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
-        is_visual = sequences[:, prompt_length:] == config.image_token_id
-        counts = is_visual.sum(-1)
-        begun = begun + (sequences[:, prompt_length:] == config.image_start_token_id).sum(-1)
-        unfinished_images = (
-            (counts < begun * config.num_image_tokens) if can_draw else torch.zeros_like(is_visual[:, 0])
-        )
+        answers = sequences[:, prompt_length:]
+        is_visual = answers == self.config.image_token_id
+        begun = begun + (answers == self.config.image_start_token_id).sum(-1)
+        unfinished_images = is_visual.sum(-1) < begun * self.config.num_image_tokens
         if unfinished_images.any():
             logger.warning(
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
@@ -497,18 +422,26 @@ class MetaMorphGenerationMixin(GenerationMixin):
             )
         if not isinstance(outputs, ModelOutput):
             return outputs
-        finished = (counts // config.num_image_tokens * config.num_image_tokens).tolist()
-        # A device that stops one step late has computed one visual token more than there are new tokens.
-        steps = steps[: is_visual.shape[1]] if can_draw else [None] * is_visual.shape[1]
-        dtype = next(self.vision_head.parameters()).dtype  # float32 in a model that was loaded in float16
-        shape, device = (len(sequences), 1, config.visual_token_dim), sequences.device
-        none = torch.zeros((), dtype=dtype, device=device).expand(shape)
-        drawn = torch.cat([none if step is None else step.to(device) for step in steps], dim=1)
-        visual_tokens = [
-            row[mask][:count].unflatten(0, (-1, config.num_image_tokens))
-            for row, mask, count in zip(drawn, is_visual, finished)
-        ]
+        visual_tokens = self._gather_visual_tokens(steps, is_visual)
         return MetaMorphGenerateOutput(**outputs, visual_tokens=visual_tokens, unfinished_images=unfinished_images)
 
+    def _gather_visual_tokens(self, steps: list[torch.Tensor], is_visual: torch.BoolTensor) -> list[torch.Tensor]:
+        """Select each row's finished images (images, N, V) from the vision head's outputs (B, 1, V) of all steps."""
+        num_image_tokens, head = self.config.num_image_tokens, next(self.vision_head.parameters())
+        empty = torch.zeros(len(is_visual), 0, self.config.visual_token_dim, dtype=head.dtype, device=is_visual.device)
+        # A device that stops one step late has computed one step more than there are new tokens.
+        steps = torch.cat([empty, *(step.to(empty.device) for step in steps[: is_visual.shape[1]])], dim=1)
+        gathered = []
+        for row, mask in zip(steps, is_visual):
+            tokens = row[mask[: len(row)]]
+            tokens = tokens[: len(tokens) // num_image_tokens * num_image_tokens]
+            gathered.append(tokens.unflatten(0, (-1, num_image_tokens)))
+        return gathered
 
-__all__ = ["MetaMorphGenerationMixin", "MetaMorphGenerateOutput", "MetaMorphStreamer"]
+
+__all__ = [
+    "MetaMorphGenerateOutput",
+    "MetaMorphGenerationConfig",
+    "MetaMorphGenerationMixin",
+    "MetaMorphStreamer",
+]

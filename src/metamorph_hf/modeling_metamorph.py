@@ -1,16 +1,14 @@
 """MetaMorph: a causal language model that reads and predicts continuous visual tokens (arXiv 2412.14164).
 
 Shapes: B batch, S sequence, I images in the batch, N visual tokens per image, D width of the language model, V width
-of a visual token, P patches per image.
+of a visual token, P patches per image, M selected positions.
 """
 
-import inspect
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
@@ -25,17 +23,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_metamorph import MetaMorphConfig
-from .generation_metamorph import MetaMorphGenerationMixin
+from .generation_metamorph import MetaMorphGenerationConfig, MetaMorphGenerationMixin
 from .model_cards import create_model_card
 
 
-# Logits that training holds at once, in float32: 256 MiB. More are computed in chunks, and again in the backward pass.
+# Largest number of float32 logits that training holds at once, 256 MiB. More are computed in chunks, and again in the
+# backward pass.
 MAX_LOGITS = 2**26
 
 
 @dataclass
 class MetaMorphImageFeatures(BaseModelOutputWithPooling):
     """
+    Images for the language model.
+
     Args:
         pooler_output (`torch.Tensor` of shape (I, N, D)): Projected visual tokens, the language model's input.
         visual_tokens (`torch.Tensor` of shape (I, N, V)): Visual tokens, the regression targets.
@@ -48,32 +49,30 @@ class MetaMorphImageFeatures(BaseModelOutputWithPooling):
 class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     """
     [`MultimodalCausalLMOutputWithPast`] with `image_outputs` ([`MetaMorphImageFeatures`]), the losses and the vision
-    head's prediction.
+    head's prediction. All tensors without a shape are scalars; means over no labels are 0.
 
     Args:
-        loss (`torch.Tensor` of shape ()): `text_loss + visual_loss_weight * visual_loss`; given `labels`.
-        text_loss (`torch.Tensor` of shape ()): Mean cross-entropy over text labels; 0 without any.
-        visual_loss (`torch.Tensor` of shape ()): Mean loss over visual labels; 0 without any.
-        visual_cosine (`torch.Tensor` of shape ()): Mean cosine of predicted and true visual tokens, whatever the loss.
-        num_text_labels, num_visual_labels (`torch.Tensor` of shape (), int64): What the means were taken over.
+        loss (`torch.Tensor`): `text_loss + visual_loss_weight * visual_loss`, if `labels` are given.
+        text_loss (`torch.Tensor`): Mean cross-entropy over text labels.
+        visual_loss (`torch.Tensor`): Mean regression loss over visual labels.
+        text_accuracy (`torch.Tensor`): Share of text labels that have the largest logit.
+        text_entropy (`torch.Tensor`): Mean entropy, in nats, of the distributions that predict text labels.
+        visual_cosine (`torch.Tensor`): Mean cosine of predicted and true visual tokens, whatever the loss.
+        num_text_labels, num_visual_labels (`torch.Tensor`, int64): Number of labels of each kind.
         logits (`torch.Tensor` of shape (B, S, vocabulary)):
-            None when `labels` are given in training mode, where nobody needs them at every position.
+            None when `labels` are given in training mode, where only text labels need logits.
         next_visual_token (`torch.Tensor` of shape (B, 1, V)):
-            The vision head's prediction at the last position, normalised; without `labels` only.
+            The vision head's prediction at the last position, normalized, if no `labels` are given.
     """
 
     text_loss: torch.FloatTensor | None = None
     visual_loss: torch.FloatTensor | None = None
+    text_accuracy: torch.FloatTensor | None = None
+    text_entropy: torch.FloatTensor | None = None
     visual_cosine: torch.FloatTensor | None = None
     num_text_labels: torch.LongTensor | None = None
     num_visual_labels: torch.LongTensor | None = None
     next_visual_token: torch.FloatTensor | None = None
-
-
-def select_tower_options(kwargs: dict) -> dict:
-    """What of `forward`'s options is for the vision tower, too; packing or causality, say, are not."""
-    names = ("output_attentions", "output_hidden_states")
-    return {"return_dict": True, **{name: kwargs[name] for name in names if name in kwargs}}
 
 
 class MetaMorphMLP(nn.Sequential):
@@ -87,7 +86,7 @@ class MetaMorphMLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Loaded in float16, these few layers stay in float32; weights quantised to integers still have float biases.
+        # In a float16 model these layers stay in float32. Weights quantized to integers still have float biases.
         dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
         return super().forward(hidden_states.to(dtype))
 
@@ -98,8 +97,8 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # Neither quantised nor cast to float16: the tower's output is what others' visual tokens are compared with, and
-    # generated ones run through projector and head in a closed loop. Patterns from the start of a module's name.
+    # Neither quantized nor cast to float16: the tower's output must equal everybody else's visual tokens, and
+    # generated ones run through projector and head in a closed loop. The patterns match from the name's start.
     _keep_in_fp32_modules = [r"(model\.)?(vision_tower|projector)"]
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.head\."]  # SigLIP's pooling head, in older checkpoints
     _supports_flash_attn = True
@@ -108,26 +107,29 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """
-        False, although it is. Of custom code transformers leaves out, where weights are missing, what a module without
-        weights of its own initialises, which in SigLIP are attention and MLP. What else it does with custom code is
-        about names of its own models and modules tied as a whole, and not for this one.
-        """
-        return False
-
     @property
     def dtype(self) -> torch.dtype:
-        """The language model's; in float16, the other parts stay in float32."""
+        """The language model's dtype; in float16, the other parts stay in float32."""
         return self.base_model.language_model.dtype
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        # Both ways to push pass here, with a card of transformers' making where the repository had none.
-        if not HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")):
-            path = Path(working_dir) / "README.md"
-            create_model_card(self.config, repo_id, ModelCard.load(path).data.tags or ()).save(path)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+    def initialize_weights(self) -> None:
+        """
+        Initialize missing weights, those of sub-models by their own rules. transformers skips the rules for modules
+        without parameters of their own, such as SigLIP's attention, below a class that is not part of it.
+        """
+        for child in self.children():
+            if isinstance(child, PreTrainedModel):
+                child.initialize_weights()
+        super().initialize_weights()
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """See [`~transformers.PreTrainedModel.push_to_hub`]. Writes our model card where the repository has none."""
+        token, api = kwargs.get("token"), HfApi()
+        if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md", token=token):
+            repo_id = api.create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
+            card = str(create_model_card(self.config, repo_id)).encode()  # transformers adds its tags to this card
+            api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)
 
 
 class MetaMorphModel(MetaMorphPreTrainedModel):
@@ -148,30 +150,33 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "MetaMorphModel":
-        """As always, but a frozen vision tower stays in eval mode."""
+        """See [`torch.nn.Module.train`]. A frozen vision tower stays in eval mode."""
         super().train(mode)
-        self.vision_tower.train(mode and self._vision_tower_is_trained())
+        self.vision_tower.train(mode and self._is_vision_tower_trained())
         return self
 
-    def _vision_tower_is_trained(self) -> bool:
+    def _is_vision_tower_trained(self) -> bool:
         return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     def normalize_visual_tokens(self, visual_tokens: torch.Tensor) -> torch.Tensor:
-        """L2-normalise over channels, if the configuration says so. Shape (..., V) to (..., V)."""
+        """L2-normalize (..., V) over channels, if the configuration says so."""
         return F.normalize(visual_tokens, dim=-1) if self.config.normalize_visual_tokens else visual_tokens
 
     def reduce_patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """Resize a square patch grid to N tokens, in float32. Shape (I, P, C) to (I, N, V)."""
-        config, (images, num_patches, channels) = self.config, patches.shape
-        concatenated = config.token_reduction == "concat_interpolation"
-        side, target = round(num_patches**0.5), config.grid_side * (2 if concatenated else 1)
+        """Resize a square patch grid (I, P, C) to N tokens (I, N, V), in float32."""
+        config, (num_images, num_patches, channels) = self.config, patches.shape
+        is_concatenated = config.token_reduction == "concat_interpolation"
+        side, target = round(num_patches**0.5), config.grid_side * (2 if is_concatenated else 1)
         if side**2 != num_patches:
-            raise ValueError(f"The vision tower gave {num_patches} patches per image, which is no square grid.")
-        grid = patches.transpose(1, 2).reshape(images, channels, side, side)
+            raise ValueError(
+                f"The vision tower returned {num_patches} patches per image, which do not form a square grid: use a "
+                "vision encoder with square images and patches."
+            )
+        grid = patches.transpose(1, 2).reshape(num_images, channels, side, side)
         if side != target:
             resized = F.interpolate(grid.float(), size=(target, target), mode="bilinear", align_corners=False)
             grid = resized.to(patches.dtype)
-        if concatenated:  # channels of a token: top-left, top-right, bottom-left, bottom-right
+        if is_concatenated:  # channels of a token: top-left, top-right, bottom-left, bottom-right
             grid = grid.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (I, C, side, 2, side, 2)
             grid = grid.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
         return grid.flatten(2).transpose(1, 2)
@@ -179,10 +184,10 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     def get_visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Encode images to visual tokens: the tower's last layer *before* its final norm, resized on the patch grid and
-        L2-normalised (paper, section 3). They can be kept and passed as `visual_tokens` instead of `pixel_values`.
+        L2-normalized (paper, section 3). They can be stored and passed as `visual_tokens` instead of `pixel_values`.
 
         Args:
-            pixel_values (`torch.Tensor` of shape (I, 3, height, width)): From the processor.
+            pixel_values (`torch.Tensor` of shape (I, 3, height, width)): Images from the processor.
 
         Returns:
             `torch.Tensor` of shape (I, N, V), in the tower's dtype.
@@ -190,17 +195,18 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         return self._encode(pixel_values)[1]
 
     def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """Run the vision tower; return its output and the visual tokens (I, N, V)."""
         wants_all = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
         patch_size = self.config.vision_config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
-        # Gradient checkpointing makes the inputs of every layer require gradients, a frozen tower's too.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_tower_is_trained()):
+        # Gradient checkpointing makes the inputs of every layer require gradients, even in a frozen tower.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_vision_tower_trained()):
             outputs = self.vision_tower(
                 pixel_values.to(self.vision_tower.dtype),
                 output_hidden_states=True if wants_all else [-1],
                 **{**kwargs, "return_dict": True},
             )
-        patches = outputs.hidden_states[-1][:, -num_patches:]  # drops class and register tokens, which stand first
+        patches = outputs.hidden_states[-1][:, -num_patches:]  # drops class and register tokens, which come first
         return outputs, self.normalize_visual_tokens(self.reduce_patches(patches))
 
     @can_return_tuple
@@ -213,13 +219,13 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaMorphImageFeatures:
         """
-        Encode images, or take already encoded ones, and project them to the language model's width.
+        Encode images, or take encoded ones, and project them to the language model's width.
 
         Args:
             pixel_values (`torch.Tensor` of shape (I, 3, height, width), *optional*): Images.
-            visual_tokens (`torch.Tensor` of shape (I, N, V), *optional*): Images encoded before. Give one of the two.
+            visual_tokens (`torch.Tensor` of shape (I, N, V), *optional*): Encoded images, instead of `pixel_values`.
             image_indices (`torch.Tensor` of shape (I,), int64, *optional*):
-                Which of the given images stands at each place, so that one that stands at several is encoded once.
+                Index of the given image that stands at each image's position, so that one image can stand at several.
             noise_mask (`torch.Tensor` of shape (I,), bool, *optional*):
                 Images whose projected tokens carry noise (see `visual_token_noise` in the configuration).
 
@@ -230,7 +236,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             ValueError: if both or none of the inputs are given, or `visual_tokens` has a wrong shape.
         """
         if (pixel_values is None) == (visual_tokens is None):
-            raise ValueError("Give either `pixel_values` or `visual_tokens`, one of the two.")
+            raise ValueError("Pass exactly one of `pixel_values` and `visual_tokens`.")
         outputs = BaseModelOutputWithPooling()
         if visual_tokens is None:
             outputs, visual_tokens = self._encode(pixel_values, **kwargs)
@@ -242,24 +248,26 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             )
         if image_indices is not None:
             visual_tokens = visual_tokens[image_indices]
-        fed_in = visual_tokens
-        if noise_mask is not None:
-            share = torch.rand(len(fed_in), 1, 1, device=fed_in.device) * self.config.visual_token_noise
-            share = (share.clamp(max=1) * noise_mask[:, None, None]).to(fed_in.dtype)
-            noise = F.normalize(torch.randn_like(fed_in), dim=-1) * fed_in.norm(dim=-1, keepdim=True)
-            fed_in = self.normalize_visual_tokens(torch.lerp(fed_in, noise, share))
+        inputs = visual_tokens if noise_mask is None else self._add_noise(visual_tokens, noise_mask)
         return MetaMorphImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.projector(fed_in),
+            pooler_output=self.projector(inputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             visual_tokens=visual_tokens,
         )
 
+    def _add_noise(self, visual_tokens: torch.Tensor, noise_mask: torch.Tensor) -> torch.Tensor:
+        """Replace a random share of the selected images' visual tokens (I, N, V) by noise of the same norm."""
+        share = torch.rand(len(visual_tokens), 1, 1, device=visual_tokens.device) * self.config.visual_token_noise
+        share = (share.clamp(max=1) * noise_mask[:, None, None]).to(visual_tokens.dtype)
+        noise = F.normalize(torch.randn_like(visual_tokens), dim=-1) * visual_tokens.norm(dim=-1, keepdim=True)
+        return self.normalize_visual_tokens(torch.lerp(visual_tokens, noise, share))
+
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """Mask (B, S) of the positions that `image_features` fill, in reading order; their counts must agree."""
+        """Return the mask (B, S) of positions that `image_features` (I, N, D) fill; their counts must agree."""
         if input_ids is None:
             image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
@@ -269,7 +277,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         return mask
 
     def check_image_ids(self) -> None:
-        """Raises ValueError if the language model's vocabulary has no room for the three image tokens."""
+        """Raise a ValueError if the language model's vocabulary has no room for the three image tokens."""
         config, vocab_size = self.config, self.config.text_config.vocab_size
         image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
         if max(image_ids) >= vocab_size:
@@ -279,7 +287,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             )
 
     def check_image_count(self, mask: torch.Tensor, num_features: int) -> None:
-        """Raises if the mask of image token positions has not as many as images fill, in a sentence with both."""
+        """Raise an error that states both counts unless the mask of image tokens has `num_features` positions."""
         num_image_tokens = self.config.num_image_tokens
         torch_compilable_check(
             mask.sum() == num_features,
@@ -289,6 +297,37 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 "and image tokens do not match: pass one image per placeholder, e.g. through the processor."
             ),
         )
+
+    def _embed(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        features: MetaMorphImageFeatures | None,
+        generated_visual_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return embeddings (B, S, D) with projected visual tokens at the image token positions."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        length, device, dtype = inputs_embeds.shape[1], inputs_embeds.device, inputs_embeds.dtype
+        num_generated = 0 if generated_visual_tokens is None else generated_visual_tokens.shape[1]
+        prompt_length = length - num_generated
+        if num_generated:
+            generated = self.projector(generated_visual_tokens).to(device, dtype)
+            is_generated = F.pad(input_ids[:, prompt_length:] == self.config.image_token_id, (prompt_length, 0))
+            inputs_embeds = torch.where(
+                is_generated[..., None], F.pad(generated, (0, 0, prompt_length, 0)), inputs_embeds
+            )
+        if features is not None:
+            image_embeds = features.pooler_output
+            if not isinstance(image_embeds, torch.Tensor):  # generate() passes lists when it splits or expands
+                image_embeds = torch.stack(list(image_embeds))
+            prompt_ids = None if input_ids is None else input_ids[:, :prompt_length]
+            mask = self.get_placeholder_mask(prompt_ids, inputs_embeds[:, :prompt_length], image_embeds)
+            mask = F.pad(mask, (0, num_generated))[..., None].to(device)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_embeds.to(device, dtype))
+        elif input_ids is not None and prompt_length > 1:  # a decoding step without images has one position
+            self.check_image_count(input_ids[:, :prompt_length] == self.config.image_token_id, 0)
+        return inputs_embeds
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -303,59 +342,54 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         visual_tokens: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         generated_visual_tokens: torch.FloatTensor | None = None,
+        visual_target_mask: torch.BoolTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultimodalBaseModelOutputWithPast:
         """
+        Run the language model on text and images.
+
         Args:
             input_ids (`torch.LongTensor` of shape (B, S)): Token ids, `image_token_id` where visual tokens stand.
             pixel_values (`torch.FloatTensor` of shape (I, 3, height, width)): Images in reading order.
             visual_tokens (`torch.FloatTensor` of shape (I, N, V)): Encoded images, instead of `pixel_values`.
-            image_indices (`torch.LongTensor` of shape (I,)):
-                Which of the given images stands at each place, where some stand at several; in order without it.
+            image_indices (`torch.LongTensor` of shape (I,)): See [`MetaMorphModel.get_image_features`].
             generated_visual_tokens (`torch.FloatTensor` of shape (B, G, V)):
-                Set by `generate()`: predictions for the last G positions, used where `image_token_id` stands.
+                Predictions for the last G positions, used where `image_token_id` stands; set by `generate()`.
+            visual_target_mask (`torch.BoolTensor` of shape (B, S)):
+                Visual tokens that are regression targets, to which `visual_token_noise` applies in training.
             mm_encoder_outputs (`dict`): `{"image": MetaMorphImageFeatures}`, instead of `pixel_values`.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or images are given twice.
-            RuntimeError or ValueError: if images and image token positions differ in number.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, images are given twice, or
+                images and image token positions differ in number.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if input_ids is None or input_ids.shape[1] > 1:  # not in each step of decoding
+        if input_ids is None or input_ids.shape[1] > 1:  # not at each decoding step
             self.check_image_ids()
         features = (mm_encoder_outputs or {}).get("image")
-        if features is not None and (pixel_values is not None or visual_tokens is not None):
+        given = [images for images in (image_indices, pixel_values, visual_tokens) if images is not None]
+        if given and features is not None:
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
-        if features is None and (pixel_values is not None or visual_tokens is not None):
-            options = select_tower_options(kwargs)
-            features = self.get_image_features(pixel_values, visual_tokens, image_indices, **options)
-
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        prompt_length = inputs_embeds.shape[1]
-        if generated_visual_tokens is not None:
-            prompt_length -= generated_visual_tokens.shape[1]
-            generated = self.projector(generated_visual_tokens).to(inputs_embeds.device, inputs_embeds.dtype)
-            is_generated = (input_ids[:, prompt_length:] == self.config.image_token_id).unsqueeze(-1)
-            generated = torch.where(is_generated, generated, inputs_embeds[:, prompt_length:])
-            inputs_embeds = torch.cat([inputs_embeds[:, :prompt_length], generated], dim=1)
-        if features is not None:
-            image_embeds = features.pooler_output
-            if not isinstance(image_embeds, torch.Tensor):  # generate() hands over lists when it splits or expands
-                image_embeds = torch.stack(list(image_embeds))
-            prompt_ids = None if input_ids is None else input_ids[:, :prompt_length]
-            mask = self.get_placeholder_mask(prompt_ids, inputs_embeds[:, :prompt_length], image_embeds)
-            mask = F.pad(mask, (0, inputs_embeds.shape[1] - prompt_length)).unsqueeze(-1).to(inputs_embeds.device)
-            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_embeds)
-
+        if given:
+            noise_mask = None
+            if visual_target_mask is not None and self.training and self.config.visual_token_noise > 0:
+                is_image, num_image_tokens = input_ids == self.config.image_token_id, self.config.num_image_tokens
+                self.check_image_count(is_image, len(given[0]) * num_image_tokens)
+                noise_mask = visual_target_mask[is_image].view(-1, num_image_tokens).any(-1)
+            # Packing or causality, say, are not for the vision tower.
+            tower_kwargs = {
+                name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs
+            }
+            features = self.get_image_features(
+                pixel_values, visual_tokens, image_indices, noise_mask, return_dict=True, **tower_kwargs
+            )
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=self._embed(input_ids, inputs_embeds, features, generated_visual_tokens),
             **kwargs,
         )
         return MultimodalBaseModelOutputWithPast(
@@ -370,6 +404,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
 class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
     """MetaMorph with `lm_head` for text and vision head for visual tokens; `generate()` mixes the two."""
 
+    generation_config_class = MetaMorphGenerationConfig
     # The loss is a sum of two means over different counts, so Trainer's single `num_items_in_batch` cannot scale it.
     accepts_loss_kwargs = False
     _keep_in_fp32_modules = [*MetaMorphPreTrainedModel._keep_in_fp32_modules, "vision_head"]
@@ -398,21 +433,16 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        visual_tokens: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MetaMorphImageFeatures:
+    def get_image_features(self, *args, **kwargs) -> MetaMorphImageFeatures:
         """See [`MetaMorphModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, visual_tokens, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
 
     def get_visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See [`MetaMorphModel.get_visual_tokens`]."""
         return self.model.get_visual_tokens(pixel_values)
 
     def visual_loss_function(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss per visual token, in float32. Shapes (M, V) and (M, V) to (M,)."""
+        """Return the float32 loss (M,) of each predicted visual token (M, V)."""
         predictions, targets = self.model.normalize_visual_tokens(predictions.float()), targets.detach().float()
         if self.config.visual_loss_type == "cosine":
             return -F.cosine_similarity(predictions, targets, dim=-1)
@@ -436,57 +466,25 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         image_indices: torch.LongTensor | None = None,
         generated_visual_tokens: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
-        num_text_items: torch.Tensor | int | None = None,
-        num_visual_items: torch.Tensor | int | None = None,
-        skip_logits: bool = False,
-        skip_visual_token: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaMorphCausalLMOutputWithPast:
         """
-        See [`MetaMorphModel.forward`] for the inputs.
+        Predict text and visual tokens. See [`MetaMorphModel.forward`] for the inputs.
 
         Args:
             labels (`torch.LongTensor` of shape (B, S)):
                 At a text position the token id to predict or -100. At a visual token, `image_token_id` if it is a
                 regression target, -100 if it is only context. Position t - 1 predicts position t.
-            logits_to_keep (`int` or `torch.Tensor`): Compute logits for the last positions only; 0 for all.
-            num_text_items, num_visual_items (`int` or `torch.Tensor` of shape (), *optional*):
-                What to divide each loss's sum by, instead of its count in this batch: the counts of a whole
-                optimisation step (all devices, all accumulation steps).
-            skip_logits (`bool`, *optional*, defaults to `False`):
-                With `labels`, return no logits in eval mode either: the losses need them at text labels only. Without,
-                return zeros in their place, (B, 1, vocabulary): `generate()` needs none where all next ids are forced.
-            skip_visual_token (`bool`, *optional*, defaults to `False`):
-                Return no `next_visual_token`: `generate()` needs none where the answer can hold no image.
-            shift_labels (`torch.LongTensor` of shape (B, S), among `kwargs`):
-                Instead of `labels`, what each position predicts: `labels` one place to the left. Trainers that split
-                sequences over devices give these.
+            logits_to_keep (`int` or `torch.Tensor`): Compute logits for the last positions only; 0 means all.
+            num_items_in_batch (`torch.Tensor` of shape (2,), int64):
+                Text and visual labels of a whole optimization step (all devices, all accumulation steps), by which
+                the losses are divided instead of by the counts of this batch.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
         """
-        features = (mm_encoder_outputs or {}).get("image")
-        next_labels = kwargs.pop("shift_labels", None)  # named in the signature, Trainer would want it in each batch
-        if labels is not None and next_labels is None:
-            next_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if next_labels is not None:
-            if input_ids is None:
-                raise ValueError("`labels` need `input_ids`: visual targets are found by their image token ids.")
-            is_target = self._visual_targets(input_ids, next_labels)
-            if features is None and (pixel_values is not None or visual_tokens is not None):
-                noise_mask = None
-                if self.training and self.config.visual_token_noise > 0:
-                    is_image = input_ids == self.config.image_token_id
-                    images = next(i for i in (image_indices, pixel_values, visual_tokens) if i is not None)
-                    self.model.check_image_count(is_image, len(images) * self.config.num_image_tokens)
-                    noise_mask = is_target[is_image].view(-1, self.config.num_image_tokens).any(-1)
-                options = select_tower_options(kwargs)
-                features = self.model.get_image_features(
-                    pixel_values, visual_tokens, image_indices, noise_mask, **options
-                )
-                pixel_values = visual_tokens = image_indices = None
-                mm_encoder_outputs = {"image": features}
-
+        visual_target_mask = None if labels is None else self._find_visual_targets(input_ids, labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -497,23 +495,20 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             visual_tokens=visual_tokens,
             image_indices=image_indices,
             generated_visual_tokens=generated_visual_tokens,
+            visual_target_mask=visual_target_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        hidden_states, features = outputs.last_hidden_state, outputs.image_outputs
-
-        logits = next_visual_token = None
-        losses = {}
-        if next_labels is None and skip_logits:
-            logits = hidden_states.new_zeros(()).expand(len(hidden_states), 1, self.config.text_config.vocab_size)
-        elif next_labels is None or not (self.training or skip_logits):
+        hidden_states, losses, logits, next_visual_token = outputs.last_hidden_state, {}, None, None
+        if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if next_labels is None and not skip_visual_token:
+        if labels is None:
             next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -1:]))
-        if next_labels is not None:
-            losses = self._losses(
-                hidden_states, next_labels, input_ids, is_target, features, num_text_items, num_visual_items
+        else:
+            features = outputs.image_outputs
+            losses = self._compute_losses(
+                hidden_states, input_ids, labels, visual_target_mask, features, num_items_in_batch
             )
         return MetaMorphCausalLMOutputWithPast(
             **losses,
@@ -522,85 +517,87 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_outputs=features,
+            image_outputs=outputs.image_outputs,
         )
 
-    # generate() asks for it in every step of a class that is saved with its code: found anew, it costs a small layer.
-    forward.__signature__ = inspect.signature(forward)
-
-    def _text_loss_sum(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Summed cross-entropy of (M, D) hidden states and (M,) labels, without (M, vocabulary) logits at once."""
-
-        def loss_sum(hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-            logits = self.lm_head(hidden_states).float()
-            # The placeholder is never predicted as text, so it takes no probability. Added in place, as the gradient
-            # then passes without a copy.
-            penalty = torch.zeros(logits.shape[-1], device=logits.device)
-            logits += penalty.index_fill(
-                0, torch.tensor([self.config.image_token_id], device=logits.device), -torch.inf
-            )
-            return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-
-        rows = max(1, MAX_LOGITS // self.config.text_config.vocab_size)
-        if len(labels) <= rows:
-            return loss_sum(hidden_states, labels)
-        chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
-        return sum(checkpoint(loss_sum, *chunk, use_reentrant=False) for chunk in chunks)
-
-    def _visual_targets(self, input_ids: torch.LongTensor, next_labels: torch.LongTensor) -> torch.Tensor:
-        """Mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""
-        predicts_target = next_labels == self.config.image_token_id
-        next_ids = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    def _find_visual_targets(self, input_ids: torch.LongTensor | None, labels: torch.LongTensor) -> torch.Tensor:
+        """Return the mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""
+        if input_ids is None:
+            raise ValueError("`labels` need `input_ids`: visual targets are found by their image token ids.")
+        is_target = labels == self.config.image_token_id
+        is_target[:, 0] = False
         torch_compilable_check(
-            (next_ids[predicts_target] == self.config.image_token_id).all(),
+            (input_ids[is_target] == self.config.image_token_id).all(),
             lambda: (
                 f"`labels` hold the image token id {self.config.image_token_id} where `input_ids` do not: a "
                 "regression target must be a visual token of the input."
             ),
         )
-        return F.pad(predicts_target[:, :-1], (1, 0))
+        return is_target
 
-    def _losses(
+    def _sum_text_losses(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """
+        Return the sums (3,) of cross-entropy, of correct predictions and of entropy over (M, D) hidden states and (M,)
+        labels, without holding (M, vocabulary) logits at once.
+        """
+
+        def sum_chunk(hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+            logits = self.lm_head(hidden_states).float()
+            # The image token is never predicted as text, so it takes no probability. It is added in place, since the
+            # gradient then passes without a copy.
+            penalty = torch.zeros(logits.shape[-1], device=logits.device)
+            logits += penalty.index_fill(
+                0, torch.tensor([self.config.image_token_id], device=logits.device), -torch.inf
+            )
+            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            with torch.no_grad():
+                correct = (logits.argmax(-1) == labels.to(logits.device)).sum()
+                # In slices, so that the probabilities take little memory beside the logits.
+                rows = max(1, MAX_LOGITS // 16 // logits.shape[-1])
+                entropy = sum(torch.special.entr(part.softmax(-1)).sum() for part in logits.split(rows))
+            return torch.stack([loss, correct.to(loss), loss.new_zeros(()) + entropy])
+
+        rows = max(1, MAX_LOGITS // self.config.text_config.vocab_size)
+        if len(labels) <= rows:
+            return sum_chunk(hidden_states, labels)
+        chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
+        return sum(checkpoint(sum_chunk, *chunk, use_reentrant=False) for chunk in chunks)
+
+    def _compute_losses(
         self,
         hidden_states: torch.Tensor,
-        next_labels: torch.LongTensor,
         input_ids: torch.LongTensor,
-        is_target: torch.Tensor,
+        labels: torch.LongTensor,
+        visual_target_mask: torch.BoolTensor,
         features: MetaMorphImageFeatures | None,
-        num_text_items: torch.Tensor | int | None,
-        num_visual_items: torch.Tensor | int | None,
+        num_items_in_batch: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """The two losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
-        image_token_id = self.config.image_token_id
-        predicts_target = next_labels == image_token_id
-        is_text = (next_labels != -100) & ~predicts_target
-
-        text_sum = self._text_loss_sum(hidden_states[is_text], next_labels[is_text])
-        predictions = self.vision_head(hidden_states[predicts_target])
-        if features is None:
-            if predictions.shape[0]:
-                raise ValueError(
-                    f"`labels` mark {predictions.shape[0]} visual tokens as targets, but no images were given: pass "
-                    "`pixel_values` or `visual_tokens`."
-                )
-            targets = predictions.detach()
-        else:
-            is_image = input_ids == image_token_id
-            targets = features.visual_tokens.flatten(0, 1)[is_target[is_image]].to(predictions.device)
+        """Compute both losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
+        is_text = (labels != -100) & (labels != self.config.image_token_id)
+        is_text[:, 0] = False
+        predicts_text, predicts_visual = (F.pad(mask[:, 1:], (0, 1)) for mask in (is_text, visual_target_mask))
+        text_sums = self._sum_text_losses(hidden_states[predicts_text], labels[is_text])
+        predictions = self.vision_head(hidden_states[predicts_visual])
+        targets = predictions.detach()
+        if features is not None:  # without images there are no visual labels either
+            is_target = visual_target_mask[input_ids == self.config.image_token_id]
+            targets = features.visual_tokens.flatten(0, 1)[is_target].to(predictions.device)
         visual_sum = self.visual_loss_function(predictions, targets).sum()
         cosine_sum = F.cosine_similarity(predictions.detach().float(), targets.float(), dim=-1).sum()
 
-        num_text_labels, num_visual_labels = is_text.sum(), predicts_target.sum()
-        text_count = num_text_labels if num_text_items is None else torch.as_tensor(num_text_items)
-        visual_count = num_visual_labels if num_visual_items is None else torch.as_tensor(num_visual_items)
-        text_loss, visual_loss = text_sum / text_count.clamp(min=1), visual_sum / visual_count.clamp(min=1)
+        counts = torch.stack([is_text.sum(), visual_target_mask.sum()])
+        num_text, num_visual = counts.clamp(min=1)
+        total_text, total_visual = (counts if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        text_loss, visual_loss = text_sums[0] / total_text, visual_sum / total_visual
         return {
             "loss": text_loss + self.config.visual_loss_weight * visual_loss.to(text_loss.device),
             "text_loss": text_loss,
             "visual_loss": visual_loss,
-            "visual_cosine": cosine_sum / num_visual_labels.clamp(min=1),
-            "num_text_labels": num_text_labels,
-            "num_visual_labels": num_visual_labels,
+            "text_accuracy": text_sums[1].detach() / num_text,
+            "text_entropy": text_sums[2].detach() / num_text,
+            "visual_cosine": cosine_sum / num_visual,
+            "num_text_labels": counts[0],
+            "num_visual_labels": counts[1],
         }
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import PIL.Image
 import torch
@@ -840,11 +839,6 @@ class MetaMorphPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusion
         return MetaMorphPipelineOutput(
             images=images, text=text, image_counts=image_counts, nsfw_content_detected=flagged
         )
-
-
-# Where diffusers looks a pipeline's class up; a copy of this file that came with a checkpoint leaves it alone.
-if __package__ == "metamorph_hf":
-    diffusers.MetaMorphPipeline = MetaMorphPipeline
 
 
 __all__ = ["MetaMorphPipeline", "MetaMorphPipelineOutput"]

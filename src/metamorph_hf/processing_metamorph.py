@@ -1,12 +1,17 @@
 """Processor of MetaMorph: chat messages with images to model inputs, and generated ids back to text."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+from .image_reading import read_image
 
-# A newline-free format for tokenizers without a chat template of their own; what is learned, the end-of-turn token
-# included, stands between the generation marks.
+
+# A format without newlines for tokenizers that have no chat template of their own. The model learns the text between
+# the generation marks, which includes the end-of-turn token.
 DEFAULT_CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}
@@ -30,17 +35,17 @@ DEFAULT_CHAT_TEMPLATE = """\
 class MetaMorphProcessor(ProcessorMixin):
     r"""
     Joins an image processor and a tokenizer. In the text, each `<image>` becomes `<image_start>`, N times `<image>`,
-    `<image_end>`.
+    `<image_end>`. Images are given in any form that [`read_image`] reads.
 
     Args:
-        image_processor: Any image processor of transformers that gives `pixel_values`.
-        tokenizer: A tokenizer that knows the three image tokens; it pads on the left for generation.
+        image_processor: Any image processor of transformers that returns `pixel_values`.
+        tokenizer: A tokenizer with the three image tokens; generation needs padding on the left.
         num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N, as in the model's config.
         chat_template (`str`, *optional*): Jinja template; defaults to the tokenizer's.
         image_token, image_start_token, image_end_token (`str`): The three tokens.
 
     Raises:
-        ValueError: if the tokenizer does not know one of the three image tokens.
+        ValueError: if one of the three image tokens is not in the tokenizer's vocabulary.
     """
 
     def __init__(
@@ -64,25 +69,32 @@ class MetaMorphProcessor(ProcessorMixin):
         unknown = [token for token in (image_token, image_start_token, image_end_token) if token not in vocabulary]
         if unknown:
             raise ValueError(
-                f"The tokenizer does not know {', '.join(unknown)}. Add them first: "
+                f"The tokenizer has no token {', '.join(unknown)}. Add it first: "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}}), and resize the model's "
                 "embeddings to match."
             )
         self.image_token_id = vocabulary[image_token]
         self.image_start_token_id = vocabulary[image_start_token]
         self.image_end_token_id = vocabulary[image_end_token]
-        image_processor.do_convert_rgb = True  # grey and transparent pictures too, whatever the tower's own file says
         self.auto_map = {"AutoProcessor": "processing_metamorph.MetaMorphProcessor"}  # as saving sets it
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
-        """What stands for one image in the text."""
+        """Return the text of one image."""
         return self.image_start_token + self.image_token * self.num_image_tokens + self.image_end_token
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """See [`~transformers.ProcessorMixin.prepare_inputs_layout`]. Reads all images with [`read_image`]."""
         if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) and not row for row in images):
             images = None  # [] and [[], []] say that a batch has no images
+        if images is not None:
+            images = self._read_images(images)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _read_images(self, images: Any) -> Any:
+        if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
+            return [self._read_images(image) for image in images]
+        return read_image(images)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -102,8 +114,7 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
         """
-        Text of generated ids, with one `<image>` where a picture stands and without other special tokens. An
-        unfinished picture leaves nothing.
+        Decode generated ids to text with one `<image>` for each finished image, without other special tokens.
 
         Args:
             ids (`torch.LongTensor` of shape (B, S) or list of lists): Generated ids, without the prompt.
