@@ -5,15 +5,12 @@ import pytest
 import torch
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
-from helpers import (
-    EXAMPLES,
-    picture,
-)
+from helpers import EXAMPLES, picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from metamorph_hf.image_reading import BadSample
+from metamorph_hf.data.formats import BadSample
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
@@ -103,7 +100,7 @@ class TestCollator:
             ),
             ({"messages": [{"role": "assistant", "content": "<image_start>"}]}, "has <image_start> in a text"),
             ({"bad": "has no caption."}, "has no caption"),
-            ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "has a text that is no valid Unicode"),
+            ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "has a text that is not valid Unicode"),
             ({"images": ["1.png"]}, "has 0 image parts in its messages, but 1 images"),
         ],
     )
@@ -212,7 +209,7 @@ class TestBatches:
             ({"images": [picture(0), picture(1)]}, r"1 image parts in its messages, but 2 images"),
             (
                 {"images": ["/no/such/picture.png"]},
-                r"Example 7 has image 0, which cannot be read \(/no/such/pic",
+                r"Example 7 has a bad image at index 0. The image cannot be read \(/no/such/pic",
             ),
         ],
     )
