@@ -5,6 +5,7 @@ A family is a function from a source's row to a record: `messages` in the standa
 order (paths, `PIL.Image.Image`, or values of an undecoded [`~datasets.Image`] column). The wordings are our own.
 """
 
+import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ Record = dict[str, Any]
 
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_PART = {"type": "image"}
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")  # of parts that hold their image
 
 ASK_FOR_IMAGE = (
     "Generate an image of {}.",
@@ -83,6 +85,8 @@ def build_messages(question: list[dict], answer: list[dict]) -> list[dict[str, A
 
 def require_column(row: Row, *names: str) -> Any:
     """Return the first of the columns that the row has."""
+    if not isinstance(row, Mapping):
+        raise BadSample(f"is {type(row).__name__}, expected an object with columns.")
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -103,15 +107,35 @@ def require_turns(row: Row) -> list[Mapping[str, Any]]:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise BadSample("has conversations that are not a list of turns.")
     for turn in turns:
-        if turn.get("from") not in LLAVA_ROLES or not isinstance(turn.get("value"), str):
+        role, value = turn.get("from"), turn.get("value")
+        if not (isinstance(role, str) and role in LLAVA_ROLES and isinstance(value, str)):
             raise BadSample(f"has a turn that LLaVA's form does not know: {str(dict(turn))[:100]}.")
     return turns
 
 
-def resolve_path(image: Any, image_root: str | None) -> Any:
-    """Prepend `image_root` to a path. Anything else is returned as it is."""
-    is_path = isinstance(image, str) and "://" not in image
-    return str(Path(image_root) / image) if is_path and image_root is not None else image
+def resolve_path(file: Any, image_root: str | None = None, allow_remote: bool = False) -> Any:
+    """
+    Prepend `image_root` to the path of an image or a video. Bytes, data URIs and PIL images are returned as they are.
+
+    Raises:
+        BadSample: If the path leads out of `image_root`, or is an address although `allow_remote` is False.
+    """
+    if isinstance(file, Mapping) and not isinstance(file.get("bytes"), bytes):
+        file = file.get("path")
+    if not isinstance(file, (str, Path, bytes, Mapping, PIL.Image.Image)):
+        raise BadSample(f"has {type(file).__name__} in place of an image or a video, expected a path or bytes.")
+    if not isinstance(file, (str, Path)) or str(file).startswith("data:"):
+        return file
+    if "://" in str(file):
+        if not allow_remote:
+            raise BadSample(f"has a file at {str(file)[:200]}: set allow_remote for its source to download files.")
+        return file
+    if image_root is None:
+        return str(file)
+    path, root = os.path.abspath(os.path.join(image_root, file)), os.path.abspath(image_root)
+    if os.path.commonpath([path, root]) != root:
+        raise BadSample(f"has the path {str(file)[:200]}, which is not inside of image_root={image_root}.")
+    return os.path.join(image_root, file)
 
 
 def as_list(value: Any) -> list:
@@ -127,54 +151,83 @@ def split_at_images(text: str) -> list[dict[str, str]]:
 # ---- Families ----
 
 
-def chat(row: Row, rng: random.Random, image_root: str | None = None) -> Record:
+def chat(row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False) -> Record:
     """
-    Read `messages` and `images` (or a single `image`) as TRL has them. If all contents are plain strings, the images
-    go before the text of the first user message.
+    Read `messages`, `images` (or a single `image`) and `tools` as TRL has them. Images may also stand in the parts of
+    `messages`. If all contents are plain strings, the images go before the text of the first user message.
     """
-    given = row["images"] if row.get("images") else row.get("image")
-    images = [] if given is None else [resolve_path(image, image_root) for image in as_list(given)]
     messages = require_column(row, "messages")
     if not isinstance(messages, list):
         raise BadSample(f"has messages of type {type(messages).__name__}, expected a list.")
+    given = row["images"] if row.get("images") else row.get("image")
+    messages, within = extract_images(messages)
+    images = [resolve_path(image, image_root, allow_remote) for image in (within if given is None else as_list(given))]
     if images and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
         first = next((index for index, message in enumerate(messages) if message.get("role") == "user"), 0)
-        messages = [dict(message) for message in messages]
-        messages[first]["content"] = [*[IMAGE_PART] * len(images), text_part(messages[first]["content"])]
-    return {"messages": messages, "images": images}
+        messages[first] = {
+            **messages[first],
+            "content": [*[IMAGE_PART] * len(images), text_part(messages[first]["content"])],
+        }
+    return {"messages": messages, "images": images, "tools": row.get("tools")}
 
 
-def llava(row: Row, rng: random.Random, image_root: str | None = None) -> Record:
+def extract_images(messages: list) -> tuple[list, list]:
+    """
+    Replace image parts, as transformers or OpenAI's APIs write them, by `{"type": "image"}`.
+
+    Returns:
+        The messages, and the images that stood in the parts, in reading order.
+    """
+    images = []
+
+    def replace(part: Any) -> Any:
+        if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url", "input_image"):
+            return part
+        image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
+        image = image["url"] if isinstance(image, Mapping) and "url" in image else image
+        images.extend([] if image is None else [image])
+        return IMAGE_PART
+
+    has_parts = [isinstance(m, Mapping) and isinstance(m.get("content"), list) for m in messages]
+    return [
+        {**message, "content": [replace(part) for part in message["content"]]} if parts else message
+        for message, parts in zip(messages, has_parts)
+    ], images
+
+
+def llava(row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False) -> Record:
     """
     Read LLaVA's form (Cambrian-7M and many more): `conversations` of `from` (human, gpt, system) and `value` with
     `<image>` for each image, in answers too, and optionally `image`, one or a list.
     """
-    images = [] if row.get("image") is None else as_list(row["image"])
     messages = [
         {"role": LLAVA_ROLES[turn["from"]], "content": split_at_images(turn["value"])} for turn in require_turns(row)
     ]
-    return {"messages": messages, "images": [resolve_path(image, image_root) for image in images]}
+    images = [] if row.get("image") is None else as_list(row["image"])
+    return {"messages": messages, "images": [resolve_path(image, image_root, allow_remote) for image in images]}
 
 
-def text_to_image(row: Row, rng: random.Random, image_root: str | None = None) -> Record:
+def text_to_image(row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False) -> Record:
     """Ask for the image of a `caption` (or `text`, `txt`); answer with `image` (or `jpg`, `png`, `webp`, `jpeg`)."""
     caption = require_text(row, "caption", "text", "txt").rstrip(".")
-    image = resolve_path(require_column(row, "image", "jpg", "png", "webp", "jpeg"), image_root)
+    image = resolve_path(require_column(row, "image", "jpg", "png", "webp", "jpeg"), image_root, allow_remote)
     lead = rng.choice(GIVE_IMAGE)
     question = [text_part(rng.choice(ASK_FOR_IMAGE).format(caption))]
     return {"messages": build_messages(question, [text_part(lead)] * bool(lead) + [IMAGE_PART]), "images": [image]}
 
 
-def image_to_image(row: Row, rng: random.Random, image_root: str | None = None) -> Record:
+def image_to_image(row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False) -> Record:
     """Edit `source` by `instruction` into `target`, under these or InstructPix2Pix's and Aurora's column names."""
     source = require_column(row, "source", "input_image", "original_image", "input")
     target = require_column(row, "target", "edited_image", "output_image", "output")
     question = [IMAGE_PART, text_part(require_text(row, "instruction", "edit_prompt", "edit", "prompt"))]
-    images = [resolve_path(image, image_root) for image in (source, target)]
+    images = [resolve_path(image, image_root, allow_remote) for image in (source, target)]
     return {"messages": build_messages(question, [IMAGE_PART]), "images": images}
 
 
-def visual_thinking(row: Row, rng: random.Random, image_root: str | None = None, show: str = "crop") -> Record:
+def visual_thinking(
+    row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False, show: str = "crop"
+) -> Record:
     """
     Answer a question after showing the part of the image that it is about (Visual CoT, V*), from `image`, `question`,
     `answer` and `boxes` (or `bbox`, `bboxes`): one or a list of [left, top, right, bottom] in pixels.
@@ -187,16 +240,16 @@ def visual_thinking(row: Row, rng: random.Random, image_root: str | None = None,
     if show not in ("crop", "boxes"):
         raise ValueError(f"show is {show!r}, expected 'crop' or 'boxes'.")
     try:
-        image = read_image(resolve_path(require_column(row, "image"), image_root))
+        image = read_image(resolve_path(require_column(row, "image"), image_root, allow_remote))
     except ImageReadError as error:
         raise BadSample(f"has a bad image. {error}") from error
     question, answer = require_text(row, "question"), require_text(row, "answer")
-    boxes = require_column(row, "boxes", "bbox", "bboxes")
+    boxes = as_list(require_column(row, "boxes", "bbox", "bboxes"))
     boxes = [check_box(box, image) for box in (boxes if boxes and isinstance(boxes[0], (list, tuple)) else [boxes])]
     if show == "crop":
         shown = image.crop(boxes[0])
     else:
-        names = row.get("names") or [""] * len(boxes)
+        names = as_list(row.get("names") or [""] * len(boxes))
         if len(names) != len(boxes):
             raise BadSample(f"has {len(boxes)} boxes, but {len(names)} names.")
         shown = image.copy()
@@ -215,7 +268,7 @@ def visual_thinking(row: Row, rng: random.Random, image_root: str | None = None,
 
 def check_box(box: Any, image: PIL.Image.Image) -> tuple[int, int, int, int]:
     """Round a box to whole pixels after checking that it lies inside the image."""
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(n, (int, float)) for n in box):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(isinstance(n, (int, float)) for n in box):
         raise BadSample(f"has the box {box}, expected [left, top, right, bottom] in pixels.")
     left, top, right, bottom = box
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
@@ -225,7 +278,12 @@ def check_box(box: Any, image: PIL.Image.Image) -> tuple[int, int, int, int]:
 
 
 def video_qa(
-    row: Row, rng: random.Random, image_root: str | None = None, fps: float = 1.0, max_frames: int = 32
+    row: Row,
+    rng: random.Random,
+    image_root: str | None = None,
+    allow_remote: bool = False,
+    fps: float = 1.0,
+    max_frames: int = 32,
 ) -> Record:
     """
     Read LLaVA's form with a `video` (VideoStar, ShareVideo). Its frames replace the one `<video>` or `<image>`.
@@ -234,7 +292,7 @@ def video_qa(
         fps (`float`): Frames per second of the video, fewer in one so long that they would exceed `max_frames`.
         max_frames (`int`): Largest number of frames.
     """
-    video = resolve_path(require_column(row, "video", "mp4", "webm"), image_root)
+    video = resolve_path(require_column(row, "video", "mp4", "webm"), image_root, allow_remote)
     turns = [{**turn, "value": turn["value"].replace("<video>", "<image>")} for turn in require_turns(row)]
     if (count := sum(turn["value"].count("<image>") for turn in turns)) != 1:
         raise BadSample(f"has {count} places for its video in the conversation, expected one <video>.")
@@ -249,6 +307,7 @@ def video_prediction(
     row: Row,
     rng: random.Random,
     image_root: str | None = None,
+    allow_remote: bool = False,
     kinds: Sequence[str] = tuple(WORDINGS),
     min_seconds: float = 0.1,
     max_seconds: float = 10.0,
@@ -266,7 +325,7 @@ def video_prediction(
     """
     if unknown := set(kinds) - set(WORDINGS):
         raise ValueError(f"kinds has {sorted(unknown)}, expected some of {', '.join(WORDINGS)}.")
-    video = resolve_path(require_column(row, "video", "mp4", "webm"), image_root)
+    video = resolve_path(require_column(row, "video", "mp4", "webm"), image_root, allow_remote)
     name, length = describe_image(video), video_seconds(video)
     if length is None:
         raise BadSample(f"has a video of unknown length ({name}).")
@@ -303,4 +362,4 @@ _families = (chat, llava, text_to_image, image_to_image, visual_thinking, video_
 FAMILIES: dict[str, Callable[..., Record]] = {family.__name__: family for family in _families}
 
 
-__all__ = ["FAMILIES", "BadSample"]
+__all__ = ["FAMILIES", "BadSample", "extract_images"]

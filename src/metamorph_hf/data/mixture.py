@@ -57,7 +57,7 @@ class JsonLines(Sequence):
     def __getitem__(self, index: int) -> Row:
         try:
             row = json.loads(self._read_line(index))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also other encodings, and numbers of too many digits
             raise BadSample(f"is line {index + 1} of {self.path}, which is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise BadSample(f"is line {index + 1} of {self.path}, which holds {type(row).__name__}, not an object.")
@@ -146,7 +146,14 @@ class Source:
         if self.path.endswith(".jsonl"):
             return JsonLines(self.path)
         if self.path.endswith(".json"):  # LLaVA's `image` is a text or a list, which datasets' tables cannot hold
-            rows = json.loads(Path(self.path).read_text())
+            try:
+                rows = json.loads(Path(self.path).read_bytes())
+            except json.JSONDecodeError as error:
+                if error.msg == "Extra data":  # one object per line
+                    return JsonLines(self.path)
+                raise ValueError(f"{self.path} is not JSON, or it is cut off: {error}.") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self.path} is not JSON in UTF-8: {error}.") from error
             if not isinstance(rows, list):
                 raise ValueError(f"{self.path} holds {type(rows).__name__}, expected a list of samples.")
             return rows
@@ -159,7 +166,7 @@ class Source:
             streaming=self.streaming,
         )
         if self.streaming:
-            return dataset.decode(False)
+            return dataset if dataset.features is None else dataset.decode(False)  # CSV has no images to decode
         return dataset.cast(Features({name: disable_decoding(feature) for name, feature in dataset.features.items()}))
 
     def read(self, table: Sequence[Row], index: int, seed: int) -> Record:
@@ -171,6 +178,8 @@ class Source:
 
     def build_record(self, row: Row, index: int, seed: int) -> Record:
         """Return the record of a row, or one with the reason why there is none. Random choices depend on `index`."""
+        if not isinstance(row, Mapping):
+            return self._record(index, None, bad=f"is {type(row).__name__}, expected an object with columns.")
         if isinstance(row.get("json"), Mapping):  # a webdataset sample's .json member
             row = {**row, **row["json"]}
         name = row.get("id", row.get("__key__"))
@@ -183,7 +192,7 @@ class Source:
 
     def _record(self, index: int, name: Any, **content) -> Record:
         label = f"row {index}" if name is None else f"{name} (row {index})"
-        empty = {"bad": None, "messages": None, "images": None}
+        empty = {"bad": None, "messages": None, "images": None, "tools": None}
         return {"task": self.task, "source": self.label, "id": label, **empty, **content}
 
 
@@ -246,13 +255,14 @@ def _interleave_streams(sources: list[Source], tables: list, seed: int, size: in
     streams = []
     for source, table in zip(sources, tables):
         if isinstance(table, IterableDataset):
-            build = partial(_build_stream_record, source=source, seed=seed)
-            options = {"with_indices": True, "remove_columns": table.column_names, "features": STREAM_FEATURES}
-            table = table.map(build, **options)
+            columns = table.column_names or list(next(iter(table), {}))  # a CSV file's are not known before
+            table = table.map(_shuffle_rows, True, batched=True, batch_size=256, fn_kwargs={"seed": seed})
+            options = {"remove_columns": [*columns, "row_index"], "features": STREAM_FEATURES}
+            table = table.map(_build_stream_record, fn_kwargs={"source": source, "seed": seed}, **options)
         else:
             options = {"source": source, "table": table, "seed": seed}
             table = IterableDataset.from_generator(_read_stream, features=STREAM_FEATURES, gen_kwargs=options)
-        streams.append(table if source.num_samples is None else table.take(source.num_samples))
+        streams.append(table if source.num_samples is None else table.repeat(None).take(source.num_samples))
     fractions = [source.fraction for source in sources]
     probabilities = [share / sum(fractions) for share in fractions] if all(fractions) else None
     strategy = "first_exhausted" if probabilities else "all_exhausted_without_replacement"
@@ -273,13 +283,24 @@ def _read_stream(source: Source, table: Sequence[Row], seed: int) -> Iterator[di
         yield _split_record(source.read(table, int(index), seed))
 
 
-def _build_stream_record(row: Row, index: int, source: Source, seed: int) -> dict[str, Any]:
+def _shuffle_rows(rows: dict[str, list], indices: list[int], seed: int) -> dict[str, list]:
+    """Shuffle a batch of rows. Unlike [`IterableDataset.shuffle`], this resumes from a state without losing rows."""
+    order = np.random.default_rng([seed, indices[0]]).permutation(len(indices))
+    return {name: [values[index] for index in order] for name, values in {**rows, "row_index": indices}.items()}
+
+
+def _build_stream_record(row: Row, source: Source, seed: int) -> dict[str, Any]:
+    index = row.pop("row_index")
     return _split_record(source.build_record(row, index, seed))
 
 
 def _split_record(record: Record) -> dict[str, Any]:
     images = record.pop("images") or []
-    return {"record": json.dumps(record), "images": images}
+    try:
+        return {"record": json.dumps(record), "images": images}
+    except (TypeError, ValueError, RecursionError) as error:  # dates and bytes in a Parquet file's messages, say
+        bad = {"bad": f"has messages that are not JSON: {error}", "messages": None, "tools": None}
+        return {"record": json.dumps({**record, **bad}), "images": []}
 
 
 def mixture_table(dataset: Dataset | IterableDataset, num_samples: int | None = 1000) -> str:
