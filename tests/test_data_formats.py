@@ -5,8 +5,10 @@ import av
 import numpy as np
 import pytest
 from helpers import GOLDEN, ROWS, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from metamorph_hf.data.formats import FAMILIES, WORDINGS, BadSample
+from metamorph_hf.data.formats import FAMILIES, WORDINGS, BadSample, resolve_path
 from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.data.video import video_frames
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
@@ -177,3 +179,60 @@ class TestFamilies:
     def test_bad_rows_are_named(self, row, family, change, reason):
         with pytest.raises(BadSample, match=reason):
             FAMILIES[family]({**row(family), **change}, random.Random(0))
+
+    @pytest.mark.parametrize(
+        ("file", "options", "reason"),
+        [
+            ("../secret.png", {"image_root": "/data"}, "has the path ../secret.png, which is not inside"),
+            ("/etc/passwd", {"image_root": "/data"}, "has the path /etc/passwd, which is not inside"),
+            ({"bytes": None, "path": "/data2/1.png"}, {"image_root": "/data"}, "which is not inside"),
+            ("https://example.com/1.png", {}, "set allow_remote"),
+            ({"path": "https://example.com/1.png"}, {"image_root": "/data"}, "set allow_remote"),
+            (3, {}, "has int in place of an image"),
+        ],
+    )
+    def test_files_that_are_not_allowed(self, file, options, reason):
+        with pytest.raises(BadSample, match=reason):
+            resolve_path(file, **options)
+        part = {"type": "image_url", "image_url": {"url": file}}
+        messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]
+        with pytest.raises(BadSample, match=reason):
+            FAMILIES["chat"]({"messages": messages}, random.Random(0), **options)
+
+    def test_files_that_are_allowed(self):
+        assert resolve_path("a/../1.png", "data") == "data/a/../1.png"
+        assert resolve_path("/data/1.png", "/data") == "/data/1.png"
+        assert resolve_path("/etc/1.png") == "/etc/1.png"
+        for file in (
+            "https://example.com/1.png",
+            "data:image/png;base64,AAAA",
+            b"bytes",
+            {"bytes": b"", "path": "/1"},
+        ):
+            assert resolve_path(file, "/data", allow_remote=True) == file
+
+    def test_chat_keeps_tools_and_finds_images_in_parts(self):
+        parts = [{"type": "image", "image": "1.png"}, {"type": "input_image", "image_url": "2.png"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}]
+        record = FAMILIES["chat"]({"messages": messages, "tools": [{"name": "x"}]}, random.Random(0), image_root="r")
+        assert record["images"] == ["r/1.png", "r/2.png"] and record["tools"] == [{"name": "x"}]
+        assert record["messages"][0]["content"] == [{"type": "image"}] * 2
+
+    @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_any_row_is_a_record_or_a_bad_sample(self, data):
+        """There is no exception of another kind."""
+        odd = [None, 0, 3, float("nan"), True, "", "x", "<image>", "../1.png", b"", [], [None], [[]], [1, 2, 3, 4], {}]
+        odd += [{"a": 1}, {"bytes": 3}, {"path": 3}, [["a"]], [{"from": [], "value": "x"}], [{"role": "user"}]]
+        odd += [{"bytes": None, "path": None}, [{"role": "user", "content": [{"type": []}]}], "http://127.0.0.1:9/1"]
+        family = data.draw(st.sampled_from(list(FAMILIES)))
+        columns = [*ROWS[family], "video", "images", "names", "tools"]
+        changes = data.draw(st.dictionaries(st.sampled_from(columns), st.sampled_from(odd), max_size=3))
+        row = data.draw(st.sampled_from([{**ROWS[family], **changes}] * 9 + [None, [], "x"]))
+        show = {"show": "boxes"} if family == "visual_thinking" else {}
+        try:
+            record = FAMILIES[family](row, random.Random(0), **show)
+        except BadSample as refusal:
+            assert str(refusal)
+        else:
+            assert isinstance(record["messages"], list) and isinstance(record["images"], list)

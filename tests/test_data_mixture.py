@@ -1,3 +1,4 @@
+import datetime
 import io
 import json
 import tarfile
@@ -48,6 +49,46 @@ class TestReading:
     def test_empty_lines_at_the_end(self, tmp_path, end):
         (tmp_path / "lines.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}' + end.encode())
         assert [row["a"] for row in JsonLines(tmp_path / "lines.jsonl")] == [1, 2]
+
+    LINES = ['{"id": 0}', '{"id": 1}']
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "\n".join(LINES).encode(),
+            b"\xef\xbb\xbf[" + ", ".join(LINES).encode() + b"]",
+            "[{},{}]".format(*LINES).encode(),
+        ],
+        ids=["JSON lines", "byte-order mark", "list"],
+    )
+    def test_json_files(self, tmp_path, content):
+        (tmp_path / "rows.json").write_bytes(content)
+        assert list(Source("chat", str(tmp_path / "rows.json")).load()) == [{"id": 0}, {"id": 1}]
+
+    def test_byte_order_mark_of_json_lines(self, tmp_path):
+        (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(self.LINES).encode())
+        assert list(JsonLines(tmp_path / "rows.jsonl")) == [{"id": 0}, {"id": 1}]
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (b'[{"id": 0}, {"id"', "rows.json is not JSON, or it is cut off: .*line 1 column"),
+            ('[{"id": "\xe9"}]'.encode("latin-1"), "rows.json is not JSON in UTF-8"),
+            (b'{"a": [1]}', "rows.json holds dict, expected a list"),
+            (None, "rows.json"),
+        ],
+    )
+    def test_broken_json_files_are_named(self, tmp_path, content, reason):
+        if content is not None:
+            (tmp_path / "rows.json").write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=reason):
+            Source("chat", str(tmp_path / "rows.json")).load()
+
+    def test_rows_that_are_not_objects_are_named(self, tmp_path):
+        (tmp_path / "rows.json").write_text(json.dumps(["a", None, ROWS["chat"]]))
+        bad = {record["id"]: record["bad"] for record in load_mixture([Source("chat", str(tmp_path / "rows.json"))])}
+        assert bad["row 0"] == "is str, expected an object with columns."
+        assert bad["row 1"] == "is NoneType, expected an object with columns." and bad["row 2"] is None
 
 
 class TestMixture:
@@ -119,6 +160,38 @@ class TestMixture:
         assert begun + [(record["source"], record["id"]) for record in resumed] == whole
         not_streaming = load_mixture([stream])
         assert read_image(not_streaming[0]["images"][0]).size == (20, 16)
+
+    def test_streams_are_shuffled_and_repeated(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        rows = [{"id": str(n), **ROWS["chat"]} for n in range(12)]
+        Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
+        source = {"task": "chat", "path": "parquet", "data_files": str(tmp_path / "chat.parquet"), "streaming": True}
+
+        def read(seed, **options):
+            return [record["id"] for record in load_mixture([{**source, **options}], seed=seed)]
+
+        assert read(0) == read(0) != read(1)
+        assert sorted(read(0)) == sorted(read(1)) == sorted(f"{n} (row {n})" for n in range(12))
+        drawn = read(0, num_samples=30)
+        assert len(drawn) == 30 and {drawn.count(name) for name in drawn} == {2, 3}
+
+    def test_odd_rows_do_not_end_a_stream(self, tmp_path):
+        """Lone surrogates, dates and files without types are read, or refused by name."""
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\ud83d"}]
+        lines = {"task": "chat", "path": write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}, "[1]"])}
+        (tmp_path / "rows.csv").write_text("caption,image\na cat,1.png\n")
+        table = {"task": "text_to_image", "path": "csv", "data_files": str(tmp_path / "rows.csv"), "streaming": True}
+        dated = [{"messages": [{"role": "user", "content": "hi", "date": datetime.datetime(2024, 1, 1)}]}]
+        Dataset.from_list(dated).to_parquet(tmp_path / "dated.parquet")
+        dates = {"task": "chat", "path": "parquet", "data_files": str(tmp_path / "dated.parquet"), "streaming": True}
+        records = list(load_mixture([lines, table, dates]))
+        bad = [record["bad"] for record in records if record["bad"] is not None]
+        assert sorted(bad) == [
+            "has messages that are not JSON: Object of type datetime is not JSON serializable",
+            f"is line 2 of {tmp_path}/rows.jsonl, which holds list, not an object.",
+        ]
+        assert messages in [record["messages"] for record in records]
+        assert [record["images"] for record in records if record["task"] == "text_to_image"][0][0]["path"] == "1.png"
 
     MEMBERS = {
         "text_to_image": ({"jpg": "2.png", "txt": b"a gray square."}, {}),
