@@ -2,8 +2,8 @@
 
     python examples/inspect_data.py examples/configs/mixture.yaml --model examples/emoji/checkpoint --html page.html
 
-CONFIG is a YAML file with a `mixture`, as for train_vpit.py, whose `seed`, `mixture_size`, `max_length` and
-`on_too_long` count, too. Prints a table of the mixture, the lengths of its samples, and some samples token by token:
+CONFIG is a YAML file with a `mixture`, as for train_vpit.py, and with `seed`, `mixture_size`, `max_length` and
+`on_too_long` if you like. Prints a table of the mixture, the lengths of its samples, and some samples token by token:
 [text targets], {visual targets}, and context without brackets.
 """
 
@@ -22,7 +22,7 @@ import yaml
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor, VPiTConfig
+from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor, VPiTConfig
 from metamorph_hf.data.formats import BadSample
 from metamorph_hf.data.mixture import load_mixture, mixture_table
 from metamorph_hf.image_reading import read_image
@@ -119,7 +119,10 @@ def main() -> None:
     table = mixture_table(dataset, args.read)
     print(table, "\n")
 
-    max_length = config.get("max_length", VPiTConfig.max_length)
+    text_config = MetaMorphConfig.from_pretrained(args.model, subfolder=folders[0]).text_config
+    context = getattr(text_config, "max_position_embeddings", None)  # some language models have no limit
+    limits = [limit for limit in (config.get("max_length", VPiTConfig.max_length), context) if limit is not None]
+    max_length = min(limits, default=None)
     collate = DataCollatorForVPiT(processor, max_length, on_too_long=config.get("on_too_long", "refuse"))
     records, lengths, spans = [], [], []
     for record in tqdm(islice(dataset, args.read), total=args.read, desc="samples", leave=False):

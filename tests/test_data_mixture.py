@@ -19,6 +19,11 @@ from metamorph_hf.image_reading import read_image
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds per iterator
+
+
 class TestReading:
     @pytest.mark.parametrize("end", ["\n", ""])
     @pytest.mark.parametrize("count", [0, 1, 3])
@@ -143,9 +148,8 @@ class TestMixture:
         (rejected,) = [sample for batch in batches for sample in batch.get("rejected", [])]
         assert rejected["sample"].startswith("Example row 30 of") and "line 31" in rejected["reason"]
 
-    def test_streaming(self, sources, tmp_path, pictures, monkeypatch):
+    def test_streaming(self, sources, tmp_path, pictures):
         """A stream has the same samples, and it resumes where its state was saved."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds per iterator
         rows = [{"caption": f"gray {n}", "image": str(pictures / f"{n}.png")} for n in range(10)]
         Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "t2i.parquet")
         stream = {"task": "text_to_image", "path": "parquet", "data_files": str(tmp_path / "t2i.parquet")}
@@ -161,8 +165,7 @@ class TestMixture:
         not_streaming = load_mixture([stream])
         assert read_image(not_streaming[0]["images"][0]).size == (20, 16)
 
-    def test_streams_are_shuffled_and_repeated(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    def test_streams_are_shuffled_and_repeated(self, tmp_path):
         rows = [{"id": str(n), **ROWS["chat"]} for n in range(12)]
         Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
         source = {"task": "chat", "path": "parquet", "data_files": str(tmp_path / "chat.parquet"), "streaming": True}
@@ -211,9 +214,8 @@ class TestMixture:
 
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("task", [*MEMBERS, "text_to_image json"])
-    def test_webdataset(self, tiny_processor, pictures, video, tmp_path, monkeypatch, task, streaming):
+    def test_webdataset(self, tiny_processor, pictures, video, tmp_path, task, streaming):
         """The members of a tar file are columns, and so are the keys of its .json members."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         task, _, json_caption = task.partition(" ")
         members, columns = self.MEMBERS[task]
         if json_caption:
@@ -236,11 +238,8 @@ class TestMixture:
 
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("resume_after", [0, 3])
-    def test_two_processes_share_the_samples(
-        self, sources, tiny_processor, tmp_path, monkeypatch, streaming, resume_after
-    ):
+    def test_two_processes_share_the_samples(self, sources, tiny_processor, tmp_path, streaming, resume_after):
         """As accelerate distributes them to Trainer's processes, from the start or the middle of an epoch."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         if streaming:
             for shard in range(2):
                 rows = [{"id": f"{shard}-{n}", **ROWS["chat"]} for n in range(20)]
@@ -264,7 +263,6 @@ class TestMixture:
     )
     def test_uneven_shards_are_named(self, tiny_processor, tmp_path, monkeypatch, caplog, lengths, batches_of):
         """Processes read whole shards: no sample is lost or seen twice, but one process finishes early."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         monkeypatch.setenv("WORLD_SIZE", "2")
         files = [str(tmp_path / f"{shard}.parquet") for shard in range(len(lengths))]
         for file, length in zip(files, lengths):

@@ -95,8 +95,11 @@ class DataCollatorForVPiT:
     def _learns_to_stop(self) -> bool:
         """Return whether the last target of an answer is a stop token: EOS, or another token of the chat format."""
         tokenizer = self.processor.tokenizer
-        probe = [{"role": role, "content": [text_part("Hi")]} for role in ("user", "assistant", "user")]
-        labels = self._tokenize(probe, None)[1]
+        probe = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+        try:
+            labels = self._tokenize(probe, None)[1]
+        except BadSample:  # the template takes other conversations than this one
+            return True
         targets = [target for target in labels[labels != -100].tolist() if tokenizer.decode([target]).strip()]
         return bool({tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()} & set(targets[-1:]))
 
@@ -241,8 +244,9 @@ class DataCollatorForVPiT:
             tokens = torch.as_tensor(tokens)
         except (TypeError, ValueError, RuntimeError) as error:
             raise BadSample(f"has visual tokens that are not an array: {error}") from error
-        if tokens.ndim != 2 or len(tokens) != (count := self.processor.num_image_tokens):
-            raise BadSample(f"has visual tokens of shape {tuple(tokens.shape)}, expected ({count}, V).")
+        num_tokens = self.processor.num_image_tokens
+        if tokens.ndim != 2 or len(tokens) != num_tokens:
+            raise BadSample(f"has visual tokens of shape {tuple(tokens.shape)}, expected ({num_tokens}, V).")
         return tokens
 
     @staticmethod
@@ -295,6 +299,7 @@ def check_part(part: Any) -> dict[str, str]:
 
 
 def drop_none(value: Any) -> Any:
+    """Drop keys without a value at any depth."""
     if isinstance(value, Mapping):
         return {key: drop_none(item) for key, item in value.items() if item is not None}
     return [drop_none(item) for item in value] if isinstance(value, (list, tuple)) else value
