@@ -181,11 +181,35 @@ class TestFamilies:
             FAMILIES[family]({**row(family), **change}, random.Random(0))
 
     @pytest.mark.parametrize(
+        ("family", "options", "reason"),
+        [
+            ("visual_thinking", {"show": "all"}, "show is 'all', expected 'crop' or 'boxes'"),
+            ("video_prediction", {"kinds": ["next"]}, r"kinds has \['next'\], expected some of next_frames"),
+            ("video_prediction", {"min_seconds": 8.0}, "has a video too short for two intervals of 8.0 s"),
+            ("video_prediction", {"max_frames": 2}, "has 2 frames .* apart, too few to predict any"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, row, family, options, reason):
+        with pytest.raises(ValueError, match=reason):
+            FAMILIES[family](row(family), random.Random(0), **options)
+
+    def test_a_video_without_images(self, tmp_path):
+        with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+            stream = container.add_stream("aac", rate=16000, layout="mono")
+            for start in range(0, 16000, 1024):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 16000, start
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        with pytest.raises(BadSample, match=r"has a video without images \(.*sound.mp4\)"):
+            video_frames(str(tmp_path / "sound.mp4"), 1.0)
+
+    @pytest.mark.parametrize(
         ("file", "options", "reason"),
         [
-            ("../secret.png", {"image_root": "/data"}, "has the path ../secret.png, which is not inside"),
-            ("/etc/passwd", {"image_root": "/data"}, "has the path /etc/passwd, which is not inside"),
-            ({"bytes": None, "path": "/data2/1.png"}, {"image_root": "/data"}, "which is not inside"),
+            ("../secret.png", {"image_root": "/data"}, "has the path ../secret.png, which leads out of"),
+            ("/etc/passwd", {"image_root": "/data"}, "has the path /etc/passwd, which leads out of"),
+            ({"bytes": None, "path": "/data2/1.png"}, {"image_root": "/data"}, "which leads out of"),
             ("https://example.com/1.png", {}, "set allow_remote"),
             ({"path": "https://example.com/1.png"}, {"image_root": "/data"}, "set allow_remote"),
             (3, {}, "has int in place of an image"),

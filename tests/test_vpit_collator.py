@@ -142,6 +142,19 @@ class TestCollator:
         assert processor.tokenizer.decode(labels[labels != -100]) == ("yes" if warned else "yes<|end|>")
         assert ("would not learn to stop" in caplog.text) == warned
 
+    def test_templates_that_refuse_or_leave_out(self, tiny_processor, pictures):
+        """A template without a place for images, which refuses longer conversations."""
+        processor = copy.copy(tiny_processor)
+        processor.chat_template = (
+            "{%- if messages | length > 2 -%}{{ raise_exception('Only one turn!') }}{%- endif -%}"
+            "{%- generation -%}yes<|end|>{%- endgeneration -%}"
+        )
+        collate = DataCollatorForVPiT(processor)
+        with pytest.raises(BadSample, match="does not fit the chat template: Only one turn!"):
+            collate([self.example(["a"], ["b"], ["c"], ["d"])])
+        with pytest.raises(BadSample, match="has 1 images, but the chat template writes 0"):
+            collate([self.example(["*"], ["b"], images=[str(pictures / "1.png")])])
+
     def test_an_image_is_encoded_once(self, tiny_processor, tiny_model, pictures):
         paths = [str(pictures / f"{number}.png") for number in (1, 2, 1)]
         examples = [

@@ -134,7 +134,7 @@ def resolve_path(file: Any, image_root: str | None = None, allow_remote: bool = 
         return str(file)
     path, root = os.path.abspath(os.path.join(image_root, file)), os.path.abspath(image_root)
     if os.path.commonpath([path, root]) != root:
-        raise BadSample(f"has the path {str(file)[:200]}, which is not inside of image_root={image_root}.")
+        raise BadSample(f"has the path {str(file)[:200]}, which leads out of image_root={image_root}.")
     return os.path.join(image_root, file)
 
 
@@ -146,29 +146,6 @@ def split_at_images(text: str) -> list[dict[str, str]]:
     """Split a text into parts at each `<image>`. Everything else is kept, line breaks included."""
     pieces = re.split("(<image>)", text)
     return [IMAGE_PART if piece == "<image>" else text_part(piece) for piece in pieces if piece] or [text_part("")]
-
-
-# ---- Families ----
-
-
-def chat(row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False) -> Record:
-    """
-    Read `messages`, `images` (or a single `image`) and `tools` as TRL has them. Images may also stand in the parts of
-    `messages`. If all contents are plain strings, the images go before the text of the first user message.
-    """
-    messages = require_column(row, "messages")
-    if not isinstance(messages, list):
-        raise BadSample(f"has messages of type {type(messages).__name__}, expected a list.")
-    given = row["images"] if row.get("images") else row.get("image")
-    messages, within = extract_images(messages)
-    images = [resolve_path(image, image_root, allow_remote) for image in (within if given is None else as_list(given))]
-    if images and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
-        first = next((index for index, message in enumerate(messages) if message.get("role") == "user"), 0)
-        messages[first] = {
-            **messages[first],
-            "content": [*[IMAGE_PART] * len(images), text_part(messages[first]["content"])],
-        }
-    return {"messages": messages, "images": images, "tools": row.get("tools")}
 
 
 def extract_images(messages: list) -> tuple[list, list]:
@@ -188,11 +165,33 @@ def extract_images(messages: list) -> tuple[list, list]:
         images.extend([] if image is None else [image])
         return IMAGE_PART
 
-    has_parts = [isinstance(m, Mapping) and isinstance(m.get("content"), list) for m in messages]
-    return [
-        {**message, "content": [replace(part) for part in message["content"]]} if parts else message
-        for message, parts in zip(messages, has_parts)
-    ], images
+    replaced = []
+    for message in messages:
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+            message = {**message, "content": [replace(part) for part in message["content"]]}
+        replaced.append(message)
+    return replaced, images
+
+
+# ---- Families ----
+
+
+def chat(row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False) -> Record:
+    """
+    Read `messages`, `images` (or a single `image`) and `tools` as TRL has them. Images may also stand in the parts of
+    `messages`. If all contents are plain strings, the images go before the text of the first user message.
+    """
+    messages = require_column(row, "messages")
+    if not isinstance(messages, list):
+        raise BadSample(f"has messages of type {type(messages).__name__}, expected a list.")
+    given = row["images"] if row.get("images") else row.get("image")
+    messages, within = extract_images(messages)
+    images = [resolve_path(image, image_root, allow_remote) for image in (within if given is None else as_list(given))]
+    if images and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+        first = next((index for index, message in enumerate(messages) if message.get("role") == "user"), 0)
+        content = [*[IMAGE_PART] * len(images), text_part(messages[first]["content"])]
+        messages[first] = {**messages[first], "content": content}
+    return {"messages": messages, "images": images, "tools": row.get("tools")}
 
 
 def llava(row: Row, rng: random.Random, image_root: str | None = None, allow_remote: bool = False) -> Record:
