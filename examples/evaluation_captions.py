@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset
 from PIL import Image, ImageOps
 
-from metamorph_hf.image_reading import BadSample, read_image
+from metamorph_hf.image_reading import ImageReadError, read_image
 
 
 sys.path.append(str(Path(__file__).parent / "emoji"))
@@ -38,8 +38,8 @@ class Row:
         """The real picture: its centre square, or cropped and resized to (width, height)."""
         try:
             image = read_image(self.image)
-        except BadSample as error:
-            sys.exit(f"The image of {self.id!r} cannot be read: {error}")
+        except ImageReadError as error:
+            sys.exit(f"The image of {self.id!r} cannot be read. {error}")
         return ImageOps.fit(image, size or (min(image.size),) * 2, Image.Resampling.BICUBIC)
 
 

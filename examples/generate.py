@@ -18,7 +18,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from metamorph_hf import MetaMorphPipeline
-from metamorph_hf.image_reading import BadSample, read_image
+from metamorph_hf.image_reading import ImageReadError, read_image
 
 
 EMOJI = Path(__file__).parent / "emoji" / "checkpoint"
@@ -50,8 +50,8 @@ def load_pipeline(
 def load_picture(path: str) -> Image.Image:
     try:
         return read_image(Path(path))
-    except BadSample as error:
-        sys.exit(f"The image {error}.")
+    except ImageReadError as error:
+        sys.exit(str(error))
 
 
 def main() -> None:
