@@ -19,9 +19,7 @@ ASKING_ABOUT_AN_IMAGE = ("name", "category", "yes_no", "thinking")
 
 @pytest.fixture(scope="module")
 def rows():
-    dataset = Dataset.from_parquet(str(EXAMPLES_FOLDER / "emoji" / "emoji.parquet")).cast_column(
-        "image", Image(decode=False)
-    )
+    dataset = Dataset.from_parquet(str(EXAMPLES_FOLDER / "emoji" / "emoji.parquet"))
     return dataset.remove_columns("image").to_list()
 
 

@@ -25,7 +25,7 @@ from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_str
 from emoji_visualizer import add_token_noise, train_visualizer
 from evaluate import generate_answers, rank_answers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from train_siglip import augment, train_siglip
+from train_siglip import TRAINING, augment, train_siglip
 from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -207,27 +207,19 @@ def train_stage(
     if bf16:
         model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
     args = VPiTConfig(
+        str(out),
+        **TRAINING,
         stage=stage,
-        output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=batch // micro_batch,
-        learning_rate=1e-3,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
         warmup_steps=max(1, steps // 25),
-        weight_decay=0.05,
-        adam_beta2=0.98,
         max_length=256,
-        train_sampling_strategy="sequential",
         gradient_checkpointing=False,
         bf16=bf16,
-        use_cpu=True,
-        dataloader_pin_memory=False,
         logging_steps=max(1, min(100, steps // 2)),
-        save_steps=200,
-        save_total_limit=1,
-        report_to="none",
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
     stream = training_stream(

@@ -20,6 +20,17 @@ from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 MAX_CAPTION_TOKENS = 16
 BATCH_SIZE = 128
+TRAINING = {  # also for the stages of VPiT
+    "learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "adam_beta2": 0.98,
+    "train_sampling_strategy": "sequential",
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "save_steps": 200,
+    "save_total_limit": 1,
+    "report_to": "none",
+}
 
 
 def build_siglip(tokenizer: PreTrainedTokenizerFast, quick: bool = False) -> SiglipModel:
@@ -109,22 +120,14 @@ def train_siglip(
         model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
     args = TrainingArguments(
         str(out),
+        **TRAINING,
         max_steps=steps,
         per_device_train_batch_size=1,  # an item of the dataset is a whole batch
-        learning_rate=1e-3,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
-        weight_decay=0.05,
-        adam_beta2=0.98,
-        train_sampling_strategy="sequential",
         remove_unused_columns=False,
         bf16=bf16,
-        use_cpu=True,
-        dataloader_pin_memory=False,
         logging_steps=100,
-        save_steps=200,
-        save_total_limit=1,
-        report_to="none",
     )
     batches = SiglipBatches(rows, pixels, tokenizer, steps)
     trainer = Trainer(model, args, data_collator=lambda items: items[0], train_dataset=batches)
