@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,23 +99,12 @@ class Timer:
 
 
 @torch.no_grad()
-def run_released_step(model: MetaMorphForConditionalGeneration, embeds: torch.Tensor) -> torch.Tensor:
+def run_released_step(model: MetaMorphForConditionalGeneration, length: int) -> None:
     """Run a visual step as the released code does: the whole sequence again, and logits of all of its positions."""
+    embeds = torch.randn(1, length, model.config.text_config.hidden_size).to(model.device, model.dtype)
     hidden_states = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    token = F.normalize(model.vision_head(hidden_states[:, -1:]), dim=-1)
-    embed = model.model.projector(token)
+    embed = model.model.projector(F.normalize(model.vision_head(hidden_states[:, -1:]), dim=-1))
     model.lm_head(torch.cat([hidden_states[:, :-1], embed], dim=1)).float()
-    return torch.cat([embeds, embed], dim=1)
-
-
-def time_released_loop(model, length: int, steps: int, device: str, sampled: int = 4) -> float:
-    """Estimate the seconds of `steps` visual steps of the released loop after a prompt, from a few spread evenly."""
-    seconds = 0.0
-    for number in range(sampled):
-        current = length + round((number + 0.5) * steps / sampled)
-        embeds = torch.randn(1, current, model.config.text_config.hidden_size).to(model.device, model.dtype)
-        seconds += Timer(device, 1)(lambda embeds=embeds: run_released_step(model, embeds))[0]
-    return seconds * steps / sampled
 
 
 def time_import(statement: str) -> float:
@@ -128,51 +118,47 @@ def time_import(statement: str) -> float:
     return min(run(), run())
 
 
-class Workload:
-    """A model and the calls of `generate` that are timed."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.model = args, build_model(args)
-        self.config, self.steps = self.model.config, args.visual_tokens
-
-    def prompt(self, batch: int, length: int, image: bool = False) -> dict[str, torch.Tensor]:
-        """Make random ids (batch, length), which end with `<image_start>` if an image is to follow."""
-        ids = torch.randint(10, self.args.vocabulary - 10, (batch, length), device=self.args.device)
-        if image:
-            ids[:, -1] = self.config.image_start_token_id
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def write_text(self, model, inputs: dict, count: int, **kwargs) -> Callable[[], object]:
-        return lambda: model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **kwargs)
-
-    def generate_image(self, batch: int, length: int, **kwargs) -> Callable[[], object]:
-        """Generate an image and its `<image_end>`: N + 1 steps."""
-        inputs = self.prompt(batch, length, image=True)
-        return lambda: self.model.generate(**inputs, max_new_tokens=self.steps + 1, do_sample=False, **kwargs)
+def make_prompt(model: MetaMorphForConditionalGeneration, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Make random ids (batch, length) without image tokens."""
+    ids = torch.randint(10, model.config.image_start_token_id - 10, (batch, length), device=model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@torch.no_grad()
-def measure_decoding(work: Workload, args: argparse.Namespace, timer: Timer) -> dict[str, float]:
-    model, steps, length, results = work.model, args.visual_tokens, args.prompts[0], {}
-    llm, inputs, count = build_bare_llm(model), work.prompt(1, length), steps + 2  # room for an image
+def write_text(model, inputs: dict, count: int, **kwargs) -> Callable[[], object]:
+    return lambda: model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **kwargs)
+
+
+def generate_image(model, batch: int, length: int, **kwargs) -> Callable[[], object]:
+    """Generate an image and its `<image_end>`, N + 1 steps, after a prompt that ends with `<image_start>`."""
+    inputs = make_prompt(model, batch, length)
+    inputs["input_ids"][:, -1] = model.config.image_start_token_id
+    steps = model.config.num_image_tokens + 1
+    return lambda: model.generate(**inputs, max_new_tokens=steps, do_sample=False, **kwargs)
+
+
+def measure_decoding(model, args: argparse.Namespace, timer: Timer) -> dict[str, float]:
+    steps, length, results = args.visual_tokens, args.prompts[0], {}
+    llm, inputs, count = build_bare_llm(model), make_prompt(model, 1, length), steps + 2  # room for an image
     image, ours, disabled, bare = Timer(args.device, 3 * args.repeats)(
-        work.generate_image(1, length),
-        work.write_text(model, inputs, count),
-        work.write_text(model, inputs, count, max_images=0),
-        work.write_text(llm, inputs, count),
+        generate_image(model, 1, length),
+        write_text(model, inputs, count),
+        write_text(model, inputs, count, max_images=0),
+        write_text(llm, inputs, count),
     )
     results[f"visual steps / text steps of the bare LLM, prompt {length}"] = (image / (steps + 1)) / (bare / count)
     results["text-only generate / bare LLM"] = ours / bare
     results["text-only generate with max_images=0 / bare LLM"] = disabled / bare
 
-    for prompt_length in args.prompts:
-        (ours,) = timer(work.generate_image(1, prompt_length))
-        released = time_released_loop(model, prompt_length, steps, args.device)
-        results[f"released loop / ours, batch 1, prompt {prompt_length}"] = released / ours
+    for prompt in args.prompts:
+        (ours,) = timer(generate_image(model, 1, prompt))
+        # Four steps of the released loop, evenly spread over the image, stand for all.
+        lengths = [prompt + round((number + 0.5) * steps / 4) for number in range(4)]
+        released = Timer(args.device, 1)(*(partial(run_released_step, model, current) for current in lengths))
+        results[f"released loop / ours, batch 1, prompt {prompt}"] = sum(released) * steps / 4 / ours
 
     static = {"cache_implementation": "static", "disable_compile": True}
     one, four, sixteen, fixed = timer(
-        *(work.generate_image(batch, length) for batch in (1, 4, 16)), work.generate_image(16, length, **static)
+        *(generate_image(model, batch, length) for batch in (1, 4, 16)), generate_image(model, 16, length, **static)
     )
     results["images per second, batch 1"] = 1 / one
     results["images per second, batch 4 / batch 1"] = 4 * one / four
@@ -183,37 +169,38 @@ def measure_decoding(work: Workload, args: argparse.Namespace, timer: Timer) -> 
         compile_config = CompileConfig()
         compile_config._compile_all_devices = True  # otherwise transformers compiles on accelerators only
         compiled = {"cache_implementation": "static", "compile_config": compile_config}
-        seconds = timer(*(work.generate_image(1, length, **options) for options in ({}, static, compiled)))
+        seconds = timer(*(generate_image(model, 1, length, **options) for options in ({}, static, compiled)))
         results["visual steps, static cache / dynamic"] = seconds[1] / seconds[0]
         results["visual steps, static cache and compiled / dynamic"] = seconds[2] / seconds[0]
     return results
 
 
-@torch.no_grad()
-def measure_prefill(work: Workload, args: argparse.Namespace, timer: Timer) -> dict[str, float]:
-    model, config, results = work.model, work.config, {}
-    placeholders = [config.image_start_token_id, *[config.image_token_id] * work.steps, config.image_end_token_id]
+def measure_prefill(model, args: argparse.Namespace, timer: Timer) -> dict[str, float]:
+    config, results = model.config, {}
+    image = [config.image_start_token_id, *[config.image_token_id] * args.visual_tokens, config.image_end_token_id]
     for count in args.images:
         pixels = torch.randn(count, 3, 224, 224).to(args.device, model.dtype)
-        question = work.prompt(1, 128)["input_ids"]
-        ids = torch.cat([torch.tensor([placeholders * count], device=args.device), question], dim=1)
+        question = make_prompt(model, 1, 128)["input_ids"]
+        ids = torch.cat([torch.tensor([image * count], device=args.device), question], dim=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_images": 0}
         encode, reuse = timer(
-            work.write_text(model, {**inputs, "pixel_values": pixels}, 1),
-            work.write_text(model, {**inputs, "visual_tokens": model.get_visual_tokens(pixels)}, 1),
+            write_text(model, {**inputs, "pixel_values": pixels}, 1),
+            write_text(model, {**inputs, "visual_tokens": model.get_visual_tokens(pixels)}, 1),
         )
         results[f"prefill with {count} images, seconds"] = encode
         results[f"the same from visual_tokens / from pixels, {count} images"] = reuse / encode
     return results
 
 
+@torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    timer, work = Timer(args.device, args.repeats), Workload(args)
-    results = measure_decoding(work, args, timer) | measure_prefill(work, args, timer)
+    timer, model = Timer(args.device, args.repeats), build_model(args)
+    results = measure_decoding(model, args, timer) | measure_prefill(model, args, timer)
     ours, theirs = time_import("import metamorph_hf"), time_import("from transformers import LlamaForCausalLM")
     results["import metamorph_hf / import LlamaForCausalLM"] = ours / theirs
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
-    if peak is None:  # of the whole run, because a process cannot reset its maximum
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:  # of the whole run, because a process cannot reset its maximum
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return results | {"peak memory, MB": peak / 1e6}
 

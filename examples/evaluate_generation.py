@@ -25,7 +25,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,39 +217,37 @@ def compare(
         All that can be measured of `features` (generated, d) and `real_features` (rows, d) for the FID, and of `rank`,
         `clip_score` and `psnr`, (generated,) each.
     """
-
-    def read(index: int) -> Image.Image:
-        return read_image(args.output / "pictures" / f"{rows[index].id}.png")
-
-    size, real, tokens = read(generated[0]).size, {}, None
+    folder, device = args.output / "pictures", accelerator.device
+    size = read_image(folder / f"{rows[generated[0]].id}.png").size
 
     def encode(images: list[Image.Image]) -> dict[str, torch.Tensor]:
         columns = {"features": features(images).float()}
         return columns if judge is None else {**columns, "tokens": judge.get_visual_tokens(images).half()}
 
-    def compare_batch(batch: list[int]) -> dict[str, torch.Tensor]:
-        images, columns = [read(index) for index in batch], {}
-        if features is not None:
-            columns = encode(images)
-        if tokens is not None:
-            targets = torch.tensor(batch, device=tokens.device)
-            columns["rank"] = rank_references(columns.pop("tokens"), tokens, targets)
+    def encode_real(batch: list[Row]) -> dict[str, torch.Tensor]:
+        return encode([row.reference(size) for row in batch])
+
+    def compare_batch(batch: list[Row]) -> dict[str, torch.Tensor]:
+        images = [read_image(folder / f"{row.id}.png") for row in batch]
+        columns = {} if features is None else encode(images)
         if clip_score is not None:
-            columns["clip_score"] = clip_score(images, [rows[index].caption for index in batch])
+            columns["clip_score"] = clip_score(images, [row.caption for row in batch])
         if args.task == "reconstruct":
-            originals = to_pixels([rows[index].reference(size) for index in batch]).float()
+            originals = to_pixels([row.reference(size) for row in batch]).float()
             options = {"data_range": 255.0, "reduction": "none", "dim": (1, 2, 3)}
             columns["psnr"] = peak_signal_noise_ratio(to_pixels(images).float(), originals, **options)
         return columns
 
-    measure_all = partial(measure, accelerator, size=args.batch_size)
-    if features is not None:
-        references = partial(map, lambda row: row.reference(size))
-        real = measure_all(rows, desc="encoding real images", compute=lambda batch: encode([*references(batch)]))
-        if judge is not None:  # on every process: 4.4 GB for COCO-30K at the paper's size
-            tokens = real["tokens"].to(accelerator.device)
-    found = measure_all(generated, desc="comparing", compute=compare_batch)
-    return {**found, "real_features": real["features"]} if real else found
+    found = measure(accelerator, [rows[index] for index in generated], args.batch_size, "comparing", compare_batch)
+    if features is None:
+        return found
+    real = measure(accelerator, rows, args.batch_size, "encoding real images", encode_real)
+    if judge is not None:
+        references = real["tokens"].to(device)  # 4.4 GB for COCO-30K at the paper's size
+        blocks = zip(found.pop("tokens").split(256), torch.tensor(generated).split(256), strict=True)
+        ranks = [rank_references(block.to(device), references, targets.to(device)) for block, targets in blocks]
+        found["rank"] = torch.cat(ranks).cpu()
+    return {**found, "real_features": real["features"]}
 
 
 def summarize(

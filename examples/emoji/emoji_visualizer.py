@@ -78,8 +78,8 @@ def add_token_noise(visual_tokens: torch.Tensor, strength: float, generator: tor
 
 def train_visualizer(
     pixels: torch.Tensor, visual_tokens: torch.Tensor, vae: PatchVAE, out: Path, steps: int, quick: bool = False
-) -> None:
-    """Train, or continue from `out/state.pt`, and save in `out/unet`, `out/projector` and `out/scheduler`.
+) -> tuple[VisualTokenProjector, GridUNet2DConditionModel, DDIMScheduler]:
+    """Train, or continue from `out/state.pt`, and return projector, U-Net and noise scheduler.
 
     Args:
         pixels: uint8 (I, 3, 64, 64).
@@ -98,15 +98,15 @@ def train_visualizer(
     ema = EMAModel(parameters, decay=0.995, use_ema_warmup=True, power=0.75)
 
     parts = {"projector": projector, "unet": unet, "optimizer": optimizer, "schedule": schedule, "ema": ema}
-    first_step, state_file = 0, out / "state.pt"
+    first_step = 0
     out.mkdir(parents=True, exist_ok=True)
-    if state_file.is_file():
-        saved = torch.load(state_file, weights_only=True)
+    if (out / "state.pt").is_file():
+        saved = torch.load(out / "state.pt", weights_only=True)
         first_step = saved.pop("step")
         for name, state in saved.items():
             parts[name].load_state_dict(state)
 
-    progress = trange(first_step, steps, desc="4/4 U-Net", initial=first_step, total=steps, mininterval=2)
+    progress = trange(first_step, steps, desc="U-Net", initial=first_step, total=steps, disable=first_step == steps)
     for step in progress:
         indices, generator = choose_batch(len(pixels), step)
         kept = torch.rand(len(indices), generator=generator) >= CONDITIONING_DROPOUT
@@ -124,12 +124,9 @@ def train_visualizer(
         ema.step(parameters)
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < steps:
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             torch.save({"step": step + 1} | {k: v.state_dict() for k, v in parts.items()}, out / "state.tmp")
-            (out / "state.tmp").replace(state_file)
+            (out / "state.tmp").replace(out / "state.pt")
 
     ema.copy_to(parameters)
-    projector.eval().save_pretrained(out / "projector")
-    unet.eval().save_pretrained(out / "unet")
-    noise_scheduler.save_pretrained(out / "scheduler")
-    state_file.unlink(missing_ok=True)
+    return projector.eval(), unet.eval(), noise_scheduler

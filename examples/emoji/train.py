@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from emoji_images import encode_images, load_images, normalize
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_stream
 from emoji_visualizer import add_token_noise, train_visualizer
@@ -36,13 +35,11 @@ from transformers import (
 )
 
 from metamorph_hf import (
-    GridUNet2DConditionModel,
     MetaMorphConfig,
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
     MetaMorphProcessor,
     PatchVAE,
-    VisualTokenProjector,
     VPiTConfig,
     VPiTTrainer,
 )
@@ -232,31 +229,7 @@ def train_stage(
     trainer.model.save_pretrained(out / "final")
 
 
-def train_decoder(
-    rows: list[dict], pixels: torch.Tensor, tasks: EmojiTasks, visual_tokens: torch.Tensor, work: Path, args
-) -> dict:
-    """Fit the VAE, train projector and U-Net, and return the components of the pipeline that decode visual tokens."""
-    if not (work / "vae" / "config.json").is_file():
-        # In closed form: a convolutional VAE of this size needs hours of CPU to do as well (28 dB with 32 channels).
-        PatchVAE.fit(normalize(pixels[: len(rows)]), latent_channels=32).save_pretrained(work / "vae")
-    vae = PatchVAE.from_pretrained(work / "vae")
-    if not (work / "unet" / "scheduler").is_dir():
-        # Mostly the base emoji; their skin-tone variants for edits and their crops for visual thinking.
-        variants = [i for i, row in enumerate(rows) if row["vendor"] == "google" and row["skin_tone"]]
-        chosen = 3 * tasks.google + variants + [len(rows) + i for i in tasks.google]
-        steps = (QUICK_STEPS if args.quick else STEPS)["unet"]
-        train_visualizer(pixels[chosen], visual_tokens[chosen].float(), vae, work / "unet", steps, args.quick)
-    components = {
-        "projector": VisualTokenProjector.from_pretrained(work / "unet" / "projector"),
-        "unet": GridUNet2DConditionModel.from_pretrained(work / "unet" / "unet"),
-        "vae": vae,
-    }
-    for component in components.values():
-        component.register_to_config(_name_or_path="emoji")  # it would name a folder of this machine
-    return {**components, "scheduler": DDIMScheduler.from_pretrained(work / "unet" / "scheduler")}
-
-
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="folder for the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder for unfinished steps")
@@ -266,12 +239,7 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="SigLIP and VPiT in bfloat16: a third less time on a CPU with AMX, slower on others",
     )
-    parser.add_argument("--until", choices=("siglip", "vpit", "visualizer"), default="visualizer", help="stop early")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     steps, work = QUICK_STEPS if args.quick else STEPS, args.work
     rows, pixels = load_images()
     tasks = EmojiTasks(rows)
@@ -280,32 +248,31 @@ def main() -> None:
     if not (work / "siglip" / "config.json").is_file():
         print("1/4 SigLIP")
         train_siglip(rows, pixels, processor.tokenizer, work / "siglip", steps["siglip"], args.quick, args.bf16)
-    if args.until == "siglip":
-        return
     tower = SiglipModel.from_pretrained(work / "siglip").vision_model
     tower.config.vision_use_head = False  # the pooling head serves the contrastive loss alone
 
     model = build_model(processor, tower, args.quick)
-    if not (work / "visual_tokens.pt").is_file():
-        torch.save(encode_views(model, pixels, 1 if args.quick else VIEWS), work / "visual_tokens.pt")
-    views = torch.load(work / "visual_tokens.pt", weights_only=True)
+    views = encode_views(model, pixels, 1 if args.quick else VIEWS)
     # The differences between look-alikes are a small part of their tokens, and so of the loss.
     tasks.emphasis = (1 + 2 * find_look_alikes(views[0, tasks.google]).float()).tolist()
-
     for number, stage in enumerate(("projector", "full"), start=1):
         folder = work / f"stage{number}"
         if not (folder / "final").is_dir():
             print(f"{number + 1}/4 VPiT stage {number}")
             train_stage(stage, model, processor, tasks, views, folder, steps[stage], args.quick, args.bf16)
         model = MetaMorphForConditionalGeneration.from_pretrained(folder / "final")
-    if args.until == "vpit":
-        return
 
     print("4/4 Visualizer")
-    components = train_decoder(rows, pixels, tasks, views[0], work, args)
-    pipeline = MetaMorphPipeline(
-        model, processor, **components, default_num_inference_steps=15, default_guidance_scale=2.0
+    # In closed form: a convolutional VAE of this size needs hours of CPU to do as well (28 dB with 32 channels).
+    vae = PatchVAE.fit(normalize(pixels[: len(rows)]), latent_channels=32)
+    # Mostly the base emoji; their skin-tone variants for edits and their crops for visual thinking.
+    variants = [i for i, row in enumerate(rows) if row["vendor"] == "google" and row["skin_tone"]]
+    chosen = 3 * tasks.google + variants + [len(rows) + i for i in tasks.google]
+    projector, unet, scheduler = train_visualizer(
+        pixels[chosen], views[0, chosen].float(), vae, work / "visualizer", steps["unet"], args.quick
     )
+    defaults = {"default_num_inference_steps": 15, "default_guidance_scale": 2.0}
+    pipeline = MetaMorphPipeline(model, processor, projector, unet, vae, scheduler, **defaults)
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"saved {args.out}")
 
