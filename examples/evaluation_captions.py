@@ -35,7 +35,7 @@ class Row:
         try:
             image = read_image(self.image)
         except ValueError as error:
-            sys.exit(f"The image of {self.id!r} cannot be read: {error}")
+            sys.exit(f"{self.id}: {error}")
         return ImageOps.fit(image, size or (min(image.size),) * 2, Image.Resampling.BICUBIC)
 
 

@@ -35,38 +35,48 @@ class TestGenerate:
         reddish = sum(red > 1.5 * green and red > 1.5 * blue for red, green, blue in pixels)
         assert reddish >= len(pixels) / 2, "the middle of a red apple is not red"
 
-    def test_question_about_an_image(self, tmp_path):
+    @pytest.fixture
+    def generate(self, tmp_path, monkeypatch, capsys):
+        """Run the script in this process and in `tmp_path`; return its output."""
+        script = import_example("generate.py")
+        monkeypatch.chdir(tmp_path)
+
+        def run(*arguments) -> str:
+            monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+            script.main()
+            return capsys.readouterr().out
+
+        return run
+
+    def test_question_about_an_image(self, generate):
         """With the pipeline's model folder as --model, which stands for the pipeline."""
-        Image.new("RGB", (80, 60), "red").save(tmp_path / "image.png")
-        flags = ("--image", "image.png", "--model", CHECKPOINT / "model")
-        done = run_example("generate.py", "What is this?", *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        Image.new("RGB", (80, 60), "red").save("image.png")
+        assert generate("What is this?", "--image", "image.png", "--model", CHECKPOINT / "model").strip()
 
     @pytest.mark.parametrize("name", ["broken.png", "nowhere.png"])
-    def test_unreadable_image(self, tmp_path, name):
-        (tmp_path / "broken.png").write_bytes(b"not an image")
-        done = run_example("generate.py", "What is this?", "--image", name, cwd=tmp_path)
-        assert done.returncode == 1
-        assert name in done.stderr and "Traceback" not in done.stderr
+    def test_unreadable_image(self, generate, name):
+        Path("broken.png").write_bytes(b"not an image")
+        with pytest.raises(SystemExit, match=name):
+            generate("What is this?", "--image", name)
 
-    def test_folder_without_a_pipeline(self, tmp_path):
-        done = run_example("generate.py", "a cat", "--model", tmp_path, cwd=tmp_path)
-        assert done.returncode == 1
-        assert "it has no model_index.json" in done.stderr
+    def test_folder_without_a_pipeline(self, generate, tmp_path):
+        with pytest.raises(SystemExit, match="is not a pipeline folder: it has no model_index.json"):
+            generate("a cat", "--model", tmp_path)
 
-    def test_half_written_pipeline(self, tmp_path):
-        shutil.copytree(CHECKPOINT, tmp_path / "half")
-        weights = tmp_path / "half" / "model" / "model.safetensors"
+    def test_half_written_pipeline(self, generate):
+        shutil.copytree(CHECKPOINT, "half")
+        weights = Path("half/model/model.safetensors")
         weights.write_bytes(weights.read_bytes()[:1000])
-        done = run_example("generate.py", "a cat", "--model", "half", cwd=tmp_path)
-        assert done.returncode == 1
-        assert "half cannot be loaded; it is missing or incomplete" in done.stderr
+        with pytest.raises(SystemExit, match="half cannot be loaded; it is missing or incomplete"):
+            generate("a cat", "--model", "half")
 
-    def test_prompt_longer_than_the_context(self, tmp_path):
-        done = run_example("generate.py", "a cat and " * 400, cwd=tmp_path)
-        assert done.returncode == 1
-        assert "longer than the model's context of 512 tokens" in done.stderr
+    def test_prompt_longer_than_the_context(self, generate):
+        with pytest.raises(SystemExit, match="longer than the model's context of 512 tokens"):
+            generate("a cat and " * 400)
+
+    def test_image_that_cannot_be_written(self, generate):
+        with pytest.raises(SystemExit, match="nowhere"):
+            generate("a cat", "--steps", 1, "--out", "nowhere/cat.png")
 
 
 class TestCommon:
@@ -126,6 +136,9 @@ class TestEmojiRecipe:
         assert "is not a pipeline folder" in done.stderr and "Traceback" not in done.stderr
 
 
+run = run_example  # for the three classes below
+
+
 class TestTrainVPiT:
     """What the README's journey does, with fewer steps, on the pictures and the model of the repository."""
 
@@ -133,7 +146,7 @@ class TestTrainVPiT:
         config = EXAMPLES / "configs" / "cpu_smoke.yaml"
         flags = ["--max_steps", 4, "--sample_steps", 4, "--eval_samples", 4, "--use_peft", "--lora_r", 4]
         flags += ["--model_name_or_path", CHECKPOINT, "--visualizer", CHECKPOINT, "--eval_strategy", "steps"]
-        done = run_example("train_vpit.py", "--config", config, *flags, cwd=tmp_path)
+        done = run("train_vpit.py", "--config", config, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         out = tmp_path / "runs" / "smoke"
         (sample,) = json.loads((out / "samples" / "step-000004.json").read_text())
@@ -182,7 +195,7 @@ class TestTrainVPiT:
         }
         (tmp_path / "tar.yaml").write_text(yaml.safe_dump(config))
         flags = ["--config", "tar.yaml", "--model_name_or_path", CHECKPOINT, "--per_device_train_batch_size", 2]
-        done = run_example("train_vpit.py", *flags, cwd=tmp_path)
+        done = run("train_vpit.py", *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         facts = json.loads((tmp_path / "out" / "training_facts.json").read_text())
         assert facts["steps"] == 4 and facts["last visual_loss"] < "0"
@@ -218,7 +231,7 @@ class TestInspectData:
             "columns: {caption: name}, num_samples: 20}\n"
         )
         flags = ["--model", CHECKPOINT, "--samples", 2, "--html", "page.html", "--throughput"]
-        done = run_example("inspect_data.py", "mixture.yaml", *flags, cwd=tmp_path)
+        done = run("inspect_data.py", "mixture.yaml", *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "20 samples read" in done.stdout
         assert done.stdout.count("{<image> x 16}") == 2
@@ -241,7 +254,7 @@ class TestTrainVisualizer:
     FLAGS += ("--validation-steps", 2, "--validation-pictures", 2)
 
     def train(self, cwd, *flags):
-        done = run_example("train_visualizer.py", EXAMPLES / "emoji" / "emoji.parquet", *self.FLAGS, *flags, cwd=cwd)
+        done = run("train_visualizer.py", EXAMPLES / "emoji" / "emoji.parquet", *self.FLAGS, *flags, cwd=cwd)
         assert done.returncode == 0, done.stderr
         return done
 
@@ -278,7 +291,7 @@ class TestTrainVisualizer:
         flags = ["--model", tmp_path / "base", *self.FLAGS[2:]]
         for output, steps in (("whole", 4), ("cut", 1), ("cut", 4)):
             chosen = [*flags, "--output", output, "--steps", steps, "--checkpoint-every", 1]
-            done = run_example("train_visualizer.py", tmp_path / "pictures", *chosen, cwd=tmp_path)
+            done = run("train_visualizer.py", tmp_path / "pictures", *chosen, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
         whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
         for name, weight in cut.unet.state_dict().items():

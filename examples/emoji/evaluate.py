@@ -119,9 +119,9 @@ def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, floa
             records = random.Random(0).sample(records, min(limit, len(records)))
         return records, *generate_answers(pipe.model, pipe.processor, records, pixels, progress=kind)
 
-    def retrieve(name: str, generated: torch.Tensor, answers: list[int], candidates: list[int], *places: int) -> None:
+    def retrieve(name: str, generated: torch.Tensor, answers: list[int], candidates: list[int], *tops: int) -> None:
         ranks = rank_answers(generated, answers, candidates, visual_tokens)
-        results.update({f"{name}_top{place}": percent(ranks < place) for place in places})
+        results.update({f"{name}_top{top}": percent(ranks < top) for top in tops})
 
     requests, _, generated = answer("seen_phrasings")
     targets = [record["answer"] for record in requests]
