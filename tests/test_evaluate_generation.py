@@ -245,7 +245,7 @@ class TestRuns:
         lines = [{"caption": text, "id": text} for text in ("dog", "cat", "apple", "bus")]
         for line, image in zip(lines, real_images, strict=True):
             line["image"] = image
-        flags = ("--pipeline", tmp_path / "shy", "--captions", captions(*lines), "--max-new-tokens", 8)
+        flags = ("--pipeline", tmp_path / "shy", "--captions", captions(*lines), "--max-new-tokens", 24)
         flags += ("--clip-network", siglip_folder)
         result = evaluate(*flags)
         (missing,) = result["without_picture"]
@@ -259,7 +259,7 @@ class TestRuns:
         assert result["metrics"]["clip_score"] == pytest.approx(max(0, scores.sum().item() / 4), abs=1e-4)
         assert result["metrics"]["retrieval_top1"] in (0, 25, 50, 75)
         with pytest.raises(SystemExit, match="None of the 1 answers has an image"):
-            evaluate(*flags[:2], "--captions", captions(lines[1]), "--max-new-tokens", 8, output="none")
+            evaluate(*flags[:2], "--captions", captions(lines[1]), "--max-new-tokens", 24, output="none")
 
     def test_another_pipeline(self, evaluate, captions, real_images, components, tiny_tokenizer, tmp_path):
         sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
