@@ -4,6 +4,7 @@ A VAE turns 64x64 pixels into 8x8 latents. A U-Net then learns to denoise such l
 tokens of the same image, at a size that two CPU cores train in under an hour.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from emoji_images import normalize
 from tqdm import trange
 
 from metamorph_hf import GridUNet2DConditionModel, PatchVAE, VisualTokenProjector
-from metamorph_hf.visualizer_training import compute_diffusion_loss
+from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss
 
 
 BATCH_SIZE = 64
@@ -87,17 +88,16 @@ def train_visualizer(
     """
     torch.manual_seed(0)
     projector, unet, noise_scheduler = build_visualizer(visual_tokens, vae, quick)
-    projector.train()
-    unet.train().to(memory_format=torch.channels_last)
+    denoiser = ConditionedUNet(projector, unet.to(memory_format=torch.channels_last)).train()
     with torch.no_grad():
         latents = torch.cat([vae.encode(normalize(batch)).latent_dist.mode() for batch in pixels.split(64)])
         latents = latents * vae.config.scaling_factor
-    parameters = [*projector.parameters(), *unet.parameters()]
+    parameters = [*denoiser.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
     ema = EMAModel(parameters, decay=0.995, use_ema_warmup=True, power=0.75)
 
-    parts = {"projector": projector, "unet": unet, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    parts = {"denoiser": denoiser, "optimizer": optimizer, "schedule": schedule, "ema": ema}
     first_step = 0
     out.mkdir(parents=True, exist_ok=True)
     if (out / "state.pt").is_file():
@@ -110,12 +110,9 @@ def train_visualizer(
     for step in progress:
         indices, generator = choose_batch(len(pixels), step)
         kept = torch.rand(len(indices), generator=generator) >= CONDITIONING_DROPOUT
-        states = projector(add_token_noise(visual_tokens[indices].float(), TOKEN_NOISE, generator), kept)
-
-        def predict(noisy: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor = states) -> torch.Tensor:
-            return unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
-
-        loss = compute_diffusion_loss(predict, noise_scheduler, latents[indices], generator)
+        tokens = add_token_noise(visual_tokens[indices].float(), TOKEN_NOISE, generator)
+        predict = partial(denoiser, visual_tokens=tokens, kept=kept)
+        loss = diffusion_loss(predict, noise_scheduler, latents[indices], generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
