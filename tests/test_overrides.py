@@ -30,8 +30,7 @@ def find_overrides() -> dict[str, tuple[type, str]]:
 
 
 # What each method took in the tested version.
-SIGNATURES = {
-}
+SIGNATURES = {}
 
 
 @pytest.mark.parametrize("method", SIGNATURES)
