@@ -39,9 +39,6 @@ def run_imports(code: str) -> None:
 
 def check(script: str, arguments: list[str]) -> str:
     """Return why a script does not accept its arguments."""
-    if script == "-c":
-        run_imports(arguments[0])
-        return ""
     folder = Path(script).resolve().parent
     # Folders of scripts have modules of the same names, such as `common`.
     for name, module in list(sys.modules.items()):
@@ -52,12 +49,17 @@ def check(script: str, arguments: list[str]) -> str:
     sys.argv, sys.path[0] = [script, *arguments], str(folder)
     messages = io.StringIO()
     try:
+        if script == "-c":
+            run_imports(arguments[0])
+            return ""
         with contextlib.redirect_stderr(messages):
             runpy.run_path(script, run_name="__main__")
     except Accepted:
         return ""
     except SystemExit:
         return messages.getvalue()
+    except ImportError as error:
+        return f"{script} cannot be imported: {error}"
     return f"{script} does not parse its arguments."
 
 
