@@ -58,8 +58,8 @@ def check(script: str, arguments: list[str]) -> str:
         return ""
     except SystemExit:
         return messages.getvalue()
-    except ImportError as error:
-        return f"{script} cannot be imported: {error}"
+    except (ImportError, ValueError) as error:  # TrlParser raises errors
+        return f"{type(error).__name__}: {error}"
     return f"{script} does not parse its arguments."
 
 
