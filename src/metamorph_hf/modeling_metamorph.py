@@ -67,6 +67,8 @@ class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     visual_cosine: torch.FloatTensor | None = None
     num_text_labels: torch.LongTensor | None = None
     num_visual_labels: torch.LongTensor | None = None
+    text_accuracy: torch.FloatTensor | None = None
+    text_entropy: torch.FloatTensor | None = None
     next_visual_token: torch.FloatTensor | None = None
 
 
@@ -436,8 +438,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         image_indices: torch.LongTensor | None = None,
         generated_visual_tokens: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
-        num_text_items: torch.Tensor | int | None = None,
-        num_visual_items: torch.Tensor | int | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
         skip_logits: bool = False,
         skip_visual_token: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -450,24 +451,21 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 At a text position the token id to predict or -100. At a visual token, `image_token_id` if it is a
                 regression target, -100 if it is only context. Position t - 1 predicts position t.
             logits_to_keep (`int` or `torch.Tensor`): Compute logits for the last positions only; 0 for all.
-            num_text_items, num_visual_items (`int` or `torch.Tensor` of shape (), *optional*):
-                What to divide each loss's sum by, instead of its count in this batch: the counts of a whole
-                optimisation step (all devices, all accumulation steps).
+            num_items_in_batch (`torch.Tensor` of shape (2,), *optional*):
+                Text and visual label counts of the whole optimization step (all devices, all accumulation steps):
+                each loss's sum is divided by its count there instead of its count in this batch.
             skip_logits (`bool`, *optional*, defaults to `False`):
                 With `labels`, return no logits in eval mode either: the losses need them at text labels only. Without,
                 return zeros in their place, (B, 1, vocabulary): `generate()` needs none where all next ids are forced.
             skip_visual_token (`bool`, *optional*, defaults to `False`):
                 Return no `next_visual_token`: `generate()` needs none where the answer can hold no image.
-            shift_labels (`torch.LongTensor` of shape (B, S), among `kwargs`):
-                Instead of `labels`, what each position predicts: `labels` one place to the left. Trainers that split
-                sequences over devices give these.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
         """
         features = (mm_encoder_outputs or {}).get("image")
-        next_labels = kwargs.pop("shift_labels", None)  # named in the signature, Trainer would want it in each batch
-        if labels is not None and next_labels is None:
+        next_labels = None
+        if labels is not None:
             next_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         if next_labels is not None:
             if input_ids is None:
@@ -506,15 +504,13 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         losses = {}
         if next_labels is None and skip_logits:
             logits = hidden_states.new_zeros(()).expand(len(hidden_states), 1, self.config.text_config.vocab_size)
-        elif next_labels is None or not (self.training or skip_logits):
+        elif next_labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if next_labels is None and not skip_visual_token:
             next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -1:]))
         if next_labels is not None:
-            losses = self._losses(
-                hidden_states, next_labels, input_ids, is_target, features, num_text_items, num_visual_items
-            )
+            losses = self._losses(hidden_states, next_labels, input_ids, is_target, features, num_items_in_batch)
         return MetaMorphCausalLMOutputWithPast(
             **losses,
             logits=logits,
@@ -539,7 +535,12 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             logits += penalty.index_fill(
                 0, torch.tensor([self.config.image_token_id], device=logits.device), -torch.inf
             )
-            return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            labels = labels.to(logits.device)
+            with torch.no_grad():
+                log_probs = logits.log_softmax(-1)
+                entropy = -(log_probs.exp() * log_probs.nan_to_num(neginf=0.0)).sum()
+                correct = (logits.argmax(-1) == labels).sum().float()
+            return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), correct, entropy])
 
         rows = max(1, MAX_LOGITS // self.config.text_config.vocab_size)
         if len(labels) <= rows:
@@ -567,15 +568,14 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         input_ids: torch.LongTensor,
         is_target: torch.Tensor,
         features: MetaMorphImageFeatures | None,
-        num_text_items: torch.Tensor | int | None,
-        num_visual_items: torch.Tensor | int | None,
+        num_items_in_batch: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """The two losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
         image_token_id = self.config.image_token_id
         predicts_target = next_labels == image_token_id
         is_text = (next_labels != -100) & ~predicts_target
 
-        text_sum = self._text_loss_sum(hidden_states[is_text], next_labels[is_text])
+        text_sum, correct, entropy = self._text_loss_sum(hidden_states[is_text], next_labels[is_text])
         predictions = self.vision_head(hidden_states[predicts_target])
         if features is None:
             if predictions.shape[0]:
@@ -591,8 +591,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         cosine_sum = F.cosine_similarity(predictions.detach().float(), targets.float(), dim=-1).sum()
 
         num_text_labels, num_visual_labels = is_text.sum(), predicts_target.sum()
-        text_count = num_text_labels if num_text_items is None else torch.as_tensor(num_text_items)
-        visual_count = num_visual_labels if num_visual_items is None else torch.as_tensor(num_visual_items)
+        text_count, visual_count = (
+            (num_text_labels, num_visual_labels) if num_items_in_batch is None else num_items_in_batch
+        )
         text_loss, visual_loss = text_sum / text_count.clamp(min=1), visual_sum / visual_count.clamp(min=1)
         return {
             "loss": text_loss + self.config.visual_loss_weight * visual_loss.to(text_loss.device),
@@ -600,6 +601,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             "visual_loss": visual_loss,
             "visual_cosine": cosine_sum / num_visual_labels.clamp(min=1),
             "num_text_labels": num_text_labels,
+            "text_accuracy": correct.detach() / num_text_labels.clamp(min=1),
+            "text_entropy": entropy.detach() / num_text_labels.clamp(min=1),
             "num_visual_labels": num_visual_labels,
         }
 
