@@ -1,6 +1,7 @@
 """Finding the checkpoint from which an interrupted run resumes."""
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -45,18 +46,22 @@ def _find_problems(folder: Path) -> list[str]:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return [f"{TRAINER_STATE_NAME} is missing or truncated"]  # Trainer writes it last.
-    needed = ["rng_state*.pth"]
+    needed = [r"rng_state.*\.pth"]
     if recorded := state["stateful_callbacks"].get(RecordProcesses.__name__):
         processes = recorded["attributes"]["num_processes"]
-        needed = [f"rng_state_{index}.pth" for index in range(processes)] if processes > 1 else ["rng_state.pth"]
-    if not any(folder.glob("global_step*")):  # DeepSpeed's folder with weights, optimizer and scheduler
-        needed += ["*model*", "optimizer*", SCHEDULER_NAME]
-    problems = [f"{pattern} is missing" for pattern in needed if not any(folder.glob(pattern))]
-    return problems + [f"{path.name} is truncated" for path in sorted(folder.rglob("*")) if _is_truncated(path)]
+        needed = [rf"rng_state_{index}\.pth" for index in range(processes)] if processes > 1 else [r"rng_state\.pth"]
+    names = [path.name for path in folder.iterdir()]
+    if not any(name.startswith("global_step") for name in names):  # DeepSpeed's folder for all of these
+        needed += [r"(adapter_)?model.*\.safetensors|pytorch_model_fsdp.*", "optimizer.*", re.escape(SCHEDULER_NAME)]
+    for index in folder.glob("*.safetensors.index.json"):
+        needed += map(re.escape, sorted(set(json.loads(index.read_text())["weight_map"].values())))
+    missing = [pattern for pattern in needed if not any(re.fullmatch(pattern, name) for name in names)]
+    truncated = [path.name for path in sorted(folder.rglob("*")) if _is_truncated(path)]
+    return [f"{pattern} is missing" for pattern in missing] + [f"{name} is truncated" for name in truncated]
 
 
 def _is_truncated(path: Path) -> bool:
-    """Both formats have their table of contents checked against the length of the file."""
+    """Compare the length of a file of weights or states with the table of contents in it."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
@@ -99,19 +99,16 @@ class VPiTTrainer(SFTTrainer):
             raise ValueError("compute_loss_func cannot replace VPiT's two losses: leave it out.")
         if args.stage == "projector" and (peft_config is not None or isinstance(model, PeftModel)):
             raise ValueError("Stage 'projector' has no language model to adapt: leave out peft_config and adapters.")
-        if isinstance(model, str):
-            source = {
-                "pretrained_model_name_or_path": model,
-                "revision": (args.model_init_kwargs or {}).get("revision"),
-            }
-            config = MetaMorphConfig.from_pretrained(**source)
-        else:
-            source, config = {"pretrained_model_name_or_path": model.config._name_or_path}, model.config
-        processing_class = processing_class or MetaMorphProcessor.from_pretrained(**source)
+        is_path = isinstance(model, str)
+        path = model if is_path else model.config._name_or_path
+        revision = args.model_init_kwargs.get("revision") if is_path and args.model_init_kwargs else None
+        config = MetaMorphConfig.from_pretrained(path, revision=revision) if is_path else model.config
+        if processing_class is None:
+            processing_class = MetaMorphProcessor.from_pretrained(path, revision=revision)
         self._check_agreement(config, processing_class)
         if peft_config is not None:
             with torch.device("meta"):
-                skeleton = MetaMorphForConditionalGeneration(config) if isinstance(model, str) else model
+                skeleton = MetaMorphForConditionalGeneration(config) if is_path else model
             peft_config = complete_peft_config(peft_config, skeleton, args.vision_tower_learning_rate is not None)
         if data_collator is None:
             options = (args.max_length, args.on_bad_sample, args.on_too_long)
@@ -406,14 +403,19 @@ class VPiTTrainer(SFTTrainer):
     def training_facts(self, dataset_name: str | None = None) -> dict[str, Any]:
         """Return the facts of training that the model card lists: data, stage, adapter, steps, losses, versions."""
         args, base = self.args, self.metamorph.config._name_or_path
-        adapter = self.model.peft_config["default"] if isinstance(self.model, PeftModel) else None
+        adapter = "none"
+        if isinstance(self.model, PeftModel):
+            peft_config = self.model.peft_config["default"]
+            adapter = peft_config.peft_type.value
+            if isinstance(peft_config, LoraConfig):
+                adapter += f", rank {peft_config.r}, alpha {peft_config.lora_alpha}"
         last_log = next((log for log in reversed(self.state.log_history) if "loss" in log), {})
         losses = ("loss", "text_loss", "visual_loss", "visual_cosine", "mean_token_accuracy")
         return {
             "base model": Path(base).name if Path(base).exists() else base,  # Paths of this machine mean nothing.
             "stage": args.stage,
             "data": dataset_name or "not recorded",
-            "adapter": adapter and f"{adapter.peft_type.value}, rank {adapter.r}, alpha {adapter.lora_alpha}",
+            "adapter": adapter,
             "steps": self.state.global_step,
             "batch (over all devices and accumulation steps)": args.total_train_batch_size,
             "processes": args.world_size,
