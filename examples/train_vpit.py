@@ -45,40 +45,28 @@ class ScriptArguments:
     """Arguments of this script: the data, sample answers, and the output folder."""
 
     dataset: str | None = field(
-        default=None,
-        metadata={"help": "LLaVA JSON or JSONL, or Hub dataset of messages and images. Default: the emoji."},
+        default=None, metadata={"help": "LLaVA JSON or JSONL, or Hub dataset of messages and images. Default: emoji."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset while training."})
-    mixture: list[dict] | None = field(
-        default=None, metadata={"help": "Sources, in the YAML file: see examples/configs/mixture.yaml."}
-    )
+    mixture: list[dict] | None = field(default=None, metadata={"help": "Sources, see examples/configs/mixture.yaml."})
     mixture_size: int | None = field(default=None, metadata={"help": "Samples in a mixture with weights."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     eval_samples: int = field(default=0, metadata={"help": "Samples to hold out for evaluation."})
-    precompute: bool = field(
-        default=False, metadata={"help": "Encode all images first, and train without the vision tower."}
-    )
+    precompute: bool = field(default=False, metadata={"help": "Encode all images first, and train without the tower."})
     sample_prompts: list[str] = field(
-        default_factory=lambda: ["Generate an image of a red apple."],
-        metadata={"help": "Prompts to answer every sample_steps steps."},
+        default_factory=lambda: ["Generate an image of a red apple."], metadata={"help": "Prompts of sample answers."}
     )
     sample_steps: int = field(default=0, metadata={"help": "Steps between two sample answers; 0 for none."})
-    visualizer: str | None = field(
-        default=None,
-        metadata={"help": "MetaMorphPipeline that decodes sample answers, e.g. examples/emoji/checkpoint."},
-    )
+    visualizer: str | None = field(default=None, metadata={"help": "MetaMorphPipeline that decodes sample answers."})
     resume: bool = field(
-        default=False,
-        metadata={"help": "Continue from the last complete checkpoint in output_dir; start anew if there is none."},
+        default=False, metadata={"help": "Continue from the last complete checkpoint, if output_dir has one."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the checkpoints of an earlier run in output_dir, and start anew."}
     )
-    merge: bool = field(
-        default=False, metadata={"help": "Also save the model with its adapter merged, in output_dir/merged."}
-    )
+    merge: bool = field(default=False, metadata={"help": "Also save model and adapter merged, in output_dir/merged."})
 
 
 def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | None:

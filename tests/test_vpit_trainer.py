@@ -20,7 +20,7 @@ from helpers import (
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from metamorph_hf import modeling_metamorph
+from metamorph_hf import MetaMorphForConditionalGeneration, modeling_metamorph
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
@@ -169,6 +169,27 @@ class TestTrainer:
         trainer.train_dataset = Dataset.from_dict({"length": lengths})
         order = [lengths[index] for index in trainer._get_train_sampler()]
         assert order == sorted(lengths, reverse=True)
+
+
+class TestRefused:
+    def test_other_losses(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match="compute_loss_func cannot replace"):
+            build_trainer(model, tiny_processor, arguments(tmp_path), compute_loss_func=lambda *args, **kwargs: None)
+
+    def test_processor_of_another_model(self, tiny_processor, tiny_model, tmp_path):
+        with pytest.raises(ValueError, match="model's num_image_tokens is 9, but the processor's is 4"):
+            build_trainer(tiny_model(num_image_tokens=9), tiny_processor, arguments(tmp_path))
+
+    def test_tokenizer_larger_than_the_vocabulary(self, tiny_processor, tiny_config, tmp_path):
+        config = tiny_config()
+        config.text_config.vocab_size -= 1
+        with pytest.raises(ValueError, match="resize_token_embeddings"):
+            build_trainer(MetaMorphForConditionalGeneration(config), tiny_processor, arguments(tmp_path))
+
+    def test_trained_tower_with_visual_tokens(self, tiny_processor, model, tmp_path):
+        args = arguments(tmp_path, vision_tower_learning_rate=1e-3)
+        with pytest.raises(ValueError, match="the dataset has `visual_tokens`, for which the tower does not run"):
+            build_trainer(model, tiny_processor, args, examples_with_nan())
 
 
 class _StopAt(TrainerCallback):

@@ -1,7 +1,8 @@
 """Visual tokens of a stored dataset, computed once so that training does not run the vision tower."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,43 +45,37 @@ def precompute_visual_tokens(
             "without streaming, or train on images."
         )
     shape = (model.config.num_image_tokens, model.config.visual_token_dim)
-    transform = dataset.format["format_kwargs"].get("transform")  # set for mixtures, which are read lazily
+
+    @torch.no_grad()
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        images, counts, bad = [], [], list(rows.get("bad") or [None] * len(rows["images"]))
+        for index, row in enumerate(rows["images"]):
+            try:
+                read = [read_image(image) for image in row or []]
+            except BadSample as error:
+                read, bad[index] = [], f"has an image that {error}"
+            images += read
+            counts.append(len(read))
+        tokens = torch.zeros(0, *shape)
+        if images:
+            pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            tokens = model.get_visual_tokens(pixels.to(model.device)).float().cpu()
+        return {"visual_tokens": [part.numpy() for part in tokens.split(counts)], "bad": bad}
+
+    transform = dataset.format["format_kwargs"].get("transform")  # reads the records of a mixture
     removed = {"images", "bad"} & set(dataset.column_names) if transform is None else set(dataset.column_names)
     features = {name: feature for name, feature in dataset.features.items() if name not in removed}
-    encoded = dataset.map(
-        partial(_encode, model=model, processor=processor),
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=list(removed),
-        features=Features({**features, "visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}),
-        desc="Visual tokens",
-    ).with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
+    features |= {"visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}
+    options = {"remove_columns": list(removed), "features": Features(features), "desc": "Visual tokens"}
+    encoded = dataset.map(encode, batched=True, batch_size=batch_size, **options)
+    encoded = encoded.with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
     if transform is None:
         return encoded
     indexed = dataset.with_format(None).add_column("index", np.arange(len(dataset)))
     return indexed.with_transform(partial(_replace_images, transform=transform, encoded=encoded))
 
 
-@torch.no_grad()
-def _encode(
-    rows: dict[str, list], model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor
-) -> dict[str, list]:
-    images, counts, bad = [], [], list(rows.get("bad") or [None] * len(rows["images"]))
-    for index, row in enumerate(rows["images"]):
-        try:
-            read = [read_image(image) for image in row or []]
-        except BadSample as error:
-            read, bad[index] = [], f"has an image that {error}"
-        images += read
-        counts.append(len(read))
-    tokens = torch.zeros(0, model.config.num_image_tokens, model.config.visual_token_dim)
-    if images:
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        tokens = model.get_visual_tokens(pixels.to(model.device)).float().cpu()
-    return {"visual_tokens": [part.numpy() for part in tokens.split(counts)], "bad": bad}
-
-
-def _replace_images(columns: dict[str, list], transform: Any, encoded: Dataset) -> dict[str, list]:
+def _replace_images(columns: dict[str, list], transform: Callable, encoded: Dataset) -> dict[str, list]:
     replaced = encoded[columns.pop("index")]
     records = {**transform(columns), **replaced}
     return {name: values for name, values in records.items() if name != "images"}

@@ -22,17 +22,10 @@ from ..configuration_metamorph import MetaMorphConfig
 from ..model_cards import create_model_card
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
+from . import stages
 from .checkpoints import RecordProcesses, last_complete_checkpoint
 from .collator import DataCollatorForVPiT
 from .config import MODULE_LEARNING_RATES, VPiTConfig
-from .stages import (
-    complete_peft_config,
-    format_trainable_table,
-    get_learning_rate,
-    group_parameters,
-    only_image_token_embeddings,
-    set_trainable,
-)
 
 
 logger = get_logger(__name__)
@@ -62,10 +55,10 @@ class VPiTTrainer(SFTTrainer):
     (paper, section 3.2) and both stages (section 3.3).
 
     Each loss is a mean over its own labels in the whole optimization step, over all devices and accumulation steps.
-    The logs hold, for training and evaluation, over all processes since the last log: `text_loss`, `visual_loss`,
-    `visual_cosine`, TRL's `mean_token_accuracy` and `entropy` (over text labels), `num_text_labels`,
-    `num_visual_labels`, `num_images`, TRL's `num_tokens` (of the training so far); for training `images_per_second`;
-    and if there are any, `skipped_samples`, `shortened_samples` and `skipped_steps` of the run or evaluation so far.
+    Training and evaluation log, over all processes since the last log, `text_loss`, `visual_loss`, `visual_cosine`,
+    `num_text_labels`, `num_visual_labels`, `num_images` and TRL's `mean_token_accuracy` and `entropy` (of text labels)
+    and `num_tokens` (of the whole training); training also `images_per_second`; and, if they are not 0, the run's or
+    the evaluation's `skipped_samples`, `shortened_samples` and `skipped_steps`.
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
@@ -109,7 +102,9 @@ class VPiTTrainer(SFTTrainer):
         if peft_config is not None:
             with torch.device("meta"):
                 skeleton = MetaMorphForConditionalGeneration(config) if is_path else model
-            peft_config = complete_peft_config(peft_config, skeleton, args.vision_tower_learning_rate is not None)
+            peft_config = stages.complete_peft_config(
+                peft_config, skeleton, args.vision_tower_learning_rate is not None
+            )
         if data_collator is None:
             options = (args.max_length, args.on_bad_sample, args.on_too_long)
             data_collator = DataCollatorForVPiT(processing_class, *options)
@@ -125,11 +120,11 @@ class VPiTTrainer(SFTTrainer):
         options = {"processing_class": processing_class, "data_collator": data_collator, "peft_config": peft_config}
         super().__init__(model, args, **options, **kwargs)
         self._has_visual_tokens = "visual_tokens" in next(iter(self.train_dataset))
-        set_trainable(self.model, args)
+        stages.set_trainable(self.model, args)
         self._check_options()
         self.add_callback(RecordProcesses())
         self.add_callback(_CheckLosses(self))
-        self.accelerator.print(format_trainable_table(self.metamorph, args))
+        self.accelerator.print(stages.format_trainable_table(self.metamorph, args))
         if args.base_batch_size is not None:
             self.accelerator.print(
                 f"The learning rate {args.learning_rate / args.learning_rate_scale:.3g} for a batch of "
@@ -156,7 +151,7 @@ class VPiTTrainer(SFTTrainer):
             raise ValueError("VPiTTrainer supports data parallelism (DDP, FSDP, DeepSpeed ZeRO) only.")
         if self.args.on_nonfinite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError("on_nonfinite_loss='skip' is not supported with DeepSpeed: use 'raise'.")
-        groups = group_parameters(self.metamorph)
+        groups = stages.group_parameters(self.metamorph)
         for name in MODULE_LEARNING_RATES:
             module = name.removesuffix("_learning_rate")
             if getattr(self.args, name) is not None and not any(p.requires_grad for p in groups[module]):
@@ -188,7 +183,7 @@ class VPiTTrainer(SFTTrainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        modules = {p: name for name, parameters in group_parameters(self.metamorph).items() for p in parameters}
+        modules = {p: name for name, parameters in stages.group_parameters(self.metamorph).items() for p in parameters}
         groups = list(optimizer.param_groups)
         optimizer.param_groups.clear()
         for group in groups:
@@ -197,7 +192,7 @@ class VPiTTrainer(SFTTrainer):
                 module = modules[parameter]
                 # In stage 1, weight decay would change the embeddings of all other tokens.
                 is_decayed = self.args.stage == "full" or module != "embeddings"
-                split[get_learning_rate(module, self.args), group["weight_decay"] * is_decayed].append(parameter)
+                split[stages.get_learning_rate(module, self.args), group["weight_decay"] * is_decayed].append(parameter)
             for (learning_rate, weight_decay), parameters in split.items():
                 changed = {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}
                 optimizer.add_param_group({**group, **changed})
@@ -214,7 +209,7 @@ class VPiTTrainer(SFTTrainer):
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
         self._last_log_time = time.monotonic()
         only_rows = self.args.stage == "projector"
-        with only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
+        with stages.only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._sums["train"]:  # The last steps may not have been logged.
             self._pop_metrics("train")
@@ -242,7 +237,7 @@ class VPiTTrainer(SFTTrainer):
     ):
         """See [`~transformers.Trainer.compute_loss`]; `num_items_in_batch` comes from [`get_batch_samples`]."""
         inputs = self._add_missing_images(inputs)
-        sample_ids, rejected = inputs.pop("sample_ids", None), inputs.pop("rejected", [])
+        sample_ids, rejected = inputs.pop("sample_ids", []), inputs.pop("rejected", [])
         # The losses compute the logits they need; others are needed for `outputs` alone.
         kwargs = {"num_items_in_batch": num_items_in_batch, "logits_to_keep": 0 if return_outputs else 1}
         outputs = model(**inputs, **kwargs, use_cache=False)
@@ -267,7 +262,7 @@ class VPiTTrainer(SFTTrainer):
             "num_tokens": inputs["attention_mask"].sum(),
         }.items():
             sums[name] += torch.where(is_finite, value.float(), 0)
-        sums["samples"] += len(sample_ids or [])
+        sums["samples"] += len(sample_ids)
         for sample in rejected:
             sums[f"{sample['kind']}_samples"] += 1
         self._write_rejected(rejected)
@@ -312,17 +307,17 @@ class VPiTTrainer(SFTTrainer):
 
     def has_nonfinite_loss(self) -> bool:
         """
-        Return whether a loss since the last call was NaN or infinite, in training of any process. The device is waited
-        for once, not for every batch.
+        Return whether a loss since the last call was NaN or infinite; during training, on any process. Checking them
+        together waits for the device once instead of once per batch.
 
         Raises:
-            ValueError: if one is and `on_nonfinite_loss` is `"raise"`.
+            ValueError: if there was one and `on_nonfinite_loss` is `"raise"`.
         """
         if not self._unchecked_losses:
             return False
         losses, names = zip(*self._unchecked_losses)
-        self._unchecked_losses = []
-        losses, skips = torch.stack(losses), self.args.on_nonfinite_loss == "skip"
+        self._unchecked_losses, losses = [], torch.stack(losses)
+        skips = self.args.on_nonfinite_loss == "skip"
         num_nonfinite = (~losses[:, 0].isfinite()).sum()
         if skips and self.model.training:
             num_nonfinite = self.accelerator.reduce(num_nonfinite)
@@ -333,8 +328,7 @@ class VPiTTrainer(SFTTrainer):
                 continue
             sentence = (
                 f"Step {self.state.global_step + 1}, process {self.accelerator.process_index}: text_loss is "
-                f"{text_loss}, visual_loss is {visual_loss}. The batch holds the samples "
-                f"{'(the collator gives no sample_ids)' if sample_ids is None else ', '.join(map(str, sample_ids))}."
+                f"{text_loss}, visual_loss is {visual_loss}. Samples of the batch: {', '.join(map(str, sample_ids))}."
             )
             if not skips:
                 raise ValueError(f"{sentence} Inspect them, lower the learning rate, or set on_nonfinite_loss='skip'.")
