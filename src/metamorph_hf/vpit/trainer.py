@@ -192,7 +192,8 @@ class VPiTTrainer(SFTTrainer):
                 module = modules[parameter]
                 # In stage 1, weight decay would change the embeddings of all other tokens.
                 is_decayed = self.args.stage == "full" or module != "embeddings"
-                split[stages.get_learning_rate(module, self.args), group["weight_decay"] * is_decayed].append(parameter)
+                rate = stages.get_learning_rate(module, self.args)
+                split[rate, group["weight_decay"] * is_decayed].append(parameter)
             for (learning_rate, weight_decay), parameters in split.items():
                 changed = {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}
                 optimizer.add_param_group({**group, **changed})
