@@ -1,8 +1,6 @@
 """The example scripts, run as a user runs them."""
 
-import io
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -11,14 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from helpers import import_example, run_example
-from peft import PeftModel
 from PIL import Image
-from transformers import AutoModel
-from trl import ModelConfig, TrlParser
 
-from metamorph_hf import MetaMorphPipeline, VPiTConfig
+from metamorph_hf import MetaMorphPipeline
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -137,91 +131,6 @@ class TestEmojiRecipe:
 
 
 run = run_example  # for the three classes below
-
-
-class TestTrainVPiT:
-    """What the README's journey does, with fewer steps, on the pictures and the model of the repository."""
-
-    def test_lora(self, tmp_path):
-        config = EXAMPLES / "configs" / "cpu_smoke.yaml"
-        flags = ["--max_steps", 4, "--sample_steps", 4, "--eval_samples", 4, "--use_peft", "--lora_r", 4]
-        flags += ["--model_name_or_path", CHECKPOINT, "--visualizer", CHECKPOINT, "--eval_strategy", "steps"]
-        done = run("train_vpit.py", "--config", config, *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        out = tmp_path / "runs" / "smoke"
-        (sample,) = json.loads((out / "samples" / "step-000004.json").read_text())
-        assert sample["answer"].count("<image>") == len(sample["images"])
-        facts = json.loads((out / "training_facts.json").read_text())
-        assert (facts["steps"], facts["adapter"]) == (4, "LORA, rank 4, alpha 32")
-        for folder in (out, out / "merged"):
-            assert "| adapter | LORA, rank 4, alpha 32 |" in (folder / "README.md").read_text()
-        logs = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
-        assert any("eval_visual_loss" in log or "eval_text_loss" in log for log in logs)
-        adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(CHECKPOINT / "model", dtype="float32"), out)
-        merged = AutoModel.from_pretrained(out / "merged")
-        ids = torch.arange(7, 27).unsqueeze(0)
-        with torch.no_grad():
-            expected, found = adapted.eval()(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
-        # The merged model is saved in the base's float16.
-        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
-
-    @pytest.mark.parametrize("precompute", [False, True])
-    def test_webdataset(self, tmp_path, precompute):
-        """Pictures and captions of a tar, one of them broken; as a stream, and with visual tokens made beforehand."""
-        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-            for number in range(8):
-                pixels = io.BytesIO()
-                Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(pixels, "png")
-                data = b"broken" if number == 5 else pixels.getvalue()
-                for ending, content in (("png", data), ("txt", b"a red square")):
-                    member = tarfile.TarInfo(f"{number:04}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        source = {
-            "task": "text_to_image",
-            "path": "webdataset",
-            "data_files": "shard.tar",
-            "streaming": not precompute,
-        }
-        config = {
-            **yaml.safe_load((EXAMPLES / "configs" / "cpu_smoke.yaml").read_text()),
-            "mixture": [source],
-            "output_dir": "out",
-            "on_bad_sample": "skip",
-            "max_bad_share": 0.5,
-            "max_steps": 4,
-            "precompute": precompute,
-            "sample_steps": 0,
-        }
-        (tmp_path / "tar.yaml").write_text(yaml.safe_dump(config))
-        flags = ["--config", "tar.yaml", "--model_name_or_path", CHECKPOINT, "--per_device_train_batch_size", 2]
-        done = run("train_vpit.py", *flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        facts = json.loads((tmp_path / "out" / "training_facts.json").read_text())
-        assert facts["steps"] == 4 and facts["last visual_loss"] < "0"
-        (rejected,) = (tmp_path / "out").glob("rejected*")
-        assert "0005" in rejected.read_text()
-
-    @pytest.mark.parametrize("config", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-    def test_configurations_are_read(self, tmp_path, monkeypatch, config):
-        monkeypatch.syspath_prepend(EXAMPLES)
-        from train_vpit import DataArguments
-
-        flags = ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
-        data, training, model = TrlParser((DataArguments, VPiTConfig, ModelConfig)).parse_args_and_config(flags)
-        written = yaml.safe_load(config.read_text())
-        for name, value in written.items():
-            if name not in ("output_dir", "bf16", "mixture", "report_to"):
-                holder = next(part for part in (data, training, model) if hasattr(part, name))
-                assert getattr(holder, name) == pytest.approx(value), name
-        assert (data.mixture is None) == ("mixture" not in written)
-
-    def test_without_a_model(self, tmp_path, monkeypatch, capsys):
-        flags = ["train_vpit.py", "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]
-        monkeypatch.setattr(sys, "argv", flags)
-        with pytest.raises(SystemExit, match="2"):
-            runpy.run_path(str(EXAMPLES / "train_vpit.py"), run_name="__main__")
-        assert "name a model to start from" in capsys.readouterr().err
 
 
 @pytest.mark.slow
