@@ -7,9 +7,9 @@ from datasets import Image as ImageFeature
 from helpers import EXAMPLES, arguments, train
 from PIL import Image
 
+from metamorph_hf.data.formats import BadSample
 from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.data.precompute import precompute_visual_tokens
-from metamorph_hf.image_reading import BadSample
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
