@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_metamorph import MetaMorphConfig
-from .diffusers_registration import register_in_diffusers
 from .generation_metamorph import MetaMorphStreamer
 from .modeling_metamorph import MetaMorphForConditionalGeneration, MetaMorphModel, MetaMorphPreTrainedModel
 from .processing_metamorph import MetaMorphProcessor
@@ -26,7 +25,6 @@ AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor, exist_ok=True)
 # AutoModel gives the class that can generate: a checkpoint saved from it is what people load.
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
-register_in_diffusers()
 
 # What is saved carries its code, so that `trust_remote_code=True` loads it where this package is not installed.
 MetaMorphConfig.register_for_auto_class()
