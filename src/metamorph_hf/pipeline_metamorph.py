@@ -133,9 +133,7 @@ def _check_generators(generator, count: int, num_images_per_prompt: int, what: s
 class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     r"""
     Pipeline that answers prompts with text and images: MetaMorph generates text and visual tokens, and a latent
-    diffusion U-Net that attends to the visual tokens decodes them into images.
-
-    Threads may share a pipeline: every call works on a scheduler and settings of its own.
+    diffusion U-Net that attends to the visual tokens decodes them into images. Threads may share a pipeline.
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], *optional*):
@@ -173,7 +171,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     # Stable Diffusion's LoRAs load into the U-Net; their text encoder layers are ignored.
     _lora_loadable_modules = ["unet"]
     text_encoder_name = "model"
-    _interrupt = False
+    _interrupt = False  # set to True by callbacks, or from another thread to stop all calls
 
     def __init__(
         self,
@@ -243,9 +241,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def check_options(
-        self, num_images_per_prompt, height, width, latents, negative_visual_tokens, eta, output_type
-    ) -> None:
+    def check_options(self, num_images_per_prompt, height, width, latents, negative_visual_tokens, eta, output_type):
         """Validate the options of decoding before anything runs."""
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}, but must be at least 1.")
@@ -310,7 +306,6 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         """Encode images to visual tokens (I, N, V) with the model's vision tower."""
         self._require_model()
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        # See `generate_visual_tokens` on offloading.
         encode = apply_forward_hook(type(self.model).get_visual_tokens)
         return encode(self.model, pixels.to(self._execution_device))
 
@@ -348,30 +343,29 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         embeds = self.projector(visual_tokens).to(self.unet.dtype)
         if not do_classifier_free_guidance:
             return embeds, None
-        if negative_visual_tokens is None:
-            first = visual_tokens[:1]
-            negative_embeds = self.projector(first, kept=torch.zeros(len(first), dtype=torch.bool, device=device))
-        else:
-            negative_visual_tokens = negative_visual_tokens.to(device, dtype)
-            negative_embeds = self.projector(negative_visual_tokens.view(-1, *negative_visual_tokens.shape[-2:]))
+        kept = None
+        if negative_visual_tokens is None:  # the projector replaces images that are not kept
+            negative_visual_tokens = visual_tokens[:1]
+            kept = torch.zeros(len(negative_visual_tokens), dtype=torch.bool, device=device)
+        elif negative_visual_tokens.ndim == 2:
+            negative_visual_tokens = negative_visual_tokens[None]
+        negative_embeds = self.projector(negative_visual_tokens.to(device, dtype), kept)
         if len(negative_embeds) not in (1, len(embeds)):
             raise ValueError(
                 f"Got {len(embeds)} images but {len(negative_embeds)} negative ones: pass as many, or one for all."
             )
         return embeds, negative_embeds.to(embeds.dtype).expand_as(embeds)
 
-    def _start_call(
-        self, guidance_scale, num_inference_steps, timesteps, sigmas, callback, callback_tensor_inputs
-    ) -> "MetaMorphPipeline":
-        """Return a view of this pipeline with its own scheduler and settings, which is what callbacks receive."""
+    def _start_call(self, guidance_scale, num_inference_steps, timesteps, sigmas, callback, callback_tensor_inputs):
+        """
+        Validate the settings of a call, and return a copy of this pipeline that shares its components but has these
+        settings and a scheduler of its own. Callbacks receive the copy, so that they only change their own call.
+        """
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             callback_tensor_inputs = callback.tensor_inputs
-        unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, but must be from "
-                f"{self._callback_tensor_inputs}."
-            )
+        allowed = self._callback_tensor_inputs
+        if unknown := sorted(set(callback_tensor_inputs) - set(allowed)):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}, but must be from {allowed}.")
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         if steps < 1:
@@ -391,30 +385,24 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
 
     def prepare_latents(self, count: int, height, width, generator, latents) -> torch.Tensor:
         """Return `count` latents of pure noise at the scale of the scheduler."""
-        default_height, default_width = self.default_size
-        pixels = (default_height if height is None else height, default_width if width is None else width)
-        shape = (count, self.unet.config.in_channels, *(size // self.vae_scale_factor for size in pixels))
+        height, width = height or self.default_size[0], width or self.default_size[1]
+        factor = self.vae_scale_factor
+        shape = (count, self.unet.config.in_channels, height // factor, width // factor)
         if latents is None or count == 0:  # an answer without an image leaves nothing to decode
             latents = randn_tensor(shape, generator or None, self._execution_device, self.unet.dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` have shape {tuple(latents.shape)}, but must have shape {shape}.")
         return latents.to(self._execution_device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
-    def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
-        """Select the options that the scheduler's `step` takes."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
-
-    def _denoise(
-        self, call, latents, prompt_embeds, negative_prompt_embeds, generator, eta, cross_attention_kwargs
-    ) -> torch.Tensor:
+    def _denoise(self, call, latents, prompt_embeds, negative_prompt_embeds, generator, eta, cross_attention_kwargs):
         """Denoise latents (I * num_images_per_prompt, C, h, w), given the states of I images."""
-        if not len(latents):
+        if len(latents) == 0:
             return latents
         states = [prompt_embeds] if negative_prompt_embeds is None else [negative_prompt_embeds, prompt_embeds]
         repeats = len(latents) // len(prompt_embeds)
         prompt_embeds = torch.cat([state.repeat_interleave(repeats, dim=0) for state in states])
-        extra_step_kwargs = call.prepare_extra_step_kwargs(generator, eta)
+        accepted = inspect.signature(call.scheduler.step).parameters  # schedulers differ in this
+        step_kwargs = {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in accepted}
         callback, callback_tensor_inputs = call._on_step_end
         for index, timestep in enumerate(call.progress_bar(call.scheduler.timesteps)):
             if call.interrupt or self.interrupt:
@@ -431,7 +419,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             if guided:
                 unconditional, conditional = noise_pred.chunk(2)
                 noise_pred = unconditional + call.guidance_scale * (conditional - unconditional)
-            latents = call.scheduler.step(noise_pred, timestep, latents, **extra_step_kwargs, return_dict=False)[0]
+            latents = call.scheduler.step(noise_pred, timestep, latents, **step_kwargs, return_dict=False)[0]
 
             if callback is not None:
                 tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
@@ -450,16 +438,12 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         batch = latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])
         scaled = batch.to(self.vae.dtype) / self.vae.config.scaling_factor
         images = self.vae.decode(scaled, return_dict=False)[0][: len(latents)]
-        images, nsfw_content_detected = self.run_safety_checker(images)
+        nsfw_content_detected = None
+        if self.safety_checker is not None and len(images):
+            pil_images = self.image_processor.postprocess(images, output_type="pil")
+            clip_input = self.feature_extractor(pil_images, return_tensors="pt").to(images.device, images.dtype)
+            images, nsfw_content_detected = self.safety_checker(images=images, clip_input=clip_input.pixel_values)
         return self.image_processor.postprocess(images, output_type=output_type), nsfw_content_detected
-
-    def run_safety_checker(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
-        """Blacken unsafe images among those of shape (I, 3, H, W) in [-1, 1], and tell which they were."""
-        if self.safety_checker is None or not len(images):
-            return images, None
-        pil_images = self.image_processor.postprocess(images, output_type="pil")
-        clip_input = self.feature_extractor(pil_images, return_tensors="pt").to(images.device)
-        return self.safety_checker(images=images, clip_input=clip_input.pixel_values.to(images.dtype))
 
     def fuse_lora(self, components: list[str] = ("unet",), **kwargs) -> None:
         """See [`~loaders.StableDiffusionLoraLoaderMixin.fuse_lora`], whose default includes a text encoder."""
@@ -494,8 +478,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
 
         Args:
             visual_tokens (`torch.Tensor` of shape (I, N, V)): From `model.generate` or [`get_visual_tokens`].
-            num_inference_steps (`int`), guidance_scale (`float`): Default to the pipeline's. A scale of 1 is twice as
-                fast; higher ones (paper, appendix) lead further away from the prediction without visual tokens.
+            num_inference_steps (`int`), guidance_scale (`float`): Default to the pipeline's. A scale above 1
+                follows the visual tokens more closely, and takes twice as long.
             timesteps (`list[int]`), sigmas (`list[float]`): A custom schedule, if the scheduler takes one.
             num_images_per_prompt (`int`): Number of decodings of each image, from different noise.
             height, width (`int`): In pixels; default to the U-Net's `sample_size`.

@@ -30,8 +30,7 @@ CARD = """---
 # {title}
 
 A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: {generator} generates visual tokens
-({tokens} per image, of width {projector.visual_token_dim}), and a latent diffusion U-Net decodes
-them into images of {size} pixels.
+({tokens} per image, of width {width}), and a latent diffusion U-Net decodes them into images of {size} pixels.
 
 {description}
 
@@ -68,9 +67,8 @@ class PipelineSavingMixin:
         if folder.is_dir():
             components = cls._get_signature_keys(cls)[0] - kwargs.keys()
             index = json.loads((folder / cls.config_name).read_text())
-            missing = sorted(
-                name for name in components & index.keys() if index[name][0] and not (folder / name).is_dir()
-            )
+            named = [name for name in sorted(components & index.keys()) if index[name][0] is not None]
+            missing = [name for name in named if not (folder / name).is_dir()]
             if missing:
                 raise FileNotFoundError(
                     f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: copy the folder "
@@ -109,11 +107,8 @@ class PipelineSavingMixin:
         `generation_config.json`, where its end-of-answer tokens are, and all code but the files that it would run.
         """
         folder = Path(super().download(pretrained_model_name, **kwargs))
-        options = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token")
-            if name in kwargs
-        }
+        names = ("cache_dir", "force_download", "local_files_only", "token")
+        options = {name: kwargs[name] for name in names if name in kwargs}
         patterns = ["*/generation_config.json", "*.py"]
         snapshot_download(pretrained_model_name, revision=folder.name, allow_patterns=patterns, **options)
         return folder
@@ -140,7 +135,7 @@ class PipelineSavingMixin:
         super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
             repo_id = hub_options.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, variant=kwargs.get("variant"), **hub_options)
+            self.push_to_hub(repo_id, **hub_options, **kwargs)
 
     def create_model_card(self, name: str, description: str = "", base_model: str | None = None) -> ModelCard:
         """
@@ -164,7 +159,7 @@ class PipelineSavingMixin:
             title=Path(name).name,
             generator=generator,
             tokens=self.projector.config.num_image_tokens or "any number",
-            projector=self.projector.config,
+            width=self.projector.config.visual_token_dim,
             size="x".join(map(str, self.default_size)),
             description=description,
             name=name,
