@@ -4,7 +4,6 @@ A VAE turns 64x64 pixels into 8x8 latents, then a U-Net learns to denoise such l
 tokens of the same picture, at a size that two CPU cores train in under an hour.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +14,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import trange
 
 from metamorph_hf import GridUNet2DConditionModel, PatchVAE, VisualTokenProjector
-
-
-sys.path.append(str(Path(__file__).parents[1]))
-from train_visualizer import diffusion_loss  # noqa: E402
+from metamorph_hf.visualizer_training import diffusion_loss
 
 
 CHECKPOINT_EVERY = 100  # steps, about two minutes
