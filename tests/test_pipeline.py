@@ -43,7 +43,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def pipe(components):
-    """Its model answers every prompt with one image and nothing else."""
+    """A pipeline whose model answers every prompt with one image and nothing else."""
     config = components["model"].config
     start, end = config.image_start_token_id, config.image_end_token_id
     stop = config.text_config.eos_token_id
@@ -70,7 +70,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def prompts_seen(pipe, monkeypatch):
-    """The prompts' text as the model gets it, and their pixels."""
+    """The texts and the pixels that the model receives."""
     seen = []
     generate = type(pipe.model).generate
 
@@ -180,7 +180,7 @@ class TestAnswers:
         assert record.getMessage() == f"Prompt 0 was answered without an image: {output.text[0]!r}"
 
     def test_no_image_with_options_of_decoding(self, components):
-        """The text is not lost."""
+        """Options for images do not cost the text of an answer without images."""
         start = components["model"].config.image_start_token_id
         options = {"max_new_tokens": 3, "generation_kwargs": {"suppress_tokens": [start]}}
         output = build(components)("a dog", latents=torch.randn(1, 3, 8, 8), **options)
@@ -230,13 +230,17 @@ class TestDecoding:
         expected = scheduler.step(prediction, scheduler.timesteps[0], noise).prev_sample
         torch.testing.assert_close(latents, expected)
 
-    def test_scale_one_does_not_run_the_unet_twice(self, pipe, monkeypatch):
-        batches = []
-        forward = pipe.unet.forward
-        monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: batches.append(len(x)) or forward(x, *a, **k))
-        pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=1.0)
-        pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=1.5)
-        assert batches == [3, 3, 6, 6]  # all images in one batch, two steps
+    def test_scale_one_does_not_double_the_batch(self, pipe):
+        sizes = []
+
+        def watch(call, step, timestep, tensors):
+            sizes.append(len(tensors["prompt_embeds"]))
+            return {}
+
+        options = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        for scale in (1.0, 1.5):
+            pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=scale, **options)
+        assert sizes == [3, 3, 6, 6]
 
     def test_scaling_factor_is_undone(self, pipe):
         tokens = torch.randn(1, 4, 16)
@@ -256,7 +260,7 @@ class TestDecoding:
         assert not torch.allclose(together[0], together[1])
 
     def test_generator_per_image(self, pipe):
-        """diffusers' convention; with one per prompt, a prompt's images take theirs from it in turn."""
+        """As in diffusers. A single generator of a prompt serves its images in turn."""
         prompts, options = ["a dog", "a cat"], {"num_images_per_prompt": 2, "output_type": "pt"}
         four = pipe(prompts, generator=[seeded(n) for n in range(4)], **options).images
         for prompt, index in (("a dog", 0), ("a cat", 3)):
@@ -321,7 +325,7 @@ class TestDecoding:
         torch.testing.assert_close(away[1], same[1], rtol=1e-4, atol=1e-5)  # away from itself leads nowhere
 
     def test_learned_unconditional_states(self, pipe, components):
-        """Guidance goes away from them, as it would from negative tokens that the projector maps there."""
+        """Guidance leads away from them, as from negative tokens that the projector maps to the same states."""
         learned = VisualTokenProjector.from_config(components["projector"].config, learned_unconditional=True)
         weights = components["projector"].state_dict()
         tokens, away = torch.randn(2, 4, 16), torch.randn(4, 16)
@@ -596,7 +600,7 @@ class TestSaving:
         assert_same_images(pipe, again)
 
     def test_diffusion_pipeline_needs_trust(self, components, tmp_path):
-        """Also where the package is installed, the code that comes with a pipeline is what diffusers runs."""
+        """diffusers runs the code that comes with a pipeline, even if the package is installed."""
         pipe = build(components)
         pipe.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="trust_remote_code=True"):
@@ -630,7 +634,7 @@ class TestSaving:
         assert_same_images(pipe, again)
 
     def test_same_seed_same_image_after_saving(self, pipe, tmp_path):
-        """In a batch or alone, before or after."""
+        """In a batch or alone, before saving or after loading."""
         pipe.save_pretrained(tmp_path)
         again = MetaMorphPipeline.from_pretrained(tmp_path)
         prompts, generators = ["a dog", "a cat"], [seeded(1), seeded(2)]
@@ -640,7 +644,7 @@ class TestSaving:
         assert torch.equal(pipe("a cat", generator=seeded(2), output_type="pt").images, alone)
 
     def test_small_visualizer(self, components, tmp_path):
-        """The parts of the emoji checkpoint: a linear VAE, and a U-Net that needs the tokens as an unpadded grid."""
+        """The emoji checkpoint has a linear VAE, and a U-Net that needs an unpadded grid of tokens."""
         components["vae"] = PatchVAE(latent_channels=3, patch_size=2, scaling_factor=0.5)
         projector = dict(components["projector"].config, sequence_length=None)
         components["projector"] = VisualTokenProjector.from_config(projector)
@@ -664,7 +668,7 @@ class TestSaving:
         assert_same_images(pipe, MetaMorphPipeline.from_pretrained(tmp_path))
 
     def test_optional_components_stay_absent(self, pipe, tmp_path):
-        """As in diffusers' own test: what a pipeline calls optional, it answers without."""
+        """As in the tests of diffusers, a pipeline answers without its optional components."""
         for name in pipe._optional_components:
             setattr(pipe, name, None)
         expected = pipe("a dog", generator=seeded(), output_type="pt").images
@@ -747,11 +751,11 @@ assert not added, added
 
 
 class TestDownload:
-    """`snapshot_download` and its like, with a folder as the Hub."""
+    """A folder stands in for the Hub."""
 
     @pytest.fixture
     def downloaded(self, pipe, tmp_path, monkeypatch):
-        """Saves the pipeline to the Hub in two variants and among other files; gives the folder they go to."""
+        """The folder of downloads from a repository with two variants of the pipeline and other files."""
         hub, cache = tmp_path / "hub", tmp_path / "cache" / COMMIT
         pipe.save_pretrained(hub)
         pipe.save_pretrained(hub, variant="fp16")
@@ -831,7 +835,7 @@ class TestModelCard:
         assert found["image"].size == (8, 8)
 
     def test_card_travels_with_the_images_that_it_shows(self, pipe, hub, tmp_path, tiny_images):
-        """No other file does: neither other images of the folder, nor files that a link outside of it names."""
+        """Other images of the folder, files outside of it and linked files that are not shown stay private."""
         folder = tmp_path / "pipeline"
         pipe.save_pretrained(folder)
         (folder / "images").mkdir()
