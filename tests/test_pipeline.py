@@ -687,6 +687,7 @@ class TestSaving:
             again("a dog")
         with pytest.raises(ValueError, match="it can only decode visual tokens"):
             again.reconstruct(tiny_images[0])
+        assert "pipe.decode_visual_tokens(visual_tokens)" in again.create_model_card("me/visualizer").text
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_loads_in_half_precision(self, components, tmp_path, dtype):
