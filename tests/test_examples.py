@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -128,104 +126,3 @@ class TestEmojiRecipe:
         done = run_example("emoji/evaluate.py", "--checkpoint", tmp_path, cwd=tmp_path)
         assert done.returncode == 1
         assert "is not a pipeline folder" in done.stderr and "Traceback" not in done.stderr
-
-
-run = run_example  # for the three classes below
-
-
-@pytest.mark.slow
-class TestTrainVisualizer:
-    FLAGS = ("--model", CHECKPOINT, "--base", CHECKPOINT, "--cpu", "--batch-size", 3, "--schedule", "constant")
-    FLAGS += ("--learning-rate", 1e-3, "--accumulation", 2, "--checkpoint-every", 2, "--ema")
-    FLAGS += ("--validation-steps", 2, "--validation-pictures", 2)
-
-    def train(self, cwd, *flags):
-        done = run("train_visualizer.py", EXAMPLES / "emoji" / "emoji.parquet", *self.FLAGS, *flags, cwd=cwd)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    def test_resumed_is_uninterrupted(self, tmp_path):
-        """The same pictures with the same noise, and the same moving average; the tower's tokens cached or not."""
-        self.train(tmp_path, "--output", "whole", "--steps", 4, "--validation-every", 4)
-        self.train(tmp_path, "--output", "cut", "--steps", 2)
-        shutil.rmtree(tmp_path / "cut" / "unet")
-        (tmp_path / "cut" / "checkpoint-3").mkdir()  # a save that was interrupted
-        again = self.train(tmp_path, "--output", "cut", "--steps", 4)
-        assert "going on from cut/checkpoint-2" in again.stdout
-        whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
-        before = MetaMorphPipeline.from_pretrained(CHECKPOINT)
-        for part in ("unet", "projector"):
-            weights = getattr(whole, part).state_dict()
-            assert any((weights[n].float() != w.float()).any() for n, w in getattr(before, part).state_dict().items())
-            for name, weight in getattr(cut, part).state_dict().items():
-                assert torch.equal(weight, weights[name]), name
-        grid = Image.open(tmp_path / "whole" / "validation" / "step-000004.png")
-        assert grid.size == (5 * 64, 2 * 64)  # an original and four guidance scales, of two pictures
-        card = (tmp_path / "whole" / "README.md").read_text()
-        assert "| learning rate | 0.001 |" in card and "![reconstructions](reconstructions.png)" in card
-        assert Image.open(tmp_path / "whole" / "reconstructions.png").size == grid.size
-        assert "nothing left to train" in self.train(tmp_path, "--output", "cut", "--steps", 4).stdout
-
-    def test_updates_go_on_over_the_ends_of_epochs(self, tmp_path):
-        """Three batches an epoch, two an update: resumed in the middle of an epoch, it is the same run."""
-        (tmp_path / "pictures").mkdir()
-        for place in range(9):
-            Image.new("RGB", (64, 64), (25 * place, 0, 0)).save(tmp_path / "pictures" / f"{place}.png")
-        shutil.copytree(CHECKPOINT, tmp_path / "base")
-        index = json.loads((tmp_path / "base" / "model_index.json").read_text())
-        (tmp_path / "base" / "model_index.json").write_text(json.dumps({**index, "instruction_template": "Draw {}!"}))
-        flags = ["--model", tmp_path / "base", *self.FLAGS[2:]]
-        for output, steps in (("whole", 4), ("cut", 1), ("cut", 4)):
-            chosen = [*flags, "--output", output, "--steps", steps, "--checkpoint-every", 1]
-            done = run("train_visualizer.py", tmp_path / "pictures", *chosen, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
-        whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
-        for name, weight in cut.unet.state_dict().items():
-            assert torch.equal(weight, whole.unet.state_dict()[name]), name
-        assert whole.config.instruction_template == "Draw {}!"
-        states = [torch.load(tmp_path / name / "checkpoint-4" / "optimizer.bin") for name in ("whole", "cut")]
-        assert [int(state["state"][0]["step"]) for state in states] == [4, 4]
-
-    def test_two_processes_see_disjoint_data(self, tmp_path):
-        """And together all of it, in each epoch; from a webdataset, with learned unconditional states."""
-        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-            for place in range(8):
-                Image.new("RGB", (64, 64), (30 * place, 0, 0)).save(tmp_path / f"{place}.png")
-                tar.add(tmp_path / f"{place}.png", f"{place}.png")
-        (tmp_path / "watched.py").write_text(
-            "import json, os, sys\n"
-            f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
-            "import train_visualizer\n"
-            "seen, collate = [], train_visualizer.Collate.__call__\n"
-            "def watched(self, rows):\n"
-            "    seen.append([row['image'].convert('RGB').getpixel((0, 0))[0] // 30 for row in rows])\n"
-            "    return collate(self, rows)\n"
-            "train_visualizer.Collate.__call__ = watched\n"
-            "train_visualizer.main()\n"
-            "open(f'seen-{os.environ[\"RANK\"]}.json', 'w').write(json.dumps(seen))\n"
-        )
-        flags = [*self.FLAGS[:5], "--batch-size", 2, "--output", "out", "--steps", 4, "--validation-pictures", 0]
-        flags += ["--learned-unconditional", "--conditioning-dropout", 0.5, "--warmup", 0, "--learning-rate", 1e-3]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command = [*launcher, "watched.py", "shard.tar", *map(str, flags)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        one, other = (json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1))
-        epochs = [sum(one[start : start + 2] + other[start : start + 2], []) for start in (0, 2)]
-        assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
-        assert epochs[0] != epochs[1]
-        assert MetaMorphPipeline.from_pretrained(tmp_path / "out").projector.unconditional.any()
-
-    def test_lora(self, tmp_path):
-        self.train(tmp_path, "--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)
-        assert (tmp_path / "out" / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
-        made, before = (MetaMorphPipeline.from_pretrained(folder).unet for folder in (tmp_path / "out", CHECKPOINT))
-        adapted = MetaMorphPipeline.from_pretrained(CHECKPOINT).unet
-        adapted.load_lora_adapter(str(tmp_path / "out" / "unet_lora"), prefix=None, use_safetensors=True)
-        inputs = (torch.randn(1, 32, 8, 8), 500, torch.randn(1, 16, 192))
-        with torch.no_grad():
-            expected, found = adapted(*inputs).sample, made(*inputs).sample
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-        assert made.state_dict().keys() == before.state_dict().keys()
-        moved = {n for n, w in made.state_dict().items() if not torch.allclose(w, before.state_dict()[n].float())}
-        assert moved and all(any(f".{part}." in name for part in ("to_q", "to_k", "to_v", "to_out")) for name in moved)
