@@ -1,82 +1,16 @@
 """Chat templates: that of the released code, and any language model's own with images and generation marks."""
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 
-# Render the content of a message: text stays as it is, an image becomes `<image>`.
-RENDER_CONTENT = """\
-{%- macro metamorph_text(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- elif content is not none -%}
-{%- for part in content -%}
-{%- if part['type'] == 'image' -%}{{- '<image>' -}}
-{%- elif part['type'] == 'text' -%}{{- part['text'] -}}
-{%- else -%}{{- raise_exception('This chat format knows text and images only, not ' ~ part['type'] ~ '.') -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-"""
-
-# Sequences begin with two BOS tokens: the released template writes one, and its tokenizer adds another.
-METAMORPH_CHAT_TEMPLATE = (
-    RENDER_CONTENT
-    + """\
-{{- bos_token + bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] not in ('user', 'assistant') -%}
-{{- raise_exception('The released chat format has user and assistant turns only, not ' ~ message['role'] ~ '.') -}}
-{%- endif -%}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- metamorph_text(message['content']) + '<|eot_id|>' -}}{%- endgeneration -%}
-{%- else -%}{{- metamorph_text(message['content']) + '<|eot_id|>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n' -}}{%- endif -%}
-"""
+TEXT, METAMORPH, FLATTEN, MARK_TURNS = (
+    (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    for name in ("text", "metamorph", "flatten", "mark_turns")
 )
+METAMORPH_CHAT_TEMPLATE = TEXT + METAMORPH
 METAMORPH_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
-# A language model's own template may expect contents to be strings, so they become strings first.
-FLATTEN_MESSAGES = (
-    RENDER_CONTENT
-    + """\
-{%- set metamorph = namespace(messages=[], text='') -%}
-{%- for message in messages -%}
-{%- set metamorph.messages = metamorph.messages + [dict(message, content=metamorph_text(message['content']))] -%}
-{%- endfor -%}
-{%- set messages = metamorph.messages -%}
-"""
-)
-
-# Render the template turn by turn: an assistant turn is the text that it adds to its generation prompt.
-MARK_ASSISTANT_TURNS = """\
-{%- macro metamorph_render(messages, add_generation_prompt) -%}
-<template>
-{%- endmacro -%}
-{%- macro metamorph_rest(whole) -%}
-{%- if not whole.startswith(metamorph.text) -%}
-{{- raise_exception('it changes earlier turns when later ones follow') -}}
-{%- endif -%}
-{{- whole[metamorph.text | length:] -}}
-{%- endmacro -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{%- set prompt = metamorph_render(messages[:loop.index0], true) -%}
-{{- metamorph_rest(prompt) -}}
-{%- set metamorph.text = prompt -%}
-{%- set whole = metamorph_render(messages[:loop.index], false) -%}
-{%- set turn = metamorph_rest(whole) -%}
-{%- generation -%}{{- turn.rstrip() -}}{%- endgeneration -%}
-{{- turn[turn.rstrip() | length:] -}}
-{%- set metamorph.text = whole -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if not messages or messages[-1]['role'] != 'assistant' or add_generation_prompt -%}
-{{- metamorph_rest(metamorph_render(messages, add_generation_prompt)) -}}
-{%- endif -%}
-"""
 
 
 def extend_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -93,9 +27,9 @@ def extend_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ValueError("This tokenizer has no chat template: use --chat-format default or metamorph.")
     tokenizer.chat_template = tokenizer.get_chat_template()  # the default one where there are several
     try:
-        return FLATTEN_MESSAGES + (get_training_chat_template(tokenizer) or tokenizer.chat_template)
+        return TEXT + FLATTEN + (get_training_chat_template(tokenizer) or tokenizer.chat_template)
     except ValueError:  # TRL does not know this template.
-        template = FLATTEN_MESSAGES + MARK_ASSISTANT_TURNS.replace("<template>", tokenizer.chat_template)
+        template = TEXT + FLATTEN + MARK_TURNS.replace("<template>", tokenizer.chat_template)
     texts = ["One?", "Two.", "Three?", "Four."]
     turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]
     expected = tokenizer.apply_chat_template(turns, tokenize=False)

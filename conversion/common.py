@@ -17,20 +17,19 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, logging
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
 
 from metamorph_hf import MetaMorphConfig, MetaMorphProcessor
 from metamorph_hf.model_cards import create_model_card
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-IMAGE_TOKENS = {
-    "image_start_token_id": "<image_start>",
-    "image_end_token_id": "<image_end>",
-    "image_token_id": "<image>",
-}
-MAX_LAYERS = 1000  # More layers are a damaged configuration, and would take forever to build.
+# Names of the ids in the configuration, and the tokens, in the order in which they are added.
+IMAGE_TOKENS = dict(image_start_token_id="<image_start>", image_end_token_id="<image_end>", image_token_id="<image>")
+WEIGHT_FILES = [file + index for file in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
+MAX_LAYERS = 1000  # A configuration with more is damaged, and its model would take forever to build.
 
 
 class ConversionError(Exception):
@@ -62,10 +61,7 @@ def check_target(target: Path, *sources: str | Path | None) -> None:
 
 @contextmanager
 def write_folder(target: Path, table: dict[str, object]) -> Iterator[Path]:
-    """Give a temporary folder beside `target` that gets its name at the end, or is removed if anything fails.
-
-    At the end, print the names and values of `table`, and the size of the folder.
-    """
+    """Give a temporary folder that becomes `target` at the end, or is removed if anything fails; print the table."""
     folder = target.with_name(f".{target.name}.unfinished")
     if folder.exists():
         print(f"Removing {folder}, which an interrupted conversion left behind.")
@@ -80,15 +76,6 @@ def write_folder(target: Path, table: dict[str, object]) -> Iterator[Path]:
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     for name, value in {**table, "target": f"{target}, {size / 1e6:,.1f} MB"}.items():
         print(f"{name:<{max(map(len, table))}}  {value}")
-
-
-def check_layers(config: dict, source: str | Path) -> None:
-    """Check the numbers of layers in a configuration and its sub-configurations: a huge model is never built."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            check_layers(value, source)
-        elif "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
-            raise ConversionError(f"{source} says {name} = {value}, but at most {MAX_LAYERS} layers can be converted.")
 
 
 def read_json(path: Path) -> dict:
@@ -113,6 +100,15 @@ def require_value(source: dict, name: str, kind: type, file: str | Path):
     return source[name]
 
 
+def check_layers(config: dict, source: str | Path) -> None:
+    """Check the numbers of layers in a configuration and its sub-configurations."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_layers(value, source)
+        elif "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
+            raise ConversionError(f"{source} says {name} = {value}, but at most {MAX_LAYERS} layers can be converted.")
+
+
 def read_file(path: Path) -> object:
     """Read a safetensors file or one that `torch.save` wrote, without running code from it."""
     if not path.is_file():
@@ -121,14 +117,11 @@ def read_file(path: Path) -> object:
         if file.read(23) == b"version https://git-lfs":
             raise ConversionError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` there.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        is_pickle = path.suffix != ".safetensors"
+        return torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path} holds more than tensors, and loading it could run any code: save it again as a plain state dict "
-            f"or as safetensors. ({str(error).splitlines()[0]})"
-        ) from error
+        message = "holds more than tensors, and loading it could run code: save it again as a plain state dict."
+        raise ConversionError(f"{path} {message} ({str(error).splitlines()[0]})") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ConversionError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
 
@@ -147,14 +140,12 @@ def check_tensors(weights: object, source: str | Path) -> dict[str, torch.Tensor
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read the weights of a checkpoint folder: safetensors or pickles, in one file or in shards."""
-    names = [stem + end for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
-        raise ConversionError(f"{folder} has no weights: expected one of {', '.join(names)}.")
+        raise ConversionError(f"{folder} has no weights: expected one of {', '.join(WEIGHT_FILES)}.")
     if path.suffix != ".json":
         return check_tensors(read_file(path), path)
-    weight_map = require_value(read_json(path), "weight_map", dict, path)
-    weights = {}
+    weights, weight_map = {}, require_value(read_json(path), "weight_map", dict, path)
     for file in sorted({str(file) for file in weight_map.values()}):
         weights |= check_tensors(read_file(folder / file), folder / file)
     if differing := sorted(weights.keys() ^ weight_map.keys()):
@@ -164,12 +155,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def rename_keys(weights: dict[str, torch.Tensor], table: dict[str, str]) -> dict[str, torch.Tensor]:
     """Apply the regular expressions of `table` (pattern to replacement) to all names, in order."""
-    renamed = {}
-    for name, tensor in weights.items():
-        for pattern, replacement in table.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+    for pattern, replacement in table.items():
+        weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def check_keys(source: str | Path, info: dict) -> None:
@@ -200,28 +188,40 @@ def load_complete(model_class, name: str | Path, **kwargs) -> PreTrainedModel:
     return model
 
 
+def load_config(name: str | Path, **kwargs) -> PreTrainedConfig:
+    """Load the configuration of a model that can be built."""
+    check_layers(PreTrainedConfig.get_config_dict(name, **kwargs)[0], name)
+    return AutoConfig.from_pretrained(name, **kwargs)
+
+
+def load_tower_config(name: str) -> PreTrainedConfig:
+    """Load the configuration of a vision tower, or that of the vision tower inside a larger model."""
+    config = load_config(name)
+    config = config.vision_config if "vision_config" in config.sub_configs else config
+    config.name_or_path = name
+    return config
+
+
 def load_metamorph(name: str | Path, dtype="auto") -> tuple[PreTrainedModel, MetaMorphProcessor | None]:
     """Load a MetaMorph and, if it has one, its processor."""
-    config = AutoConfig.from_pretrained(name)
+    config = load_config(name)
     if not isinstance(config, MetaMorphConfig):
         raise ConversionError(f"{name} is a {config.model_type}, but must be a MetaMorph.")
     model = load_complete(AutoModel, name, dtype=dtype)
     if cached_file(name, "processor_config.json", _raise_exceptions_for_missing_entries=False) is None:
         return model, None
     processor = AutoProcessor.from_pretrained(name)
-    found, expected = [(x.image_token_id, x.num_image_tokens) for x in (processor, config)]
-    if found != expected:
-        raise ConversionError(
-            f"In {name} the processor has {found} as id of <image> and number of visual tokens, but the model has "
-            f"{expected}: they do not belong together."
-        )
+    for field in ("image_token_id", "num_image_tokens"):
+        found, expected = getattr(processor, field), getattr(config, field)
+        if found != expected:
+            raise ConversionError(f"The processor in {name} has {field} {found}, but the model has {expected}.")
     return model, processor
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> None:
     """Check that a tokenizer has the tokens of its chat format, and make it pad on the left, as generation needs."""
     vocabulary = tokenizer.get_vocab()
-    missing = [] if tokenizer.eos_token else ["an EOS token, without which no answer would end"]
+    missing = [] if tokenizer.eos_token else ["an EOS token"]
     if chat_format == "metamorph":
         missing += [token for token in METAMORPH_TOKENS if token not in vocabulary]
         missing += [] if tokenizer.bos_token else ["a BOS token"]
@@ -233,7 +233,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> N
 
 
 def save_model(model: PreTrainedModel, processor: MetaMorphProcessor | None, target: Path, table: dict) -> None:
-    """Write a model, its card and its processor, check that they load and answer an image, and print `table`.
+    """Write a model, its card and its processor, and check that they load and answer an image.
 
     The model given is left without weights, so that memory need not hold them twice.
     """
@@ -252,14 +252,14 @@ def check_model(folder: Path) -> str:
     """Load a model, run an image through it, and return the shapes of its output."""
     model, processor = load_metamorph(folder)
     config, side = model.config, model.config.vision_config.image_size
-    ids = [config.image_start_token_id, *[config.image_token_id] * config.num_image_tokens, config.image_end_token_id]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": torch.zeros(1, 3, side, side)}
+    pixels = torch.zeros(1, 3, side, side)
     if processor is not None:
-        inputs = processor(text="<image>", images=[Image.new("RGB", (64, 48))], return_tensors="pt")
-        if inputs["pixel_values"].shape[-2] != inputs["pixel_values"].shape[-1]:
-            raise ConversionError("The image processor makes images that are not square: choose another one.")
+        pixels = processor.image_processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values
+    if pixels.shape[-2] != pixels.shape[-1]:
+        raise ConversionError("The image processor makes images that are not square: choose another one.")
+    ids = [config.image_start_token_id, *[config.image_token_id] * config.num_image_tokens, config.image_end_token_id]
     with torch.no_grad():
-        output = model(**inputs)
+        output = model(input_ids=torch.tensor([ids]), pixel_values=pixels)
     if not (torch.isfinite(output.logits).all() and torch.isfinite(output.next_visual_token).all()):
         raise ConversionError("The converted model gives NaN or infinity for a black image.")
     return f"logits {tuple(output.logits.shape)}, next visual token {tuple(output.next_visual_token.shape)}"

@@ -19,15 +19,8 @@ import common
 import torch
 from chat_formats import METAMORPH_CHAT_TEMPLATE
 from common import ConversionError, require_value
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-    SiglipImageProcessorPil,
-    SiglipVisionModel,
-)
+from transformers import AutoModel, AutoTokenizer, GenerationConfig, LlamaConfig, SiglipImageProcessorPil
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor
 
@@ -54,18 +47,6 @@ CONVERTIBLE = {
 }
 
 
-def load_tower_config(vision_tower: str | None):
-    """Load the configuration of a SigLIP, or of the vision tower of a SigLIP with two."""
-    if vision_tower is None:
-        return MetaMorphConfig(vision_config={"name_or_path": DEFAULT_TOWER}).vision_config
-    config = AutoConfig.from_pretrained(vision_tower)
-    config = config.vision_config if "vision_config" in config.sub_configs else config
-    if config.model_type != "siglip_vision_model":
-        raise ConversionError(f"{vision_tower} is a {config.model_type}, but the released code knows SigLIP only.")
-    config.name_or_path = str(vision_tower)
-    return config
-
-
 def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
     """Translate the released `config.json`.
 
@@ -81,12 +62,16 @@ def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
         raise ConversionError(f"{file} says apply_softmax, a loss that cannot be converted.")
     known = {field.name for field in fields(LlamaConfig)} | {"rope_theta", "rope_scaling"}
     text = {name: source[name] for name in known & source.keys() - {"model_type", "dtype"}}
+    tower = MetaMorphConfig().vision_config if vision_tower is None else common.load_tower_config(vision_tower)
+    if tower.model_type != "siglip_vision_model":
+        raise ConversionError(f"{vision_tower} is a {tower.model_type}, but the released code knows SigLIP only.")
+    tower.name_or_path = vision_tower or DEFAULT_TOWER
     vocab_size = require_value(source, "vocab_size", int, file)
     normalized = require_value(source, "normalize_vision", bool, file)
     head = source.get("vision_head_type")
     config = MetaMorphConfig(
         text_config=LlamaConfig(**text, name_or_path=source.get("_name_or_path", "")),
-        vision_config=load_tower_config(vision_tower),
+        vision_config=tower,
         # The released code appends its two image tokens last and marks images by -200, which becomes one more id.
         image_start_token_id=vocab_size - 2,
         image_end_token_id=vocab_size - 1,
@@ -111,7 +96,7 @@ def load_model(
     dead = [name for name in weights if name.startswith(DEAD_MODULES)]
     weights = {name: tensor for name, tensor in weights.items() if name not in dead}
     if not any(name.startswith(TOWER_PREFIX) for name in weights):
-        loaded = common.load_complete(SiglipVisionModel, tower, config=config.vision_config, dtype="auto")
+        loaded = common.load_complete(AutoModel, tower, config=config.vision_config, dtype="auto")
         weights |= {TOWER_PREFIX + name: tensor for name, tensor in loaded.state_dict().items()}
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": dtype or "auto"}
     model, info = MetaMorphForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, **options)
@@ -136,10 +121,8 @@ def build_processor(
         tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
         found, expected = tokenizer.convert_tokens_to_ids(token), getattr(config, field)
         if found != expected:
-            raise ConversionError(
-                f"{token} has the id {found} in the tokenizer, but {expected} in the checkpoint's vocabulary: this is "
-                "not the tokenizer it was trained with."
-            )
+            message = "this is not the tokenizer that the checkpoint was trained with."
+            raise ConversionError(f"{token} has the id {found}, but must have {expected}: {message}")
     common.prepare_tokenizer(tokenizer, "metamorph")
     return MetaMorphProcessor(
         image_processor, tokenizer, num_image_tokens=config.num_image_tokens, chat_template=METAMORPH_CHAT_TEMPLATE
@@ -184,8 +167,7 @@ def convert(
         "parameters": f"{model.num_parameters():,}",
         "dead tensors left out": f"{len(dead)} ({', '.join(dead_modules) or 'none'})",
         "vision tower": config.vision_config.name_or_path,
-        "image token ids": f"<image_start> {config.image_start_token_id}, <image_end> {config.image_end_token_id}, "
-        f"<image> {config.image_token_id}",
+        "image token ids": ", ".join(f"{token} {getattr(config, n)}" for n, token in common.IMAGE_TOKENS.items()),
         "dtype": model.dtype,
         "processor": "saved" if processor else "none: no tokenizer was found, name one with --tokenizer",
     }
@@ -202,10 +184,8 @@ def convert_stage1(source: Path, target: Path, base: Path, dtype: torch.dtype | 
     model, processor = common.load_metamorph(base, dtype or "auto")
     embeddings, rows = model.get_input_embeddings().weight.data, trained.pop(EMBEDDINGS, torch.empty(0))
     if rows.ndim != 2 or len(rows) < 2 or rows.shape[1] != embeddings.shape[1]:
-        raise ConversionError(
-            f"{source} holds model.embed_tokens.weight of shape {tuple(rows.shape)}, expected {embeddings.shape[1]} "
-            "columns and, as its last two rows, those of <image_start> and <image_end>."
-        )
+        message = f"expected {embeddings.shape[1]} columns, and <image_start> and <image_end> as the last two rows."
+        raise ConversionError(f"{source} holds model.embed_tokens.weight of shape {(*rows.shape,)}, {message}")
     image_ids = [model.config.image_start_token_id, model.config.image_end_token_id]
     embeddings[image_ids] = rows[-2:].to(embeddings.dtype)
     projector = {name.removeprefix("model.projector."): tensor for name, tensor in trained.items()}

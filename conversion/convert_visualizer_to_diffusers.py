@@ -53,12 +53,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def convert_projector(folder: Path, num_image_tokens: int | None) -> VisualTokenProjector:
-    """Convert the adapter.
-
-    Args:
-        folder (`Path`): Folder of the released visualizer.
-        num_image_tokens (`int`, *optional*): Visual tokens per image, N; the released files do not tell it.
-    """
+    """Convert the adapter of the visualizer in `folder`, whose files do not tell the number of visual tokens."""
     file = folder / "model_config.json"
     source = common.read_json(file)
     common.check_layers(source, file)
@@ -76,10 +71,8 @@ def convert_projector(folder: Path, num_image_tokens: int | None) -> VisualToken
         num_queries=None if mode == "mlp" else require_value(source, "num_tokens", int, file),
         num_heads=require_value(source, "num_heads", int, file) if "xattn" in mode else TRANSFORMER_HEADS,
     )
-    weights = read_state_dict(folder / "adapter_checkpoint.pt")
-    common.load_exactly(
-        projector.projection, common.rename_keys(weights, KEY_TABLES[mode]), f"The adapter in {folder}"
-    )
+    weights = common.rename_keys(read_state_dict(folder / "adapter_checkpoint.pt"), KEY_TABLES[mode])
+    common.load_exactly(projector.projection, weights, f"The adapter in {folder}")
     return projector
 
 
@@ -113,15 +106,12 @@ def main() -> None:
     add("target", metavar="DST", type=Path, help="folder to write; it must not exist")
     add("--base", metavar="P", required=True, help="folder or repository of the Stable Diffusion it was trained from")
     add("--model", metavar="P", help="folder or repository of a MetaMorph in this package's layout")
-    add(
-        "--dtype", choices=common.DTYPES, default="float32", help="dtype of the written weights (default: %(default)s)"
-    )
+    add("--dtype", choices=common.DTYPES, default="float32", help="dtype of the written weights (default: float32)")
     args = parser.parse_args()
 
     common.check_target(args.target, args.source, args.base, args.model)
     model, processor = (None, None) if args.model is None else common.load_metamorph(args.model)
-    num_image_tokens = None if model is None else model.config.num_image_tokens
-    projector = convert_projector(args.source, num_image_tokens)
+    projector = convert_projector(args.source, None if model is None else model.config.num_image_tokens)
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(args.base, subfolder="unet"))
     weights = read_state_dict(args.source / "unet_checkpoint.pt")
     common.load_exactly(unet, weights, f"The U-Net in {args.source} with the configuration of {args.base}")
