@@ -48,6 +48,8 @@ def run_main(main: Callable[[], None]) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             sys.exit(f"error: The disk is full ({error}). Nothing was left behind: make room and run this again.")
         sys.exit(f"error: {error}")
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # Libraries check few of the values.
+        sys.exit(f"error: A file of the source holds a value that cannot be used: {error!r}.")
 
 
 def check_target(target: Path, *sources: str | Path | None) -> None:
@@ -153,11 +155,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def rename_keys(weights: dict[str, torch.Tensor], table: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Apply the regular expressions of `table` (pattern to replacement) to all names, in order."""
+def rename_key(name: str, table: dict[str, str]) -> str:
+    """Apply the regular expressions of `table` (pattern to replacement) to the name of a weight, in order."""
     for pattern, replacement in table.items():
-        weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
-    return weights
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def check_keys(source: str | Path, info: dict) -> None:

@@ -92,7 +92,8 @@ def load_model(
     source: Path, config: MetaMorphConfig, dtype: torch.dtype | None
 ) -> tuple[MetaMorphForConditionalGeneration, list[str]]:
     """Load the released weights into our model. Return it and the names of the dead weights that are left out."""
-    weights, tower = common.rename_keys(common.read_weights(source), KEY_TABLE), config.vision_config.name_or_path
+    tower = config.vision_config.name_or_path
+    weights = {common.rename_key(name, KEY_TABLE): tensor for name, tensor in common.read_weights(source).items()}
     dead = [name for name in weights if name.startswith(DEAD_MODULES)]
     weights = {name: tensor for name, tensor in weights.items() if name not in dead}
     if not any(name.startswith(TOWER_PREFIX) for name in weights):
@@ -180,7 +181,8 @@ def convert_stage1(source: Path, target: Path, base: Path, dtype: torch.dtype | 
     As the released stage 2 does, take the projector and the last two embedding rows of the file, nothing else.
     """
     common.check_target(target, base)
-    trained = common.rename_keys(common.check_tensors(common.read_file(source), source), KEY_TABLE)
+    trained = common.check_tensors(common.read_file(source), source)
+    trained = {common.rename_key(name, KEY_TABLE): tensor for name, tensor in trained.items()}
     model, processor = common.load_metamorph(base, dtype or "auto")
     embeddings, rows = model.get_input_embeddings().weight.data, trained.pop(EMBEDDINGS, torch.empty(0))
     if rows.ndim != 2 or len(rows) < 2 or rows.shape[1] != embeddings.shape[1]:

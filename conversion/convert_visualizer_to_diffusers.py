@@ -71,7 +71,8 @@ def convert_projector(folder: Path, num_image_tokens: int | None) -> VisualToken
         num_queries=None if mode == "mlp" else require_value(source, "num_tokens", int, file),
         num_heads=require_value(source, "num_heads", int, file) if "xattn" in mode else TRANSFORMER_HEADS,
     )
-    weights = common.rename_keys(read_state_dict(folder / "adapter_checkpoint.pt"), KEY_TABLES[mode])
+    weights = read_state_dict(folder / "adapter_checkpoint.pt")
+    weights = {common.rename_key(name, KEY_TABLES[mode]): tensor for name, tensor in weights.items()}
     common.load_exactly(projector.projection, weights, f"The adapter in {folder}")
     return projector
 

