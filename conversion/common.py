@@ -114,7 +114,7 @@ def check_layers(config: dict, source: str | Path) -> None:
 def read_file(path: Path) -> object:
     """Read a safetensors file or one that `torch.save` wrote, without running code from it."""
     if not path.is_file():
-        raise ConversionError(f"{path} is missing: copy the rest of the checkpoint.")
+        raise ConversionError(f"{path} is missing.")
     with path.open("rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise ConversionError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` there.")
@@ -122,8 +122,7 @@ def read_file(path: Path) -> object:
         is_pickle = path.suffix != ".safetensors"
         return torch.load(path, map_location="cpu", weights_only=True) if is_pickle else load_file(path)
     except pickle.UnpicklingError as error:
-        message = "holds more than tensors, and loading it could run code: save it again as a plain state dict."
-        raise ConversionError(f"{path} {message} ({str(error).splitlines()[0]})") from error
+        raise ConversionError(f"{path} holds more than tensors and could run code: save only its tensors.") from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ConversionError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
 
@@ -142,9 +141,7 @@ def check_tensors(weights: object, source: str | Path) -> dict[str, torch.Tensor
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Read the weights of a checkpoint folder: safetensors or pickles, in one file or in shards."""
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise ConversionError(f"{folder} has no weights: expected one of {', '.join(WEIGHT_FILES)}.")
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), folder / WEIGHT_FILES[0])
     if path.suffix != ".json":
         return check_tensors(read_file(path), path)
     weights, weight_map = {}, require_value(read_json(path), "weight_map", dict, path)
@@ -174,11 +171,11 @@ def check_keys(source: str | Path, info: dict) -> None:
 
 def load_exactly(module: torch.nn.Module, weights: dict[str, torch.Tensor], source: str | Path) -> None:
     """Load weights into a module that must have the same names and shapes."""
-    own = module.state_dict()
-    shapes = [(name, weights[name].shape, own[name].shape) for name in own.keys() & weights.keys()]
-    info = {"missing_keys": own.keys() - weights.keys(), "unexpected_keys": weights.keys() - own.keys()}
-    check_keys(source, {**info, "mismatched_keys": [shape for shape in shapes if shape[1] != shape[2]]})
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        mismatches = " ".join(str(error).split())[:300]  # The first of the names, which are many if one does not fit.
+        raise ConversionError(f"{source} does not fit its configuration: {mismatches}") from error
 
 
 def load_complete(model_class, name: str | Path, **kwargs) -> PreTrainedModel:
@@ -214,9 +211,8 @@ def load_metamorph(name: str | Path, dtype="auto") -> tuple[PreTrainedModel, Met
         return model, None
     processor = AutoProcessor.from_pretrained(name)
     for field in ("image_token_id", "num_image_tokens"):
-        found, expected = getattr(processor, field), getattr(config, field)
-        if found != expected:
-            raise ConversionError(f"The processor in {name} has {field} {found}, but the model has {expected}.")
+        if getattr(processor, field) != (expected := getattr(config, field)):
+            raise ConversionError(f"The processor in {name} has another {field} than the model, {expected}.")
     return model, processor
 
 
@@ -235,10 +231,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> N
 
 
 def save_model(model: PreTrainedModel, processor: MetaMorphProcessor | None, target: Path, table: dict) -> None:
-    """Write a model, its card and its processor, and check that they load and answer an image.
-
-    The model given is left without weights, so that memory need not hold them twice.
-    """
+    """Write a model (which loses its weights, to save memory), its card and its processor, and check the folder."""
     if not model.generation_config.do_sample:  # Older files set sampling options that are refused without sampling.
         model.generation_config.update(temperature=None, top_p=None, top_k=None, typical_p=None)
     with write_folder(target, table) as folder:

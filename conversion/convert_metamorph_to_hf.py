@@ -3,7 +3,8 @@
     python conversion/convert_metamorph_to_hf.py SRC DST --tokenizer meta-llama/Llama-3.1-8B-Instruct
 
 SRC is a folder with `config.json` and the weights: `model.safetensors`, `pytorch_model.bin`, or shards of either.
-Without `--tokenizer` the tokenizer in SRC is used; if there is none either, DST gets no processor.
+Weights of `--vision-tower` are used only if SRC has none. Without `--tokenizer` the tokenizer in SRC is used; if there
+is none either, DST gets no processor.
 
     python conversion/convert_metamorph_to_hf.py STAGE1/mm_projector.bin DST --base BASE
 
@@ -164,7 +165,6 @@ def convert(
     model.generation_config.eos_token_id = sorted(stops)
     dead_modules = [module for module in DEAD_MODULES if any(name.startswith(module) for name in dead)]
     table = {
-        "tensors": len(model.state_dict()),
         "parameters": f"{model.num_parameters():,}",
         "dead tensors left out": f"{len(dead)} ({', '.join(dead_modules) or 'none'})",
         "vision tower": config.vision_config.name_or_path,
@@ -176,10 +176,7 @@ def convert(
 
 
 def convert_stage1(source: Path, target: Path, base: Path, dtype: torch.dtype | None = None) -> None:
-    """Put the results of the released stage 1 into a copy of the model in `base`.
-
-    As the released stage 2 does, take the projector and the last two embedding rows of the file, nothing else.
-    """
+    """Put the projector and the last two embedding rows of the released stage 1 into a copy of `base`."""
     common.check_target(target, base)
     trained = common.check_tensors(common.read_file(source), source)
     trained = {common.rename_key(name, KEY_TABLE): tensor for name, tensor in trained.items()}
@@ -205,8 +202,7 @@ def main() -> None:
     add = parser.add_argument
     add("source", metavar="SRC", type=Path, help="checkpoint folder, or a stage-1 mm_projector.bin")
     add("target", metavar="DST", type=Path, help="folder to write; it must not exist")
-    tower_help = f"folder or repository of its SigLIP, read if SRC has no tower (default: {DEFAULT_TOWER})"
-    add("--vision-tower", metavar="P", help=tower_help)
+    add("--vision-tower", metavar="P", help=f"folder or repository of its SigLIP (default: {DEFAULT_TOWER})")
     add("--tokenizer", metavar="P", help="folder or repository of the tokenizer")
     add("--dtype", choices=common.DTYPES, help="dtype of the written weights, if not that of SRC")
     add("--base", metavar="P", type=Path, help="MetaMorph folder that an mm_projector.bin goes into")

@@ -3,9 +3,10 @@
     python conversion/convert_visualizer_to_diffusers.py SRC DST --base stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --model my-metamorph
 
-SRC holds `unet_checkpoint.pt`, `adapter_checkpoint.pt` and `model_config.json`. VAE, scheduler and the U-Net's
-configuration come from `--base`, the model that the visualizer was trained from. With `--model` DST is a complete
-`MetaMorphPipeline`; without it, a pipeline that can only decode visual tokens into images.
+SRC holds `unet_checkpoint.pt`, `adapter_checkpoint.pt` and `model_config.json`. (The released code writes
+`unet_checkpoint_step_*.pt` and `checkpoint_step_*.pt`: rename those of the step that you want.) VAE, scheduler and the
+U-Net's configuration come from `--base`, the model that the visualizer was trained from. With `--model` DST is a
+complete `MetaMorphPipeline`; without it, a pipeline that can only decode visual tokens into images.
 """
 
 import argparse
@@ -42,10 +43,7 @@ TRANSFORMER_HEADS = 4  # The released transformer ignores the num_heads of model
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Read the `model_state_dict` of one of the released `.pt` files."""
     if not path.is_file():
-        raise ConversionError(
-            f"{path} is missing. The released code writes checkpoint_step_*.pt and unet_checkpoint_step_*.pt: rename "
-            "the ones you want to adapter_checkpoint.pt and unet_checkpoint.pt."
-        )
+        raise ConversionError(f"{path} is missing: rename the checkpoint of the step that you want, see --help.")
     checkpoint = common.read_file(path)
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
         raise ConversionError(f"{path} does not hold a dictionary with a model_state_dict.")
@@ -114,8 +112,7 @@ def main() -> None:
     model, processor = (None, None) if args.model is None else common.load_metamorph(args.model)
     projector = convert_projector(args.source, None if model is None else model.config.num_image_tokens)
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(args.base, subfolder="unet"))
-    weights = read_state_dict(args.source / "unet_checkpoint.pt")
-    common.load_exactly(unet, weights, f"The U-Net in {args.source} with the configuration of {args.base}")
+    common.load_exactly(unet, read_state_dict(args.source / "unet_checkpoint.pt"), f"The U-Net for {args.base}")
     pipeline = MetaMorphPipeline(
         model=model,
         processor=processor,
@@ -128,11 +125,10 @@ def main() -> None:
     for part in (projector, unet, pipeline.vae):  # The model keeps its own dtype.
         part.to(dtype)
     table = {
-        "tensors": f"{len(unet.state_dict())} U-Net, {len(projector.state_dict())} projector",
         "parameters": f"{unet.num_parameters() + projector.num_parameters():,}",
         "VAE, scheduler": f"from {args.base}",
-        "model": f"{args.model}{'' if processor else ', without a processor'}",
-        "prompts": "yes" if processor else "no, this pipeline can only decode_visual_tokens(...)",
+        "model": args.model,
+        "prompts": "yes" if processor else "no: there is no processor, so the pipeline only decodes visual tokens",
         "dtype": args.dtype,
     }
     with common.write_folder(args.target, table) as folder:

@@ -33,8 +33,8 @@ from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 def add_image_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Add the three image tokens to the tokenizer and the model. Return their ids by the configuration's names.
 
-    New rows, input and output, are the mean of the rows that the tokenizer uses, as in the released code. Many models
-    have more rows than tokens; the others were never trained.
+    New rows, input and output, are the mean of all rows that have a token (others were never trained), as in the
+    released code.
     """
     rows = llm.get_input_embeddings().weight.shape[0]
     used = [id for id in tokenizer.get_vocab().values() if id < rows]
@@ -72,8 +72,8 @@ def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreT
 def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a vision encoder, or that of a model that has more parts (CLIP, SigLIP, MetaMorph)."""
     config = common.load_tower_config(name)
-    values = config.to_dict()
-    if missing := [n for n in ("hidden_size", "patch_size", "image_size") if not isinstance(values.get(n), int)]:
+    sizes = {name: config.to_dict().get(name) for name in ("hidden_size", "patch_size", "image_size")}
+    if missing := [name for name, size in sizes.items() if not isinstance(size, int)]:
         message = "name a vision encoder with a square patch grid, such as SigLIP, CLIP or DINOv2."
         raise ConversionError(f"{name} ({config.model_type}) has no {missing[0]} that is one number: {message}")
     mapping = {r"^model\.vision_tower\.": ""}  # the names inside a MetaMorph
@@ -108,6 +108,7 @@ def build_processor(
     return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, chat_template=template)
 
 
+@torch.no_grad()
 def join_models(llm: PreTrainedModel, tower: PreTrainedModel, config: dict) -> MetaMorphForConditionalGeneration:
     """Join a language model and a vision tower to a MetaMorph with a random projector and vision head.
 
@@ -115,8 +116,7 @@ def join_models(llm: PreTrainedModel, tower: PreTrainedModel, config: dict) -> M
         ConversionError: If it does not give the language model's own logits.
     """
     ids = torch.arange(16).unsqueeze(0) % llm.config.vocab_size
-    with torch.no_grad():
-        expected = llm(input_ids=ids).logits.float()
+    expected = llm(input_ids=ids).logits.float()
     tied = llm.config.tie_word_embeddings
     config = MetaMorphConfig(text_config=llm.config, vision_config=tower.config, tie_word_embeddings=tied, **config)
     common.check_layers({"layers of the projector": config.projector_layers}, "--projector")
@@ -125,8 +125,7 @@ def join_models(llm: PreTrainedModel, tower: PreTrainedModel, config: dict) -> M
     weights = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
     model = MetaMorphForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=llm.dtype)
     model.generation_config = llm.generation_config
-    with torch.no_grad():
-        found = model(input_ids=ids).logits.float()
+    found = model(input_ids=ids).logits.float()
     if (expected - found).abs().max() > 1e-4 * expected.abs().max():
         message = "more than a matrix product after its last layer (a bias, a scale, a cap), which MetaMorph lacks."
         raise ConversionError(f"{type(llm).__name__} does {message} Choose another language model.")
@@ -144,13 +143,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-image-tokens", metavar="N", type=int, default=64, help="visual tokens per image (default: 64)")
     reductions = ("interpolation", "concat_interpolation")
     add("--token-reduction", choices=reductions, default=reductions[0], help=f"default: {reductions[0]}")
-    add("--projector", metavar="TYPE", default="mlp2x_gelu", help="linear or mlpNx_gelu (default: mlp2x_gelu)")
+    add("--projector", dest="projector_type", default="mlp2x_gelu", help="linear, mlpNx_gelu (default: mlp2x_gelu)")
     heads = ("linear", "mlp", "mlp2x_gelu")
-    add("--vision-head", choices=heads, default="mlp", help="1, 2 or 3 layers (default: mlp)")
-    formats = ("auto", "own", "default", "metamorph")
+    add("--vision-head", dest="vision_head_type", choices=heads, default="mlp", help="1, 2, 3 layers (default: mlp)")
     formats_help = """own: the language model's, extended by images; metamorph: the released code's, for Llama 3;
         default: a plain one; auto: own if there is one, else default (default: auto)"""
-    add("--chat-format", choices=formats, default="auto", help=formats_help)
+    add("--chat-format", choices=("auto", "own", "default", "metamorph"), default="auto", help=formats_help)
     add("--dtype", choices=common.DTYPES, default="bfloat16", help="dtype of the weights (default: bfloat16)")
     add("--seed", type=int, default=0, help="seed of the random projector and vision head (default: 0)")
     return parser.parse_args()
@@ -162,19 +160,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     llm, tokenizer = load_llm(args.llm, args.gguf_file, common.DTYPES[args.dtype])
     tower = load_tower(args.vision_tower, common.DTYPES[args.dtype])
-    config = {
-        **add_image_tokens(llm, tokenizer),
-        "num_image_tokens": args.num_image_tokens,
-        "token_reduction": args.token_reduction,
-        "projector_type": args.projector,
-        "vision_head_type": args.vision_head,
-    }
+    fields = ("num_image_tokens", "token_reduction", "projector_type", "vision_head_type")
+    config = {**add_image_tokens(llm, tokenizer), **{field: vars(args)[field] for field in fields}}
     image_processor = AutoImageProcessor.from_pretrained(args.image_processor or args.vision_tower)
     processor = build_processor(image_processor, tokenizer, args.num_image_tokens, args.chat_format)
     model = join_models(llm, tower, config)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     table = {
-        "tensors": len(model.state_dict()),
         "language model parameters": f"{model.model.language_model.num_parameters():,}",
         "vision tower parameters": f"{model.model.vision_tower.num_parameters():,}",
         "random": "projector and vision head",
