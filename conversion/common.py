@@ -227,7 +227,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str) -> N
         raise ConversionError(f"For the chat format {chat_format} the tokenizer lacks {', '.join(missing)}.")
     if tokenizer.pad_token is None:  # The released code pads with <|end_of_text|>.
         tokenizer.pad_token = "<|end_of_text|>" if "<|end_of_text|>" in vocabulary else tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # Saved are the `init_kwargs` only.
 
 
 def save_model(model: PreTrainedModel, processor: MetaMorphProcessor | None, target: Path, table: dict) -> None:

@@ -72,8 +72,8 @@ def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreT
 def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a vision encoder, or that of a model that has more parts (CLIP, SigLIP, MetaMorph)."""
     config = common.load_tower_config(name)
-    sizes = {name: config.to_dict().get(name) for name in ("hidden_size", "patch_size", "image_size")}
-    if missing := [name for name, size in sizes.items() if not isinstance(size, int)]:
+    sizes = {field: config.to_dict().get(field) for field in ("hidden_size", "patch_size", "image_size")}
+    if missing := [field for field, size in sizes.items() if not isinstance(size, int)]:
         message = "name a vision encoder with a square patch grid, such as SigLIP, CLIP or DINOv2."
         raise ConversionError(f"{name} ({config.model_type}) has no {missing[0]} that is one number: {message}")
     mapping = {r"^model\.vision_tower\.": ""}  # the names inside a MetaMorph

@@ -383,6 +383,7 @@ class TestReleasedCheckpoint:
         assert AutoModel.from_pretrained(ours, dtype="auto").dtype == torch.bfloat16
         processor = AutoProcessor.from_pretrained(ours)
         assert processor.tokenizer.convert_tokens_to_ids("<image>") == 265
+        assert processor.tokenizer.padding_side == "left"
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And?"}]}]
         (ours / "text.txt").write_text(processor.apply_chat_template(messages, add_generation_prompt=True))
         tiny_images[0].save(ours / "image.png")
@@ -708,10 +709,13 @@ class TestInitFromPretrained:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
-    def test_padding_on_the_left(self, make_llm, towers, tmp_path, monkeypatch):
-        """The saved processor pads on the left even if the language model's tokenizer pads on the right."""
+    @pytest.mark.parametrize("said", [True, False])
+    def test_padding_on_the_left(self, make_llm, towers, tmp_path, monkeypatch, said):
+        """The saved processor pads on the left whether the language model's tokenizer says otherwise or nothing."""
         llm = make_llm()
         edit_json(llm / "tokenizer_config.json", padding_side="right")
+        if not said:
+            drop_from_json(llm / "tokenizer_config.json", "padding_side")
         folder = self.make(monkeypatch, llm, towers["siglip"], tmp_path / "ours", "--dtype", "float32")
         processor, model = AutoProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
         texts, options = ["Hi", "A much longer text"], {"max_new_tokens": 4, "do_sample": False}
