@@ -19,8 +19,8 @@ def find_overrides() -> dict[str, tuple[type, str]]:
         for own in vars(importlib.import_module(info.name)).values():
             if not isinstance(own, type) or own.__module__ != info.name:
                 continue
-            for name, value in vars(own).items():
-                if name.startswith("__") or not name.startswith("_") or not inspect.isroutine(value):
+            for name in vars(own):
+                if name.startswith("__") or not name.startswith("_") or not inspect.isroutine(getattr(own, name)):
                     continue
                 for base in own.__mro__[1:]:
                     if name in vars(base) and base.__module__.split(".")[0] in LIBRARIES:
