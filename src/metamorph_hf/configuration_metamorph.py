@@ -41,6 +41,10 @@ class MetaMorphConfig(PreTrainedConfig):
             stay clean. Each image draws its share from [0, this], cut at 1: with 2.0 half of the images are all
             noise. The paper has none; a small model without it copies its inputs and does not learn to generate
             images from words.
+        visual_decoding (`str`, *optional*, defaults to `"autoregressive"`):
+            How an answer's image is generated. `"autoregressive"` (the paper): each predicted visual token is fed
+            back. `"parallel"`: the inputs of an answer's image are N learned queries (as in Nexus-Gen, arXiv
+            2504.21356), so that one forward pass predicts all N visual tokens; `visual_token_noise` does not apply.
         tie_word_embeddings (`bool`, *optional*): Share `lm_head` with the embeddings; defaults to `text_config`'s.
 
     Raises:
@@ -104,6 +108,7 @@ class MetaMorphConfig(PreTrainedConfig):
     visual_loss_type: Literal["cosine", "l1", "mse"] = "cosine"
     visual_loss_weight: float = 1.0
     visual_token_noise: float = 0.0
+    visual_decoding: Literal["autoregressive", "parallel"] = "autoregressive"
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):

@@ -3,11 +3,12 @@
 The decoding loop is transformers' own. A logits processor keeps each row in step: after `<image_start>` it forces the
 image token id N times, then `<image_end>`. Where the image token id was chosen, the next forward pass reads
 projector(visual token) instead of an embedding; the visual token is the vision head's output of the step before.
+With `visual_decoding="parallel"` it reads a learned query instead, so that one pass can cover all steps of an image.
 
 Shapes: B rows, S sequence, I images, N visual tokens per image, V width of a visual token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     ProcessorMixin,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.cache_utils import Cache
@@ -172,6 +174,37 @@ class MetaMorphStreamer(TextIteratorStreamer):
             self.on_finalized_text(text)
             steps = self.visual_token_steps[self.num_new_tokens - self.num_image_tokens : self.num_new_tokens]
             self.text_queue.put(torch.cat(steps, dim=1)[0])
+
+
+class TrackedStoppingCriteria(StoppingCriteriaList):
+    """Stopping criteria that remember which rows have finished, `finished` of shape (B,)."""
+
+    finished: torch.BoolTensor | bool = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        is_done = super().__call__(input_ids, scores, **kwargs)
+        self.finished = self.finished | is_done
+        return is_done
+
+
+@dataclass
+class DecodingState:
+    """
+    What one call of `generate()` keeps between its steps.
+
+    Args:
+        prompt_length (`int`): Length of the prompts' ids.
+        stopping_criteria ([`TrackedStoppingCriteria`]): They say which rows have finished.
+        allows_passes (`bool`): Whether one pass may cover all steps of an image.
+        visual_tokens (`list[torch.Tensor]`): The vision head's output (B, 1, V) of each step.
+        pending (`list[ModelOutput]`): Outputs of the next steps, computed in one pass.
+    """
+
+    prompt_length: int
+    stopping_criteria: TrackedStoppingCriteria
+    allows_passes: bool
+    visual_tokens: list[torch.Tensor] = field(default_factory=list)
+    pending: list[ModelOutput] = field(default_factory=list)
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
@@ -336,17 +369,69 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
-        if (steps := model_kwargs.get("visual_token_steps")) is not None:
-            # A copy, since a step compiled to a CUDA graph writes over the outputs of the step before.
-            steps.append(outputs.next_visual_token.clone())
+        if (state := model_kwargs.get("decoding_state")) is None:
+            return model_kwargs
+        if outputs.logits.shape[1] > 1:
+            # One pass has covered several steps. transformers' loop adds one token per step, which keeps streamers,
+            # criteria, processors and sampling as they are, so the outputs are dealt out to its next steps.
+            first, *state.pending = (
+                type(outputs)(logits=logits, next_visual_token=visual_token, cache=outputs.cache)
+                for logits, visual_token in zip(outputs.logits.split(1, 1), outputs.next_visual_token.split(1, 1))
+            )
+            outputs.logits, outputs.next_visual_token = first.logits, first.next_visual_token
+        # A copy, since a step compiled to a CUDA graph writes over the outputs of the step before.
+        state.visual_tokens.append(outputs.next_visual_token.clone())
+        if self.config.visual_decoding == "autoregressive":
             # Without a cache the whole answer is read again, so all of its visual tokens are needed.
-            model_kwargs["generated_visual_tokens"] = steps[-1] if model_kwargs["use_cache"] else torch.cat(steps, 1)
+            steps = state.visual_tokens[-1:] if model_kwargs["use_cache"] else state.visual_tokens
+            model_kwargs["generated_visual_tokens"] = torch.cat(steps, dim=1)
         return model_kwargs
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, next_sequence_length=None, **kwargs):
         """See [`~transformers.GenerationMixin.prepare_inputs_for_generation`]."""
-        kwargs.pop("visual_token_steps", None)
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        state, num_ahead = kwargs.pop("decoding_state", None), 0
+        is_answer = state is not None and input_ids.shape[1] > state.prompt_length
+        if is_answer and self.config.visual_decoding == "parallel":
+            if state.pending:
+                return {"precomputed_outputs": state.pending.pop(0)}
+            num_ahead = self._count_steps_ahead(input_ids, state)
+            if num_ahead:
+                ahead = input_ids.new_full((len(input_ids), num_ahead), self.config.image_token_id)
+                input_ids = torch.cat([input_ids, ahead], dim=1)
+                if kwargs.get("attention_mask") is not None:
+                    kwargs["attention_mask"] = torch.cat([kwargs["attention_mask"], torch.ones_like(ahead)], dim=1)
+                if (positions := kwargs.get("position_ids")) is not None:
+                    steps = torch.arange(1, num_ahead + 1, device=positions.device)
+                    kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + steps], dim=1)
+                kwargs["logits_to_keep"] = num_ahead + 1
+                next_sequence_length = next_sequence_length and num_ahead + 1
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, next_sequence_length=next_sequence_length, **kwargs
+        )
+        if is_answer and self.config.visual_decoding == "parallel":
+            indices = self._index_queries(input_ids[:, state.prompt_length :])
+            model_inputs["query_indices"] = indices[:, -model_inputs["input_ids"].shape[1] :]
+        return model_inputs
+
+    def _index_queries(self, answers: torch.LongTensor) -> torch.LongTensor:
+        """Return the index within its image of each image token in `answers` (B, G), which hold whole images."""
+        return ((answers == self.config.image_token_id).cumsum(-1) - 1) % self.config.num_image_tokens
+
+    def _count_steps_ahead(self, input_ids: torch.LongTensor, state: DecodingState) -> int:
+        """
+        Count the visual tokens that one pass can add: what is left of the image if all unfinished rows are at the same
+        position of an image, otherwise 0.
+        """
+        if not state.allows_passes:
+            return 0
+        last, num_image_tokens = input_ids[:, -1], self.config.num_image_tokens
+        is_visual = last == self.config.image_token_id
+        num_generated = (self._index_queries(input_ids[:, state.prompt_length :])[:, -1] + 1) * is_visual
+        num_left = num_image_tokens - num_generated
+        num_left = num_left.where(is_visual | (last == self.config.image_start_token_id), 0)
+        # The loop has just waited for the device to learn whether rows are unfinished, so this copy costs little.
+        counts = set(num_left.masked_fill(torch.as_tensor(state.stopping_criteria.finished), -1).tolist()) - {-1}
+        return counts.pop() if len(counts) == 1 else 0
 
     def _check_prompts(
         self, input_ids, generation_config, cache=None, inputs_embeds=None, mm_encoder_outputs=None, **kwargs
@@ -397,21 +482,21 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise ValueError(f"{sentence}: {advice}.")
         logger.warning("%s, so the answer will be text: %s, or max_images=0 for text only.", sentence, advice)
 
-    # Overridden to collect the visual tokens of each step, and to return them beside the ids.
+    # Overridden to keep the state of the steps, and to return visual tokens beside the ids.
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         self._check_prompts(input_ids, generation_config, **kwargs)
-        prompt_length, steps = input_ids.shape[1], []
         allows_images = self._allows_images(generation_config)
+        stopping_criteria = TrackedStoppingCriteria(stopping_criteria)
+        state = DecodingState(input_ids.shape[1], stopping_criteria, self._allows_passes(generation_config, **kwargs))
         if allows_images:
             self._check_room(input_ids, generation_config, **kwargs)
-        begun = (input_ids[:, -1:] == self.config.image_start_token_id).sum(-1) * allows_images
+            kwargs["decoding_state"] = state
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
-            kwargs["streamer"].begin(steps)
-        if allows_images:
-            kwargs["visual_token_steps"] = steps
+            kwargs["streamer"].begin(state.visual_tokens)
+        begun = (input_ids[:, -1:] == self.config.image_start_token_id).sum(-1) * allows_images
         outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
-        answers = sequences[:, prompt_length:]
+        answers = sequences[:, state.prompt_length :]
         is_visual = answers == self.config.image_token_id
         begun = begun + (answers == self.config.image_start_token_id).sum(-1)
         unfinished_images = is_visual.sum(-1) < begun * self.config.num_image_tokens
@@ -422,8 +507,20 @@ class MetaMorphGenerationMixin(GenerationMixin):
             )
         if not isinstance(outputs, ModelOutput):
             return outputs
-        visual_tokens = self._gather_visual_tokens(steps, is_visual)
+        if state.pending and outputs.cache is not None:  # a criterion ended the answer before the pass's last token
+            outputs.cache.crop(-len(state.pending))
+        visual_tokens = self._gather_visual_tokens(state.visual_tokens, is_visual)
         return MetaMorphGenerateOutput(**outputs, visual_tokens=visual_tokens, unfinished_images=unfinished_images)
+
+    def _allows_passes(self, generation_config, cache=None, synced_gpus=False, **kwargs) -> bool:
+        """Return whether one pass may cover all steps of an image; each of these needs a step per token."""
+        return not (
+            synced_gpus  # all processes must run the same number of passes
+            or generation_config.output_attentions
+            or generation_config.output_hidden_states
+            or (cache is not None and (any(cache.is_linear) or not cache.is_croppable))
+            or self._valid_auto_compile_criteria({"cache": cache}, generation_config)  # one shape is compiled
+        )
 
     def _gather_visual_tokens(self, steps: list[torch.Tensor], is_visual: torch.BoolTensor) -> list[torch.Tensor]:
         """Select each row's finished images (images, N, V) from the vision head's outputs (B, 1, V) of all steps."""
