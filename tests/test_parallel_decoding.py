@@ -180,6 +180,28 @@ def test_sampled_text(model, batch, seed):
     assert all(len(tokens) >= 1 for tokens in found[0].visual_tokens)
 
 
+def test_processors_of_the_caller_read_real_logits(model, batch):
+    """Also at steps whose next id is forced, and however the image is generated."""
+
+    class Reader(LogitsProcessor):
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, input_ids, scores):
+            self.seen.append(scores.clone())
+            return scores
+
+    seen = []
+    for passes in (True, False):
+        reader = Reader()
+        options = {"force_image": True, "max_new_tokens": N + 2, "min_new_tokens": N + 2}
+        generate(model, batch, passes, logits_processor=[reader], **options)
+        seen.append(torch.stack(reader.seen))
+    assert len(seen[0]) == N + 2 and (seen[0].amax(-1) > seen[0].amin(-1).clamp(min=-1e4)).all()
+    finite = seen[1].isfinite()
+    torch.testing.assert_close(seen[0][finite], seen[1][finite], rtol=0, atol=1e-4)
+
+
 def test_hidden_states_are_those_of_each_step(model, batch):
     kwargs = {"output_hidden_states": True, "logits_processor": [Script(batch["input_ids"].shape[1], *TOGETHER)]}
     outputs, expected = (generate(model, batch, passes, **kwargs) for passes in (True, False))

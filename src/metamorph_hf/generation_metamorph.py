@@ -80,6 +80,8 @@ class ImageLogitsProcessor(LogitsProcessor):
         max_length (`int`): Length of `input_ids` in which an image, `<image_end>` included, must fit.
         max_images (`int`, *optional*): Largest number of images in an answer, images begun by the prompt included.
         force_image (`bool`, *optional*, defaults to `False`): Begin each answer with an image.
+        has_readers (`bool`, *optional*, defaults to `False`):
+            Whether processors of the caller come before this one, and so read the logits of forced steps, too.
     """
 
     def __init__(
@@ -89,12 +91,14 @@ class ImageLogitsProcessor(LogitsProcessor):
         max_length: int,
         max_images: int | None = None,
         force_image: bool = False,
+        has_readers: bool = False,
     ):
         # Reading an attribute of a configuration is slow, and this runs at each step.
         self.image_token_id, self.num_image_tokens = config.image_token_id, config.num_image_tokens
         self.image_start_token_id, self.image_end_token_id = config.image_start_token_id, config.image_end_token_id
         self.prompt_length, self.max_length = prompt_length, max_length
         self.max_images, self.force_image = max_images, force_image
+        self.has_readers = has_readers
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         length, start = input_ids.shape[1], self.image_start_token_id
@@ -117,8 +121,8 @@ class ImageLogitsProcessor(LogitsProcessor):
         if self.force_image and length == self.prompt_length:
             forced_ids = torch.where(is_inside, forced_ids, start)
             is_inside = torch.ones_like(is_inside)
-        forced_scores = torch.full_like(scores, -torch.inf).scatter_(1, forced_ids[:, None], 0.0)
-        return torch.where(is_inside[:, None], forced_scores, scores)
+        forced_scores = scores.gather(1, forced_ids[:, None]).masked_fill(is_inside[:, None], 0.0)
+        return scores.masked_fill(is_inside[:, None], -torch.inf).scatter_(1, forced_ids[:, None], forced_scores)
 
 
 class MetaMorphStreamer(TextIteratorStreamer):
@@ -196,14 +200,18 @@ class DecodingState:
         prompt_length (`int`): Length of the prompts' ids.
         stopping_criteria ([`TrackedStoppingCriteria`]): They say which rows have finished.
         allows_passes (`bool`): Whether one pass may cover all steps of an image.
+        needs_logits (`bool`): Whether anybody reads the logits of steps whose next id is forced.
         visual_tokens (`list[torch.Tensor]`): The vision head's output (B, 1, V) of each step.
+        num_ahead (`int`): Number of steps that the current pass covers beside its own.
         pending (`list[ModelOutput]`): Outputs of the next steps, computed in one pass.
     """
 
     prompt_length: int
     stopping_criteria: TrackedStoppingCriteria
     allows_passes: bool
+    needs_logits: bool
     visual_tokens: list[torch.Tensor] = field(default_factory=list)
+    num_ahead: int = 0
     pending: list[ModelOutput] = field(default_factory=list)
 
 
@@ -334,8 +342,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         if allows_images:
             max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
-            options = {"max_images": generation_config.max_images, "force_image": generation_config.force_image}
-            processors.append(ImageLogitsProcessor(config, input_ids_seq_length, max_length, **options))
+            processors.append(
+                ImageLogitsProcessor(
+                    config,
+                    input_ids_seq_length,
+                    max_length,
+                    max_images=generation_config.max_images,
+                    force_image=generation_config.force_image,
+                    has_readers=bool(kwargs.get("logits_processor")),
+                )
+            )
         return processors
 
     @property
@@ -371,16 +387,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         if (state := model_kwargs.get("decoding_state")) is None:
             return model_kwargs
-        if outputs.logits.shape[1] > 1:
+        if state.num_ahead:
             # One pass has covered several steps. transformers' loop adds one token per step, which keeps streamers,
             # criteria, processors and sampling as they are, so the outputs are dealt out to its next steps.
+            num_steps, state.num_ahead = state.num_ahead + 1, 0
+            logits = outputs.logits.expand(-1, num_steps, -1).split(1, dim=1)
+            visual_tokens = outputs.next_visual_token[:, -num_steps:].split(1, dim=1)
             first, *state.pending = (
-                type(outputs)(logits=logits, next_visual_token=visual_token, cache=outputs.cache)
-                for logits, visual_token in zip(outputs.logits.split(1, 1), outputs.next_visual_token.split(1, 1))
+                type(outputs)(logits=one, next_visual_token=other, cache=outputs.cache)
+                for one, other in zip(logits, visual_tokens, strict=True)
             )
             outputs.logits, outputs.next_visual_token = first.logits, first.next_visual_token
         # A copy, since a step compiled to a CUDA graph writes over the outputs of the step before.
-        state.visual_tokens.append(outputs.next_visual_token.clone())
+        state.visual_tokens.append(outputs.next_visual_token[:, -1:].clone())
         if self.config.visual_decoding == "autoregressive":
             # Without a cache the whole answer is read again, so all of its visual tokens are needed.
             steps = state.visual_tokens[-1:] if model_kwargs["use_cache"] else state.visual_tokens
@@ -389,12 +408,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, next_sequence_length=None, **kwargs):
         """See [`~transformers.GenerationMixin.prepare_inputs_for_generation`]."""
-        state, num_ahead = kwargs.pop("decoding_state", None), 0
+        state = kwargs.pop("decoding_state", None)
         is_answer = state is not None and input_ids.shape[1] > state.prompt_length
         if is_answer and self.config.visual_decoding == "parallel":
             if state.pending:
                 return {"precomputed_outputs": state.pending.pop(0)}
-            num_ahead = self._count_steps_ahead(input_ids, state)
+            state.num_ahead = num_ahead = self._count_steps_ahead(input_ids, state)
             if num_ahead:
                 ahead = input_ids.new_full((len(input_ids), num_ahead), self.config.image_token_id)
                 input_ids = torch.cat([input_ids, ahead], dim=1)
@@ -403,7 +422,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 if (positions := kwargs.get("position_ids")) is not None:
                     steps = torch.arange(1, num_ahead + 1, device=positions.device)
                     kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + steps], dim=1)
-                kwargs["logits_to_keep"] = num_ahead + 1
+                if state.needs_logits:
+                    kwargs["logits_to_keep"] = num_ahead + 1
                 next_sequence_length = next_sequence_length and num_ahead + 1
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, next_sequence_length=next_sequence_length, **kwargs
@@ -487,7 +507,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         self._check_prompts(input_ids, generation_config, **kwargs)
         allows_images = self._allows_images(generation_config)
         stopping_criteria = TrackedStoppingCriteria(stopping_criteria)
-        state = DecodingState(input_ids.shape[1], stopping_criteria, self._allows_passes(generation_config, **kwargs))
+        allows_passes = self._allows_passes(generation_config, **kwargs)
+        needs_logits = allows_images and (logits_processor[-1].has_readers or generation_config.output_logits)
+        state = DecodingState(input_ids.shape[1], stopping_criteria, allows_passes, needs_logits)
         if allows_images:
             self._check_room(input_ids, generation_config, **kwargs)
             kwargs["decoding_state"] = state

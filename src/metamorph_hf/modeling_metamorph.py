@@ -61,8 +61,9 @@ class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
         num_text_labels, num_visual_labels (`torch.Tensor`, int64): Number of labels of each kind.
         logits (`torch.Tensor` of shape (B, S, vocabulary)):
             None when `labels` are given in training mode, where only text labels need logits.
-        next_visual_token (`torch.Tensor` of shape (B, max(1, logits_to_keep), V)):
-            The vision head's predictions at the last positions, normalized, if no `labels` are given.
+        next_visual_token (`torch.Tensor` of shape (B, 1 or G, V)):
+            The vision head's prediction at the last position (at the last G positions, given G `query_indices`),
+            normalized, if no `labels` are given.
     """
 
     text_loss: torch.FloatTensor | None = None
@@ -530,9 +531,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if labels is None:
-            # generate() keeps one position, or all positions of an image that it generates in one pass.
-            kept = slice(-max(logits_to_keep, 1) if isinstance(logits_to_keep, int) else -1, None)
-            next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, kept]))
+            num_kept = 1 if query_indices is None else query_indices.shape[1]
+            next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -num_kept:]))
         else:
             features = outputs.image_outputs
             losses = self._compute_losses(
