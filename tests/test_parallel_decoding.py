@@ -337,3 +337,18 @@ def test_saved_and_loaded(tiny_model, tmp_path):
     assert torch.equal(loaded.model.visual_queries.weight, model.model.visual_queries.weight)
     prompt = {"input_ids": torch.tensor([[40, 41]]), "force_image": True, "max_new_tokens": 6}
     assert torch.equal(loaded.generate(**prompt), model.generate(**prompt))
+
+
+def test_autoregressive_checkpoint_becomes_parallel(tiny_model, tmp_path):
+    """Only the queries are new; they start where images are."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='has no visual queries: load it with.*visual_decoding="parallel"'):
+        model.initialize_visual_queries(torch.zeros(1, 4, 16))
+    parallel, info = AutoModel.from_pretrained(tmp_path, visual_decoding="parallel", output_loading_info=True)
+    assert info["missing_keys"] == {"model.visual_queries.weight"}
+    torch.manual_seed(0)
+    visual_tokens = model.get_visual_tokens(torch.randn(5, 3, 16, 16))
+    parallel.initialize_visual_queries(visual_tokens)
+    expected = torch.stack([model.model.projector(tokens) for tokens in visual_tokens]).mean(0)
+    torch.testing.assert_close(parallel.model.visual_queries.weight, expected)

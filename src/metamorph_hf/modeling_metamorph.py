@@ -460,6 +460,19 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         """See [`MetaMorphModel.get_visual_tokens`]."""
         return self.model.get_visual_tokens(pixel_values)
 
+    @torch.no_grad()
+    def initialize_visual_queries(self, visual_tokens: torch.Tensor) -> None:
+        """
+        Set the visual queries to the mean of projected visual tokens (I, N, V) of some images: a start for training an
+        autoregressive checkpoint on, loaded by `from_pretrained(path, visual_decoding="parallel")`.
+        """
+        if self.model.visual_queries is None:
+            raise ValueError(
+                'This model has no visual queries: load it with `from_pretrained(path, visual_decoding="parallel")`.'
+            )
+        features = self.get_image_features(visual_tokens=visual_tokens, return_dict=True)
+        self.model.visual_queries.weight.copy_(features.pooler_output.mean(0))
+
     def visual_loss_function(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the float32 loss (M,) of each predicted visual token (M, V)."""
         predictions, targets = self.model.normalize_visual_tokens(predictions.float()), targets.detach().float()
