@@ -95,11 +95,10 @@ def peak_bytes(run) -> int:
 
 def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
     """What one step of `VPiTTrainer` over eight emoji conversations with 0 to 4 images takes from the weights."""
-    sys.path.append(str(EMOJI))
-    from emoji_pictures import load_pictures
-    from emoji_tasks import EmojiTasks
+    from emoji.emoji_images import load_images
+    from emoji.emoji_tasks import EmojiTasks
 
-    rows, pixels = load_pictures()
+    rows, pixels = load_images()
     tasks, rng = EmojiTasks(rows), random.Random(0)
     records = [tasks.sample(task, rng) for task in ("sequence", "name", "text_to_image", "edit", "yes_no", "thinking")]
     text = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], "images": []}

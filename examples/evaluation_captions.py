@@ -1,6 +1,5 @@
-"""Captions and real pictures for `evaluate_generation.py`: from a JSONL file, the emoji, or COCO."""
+"""Captions and real images for `evaluate_generation.py`: from a JSONL file, the emoji, or COCO."""
 
-import argparse
 import json
 import random
 import re
@@ -12,14 +11,11 @@ from typing import Any
 
 import datasets
 from datasets import Dataset
+from emoji.emoji_images import PARQUET
+from emoji.emoji_tasks import EmojiTasks
 from PIL import Image, ImageOps
 
-from metamorph_hf.image_reading import BadSample, read_image
-
-
-sys.path.append(str(Path(__file__).parent / "emoji"))
-from emoji_pictures import PARQUET  # noqa: E402
-from emoji_tasks import EmojiTasks  # noqa: E402
+from metamorph_hf.image_reading import read_image
 
 
 COCO_CAPTIONS = Path("annotations") / "captions_val2014.json"
@@ -28,43 +24,43 @@ COCO_COUNT = 30_000
 
 @dataclass
 class Row:
-    """A caption to paint, or a picture to reconstruct: `image` is what `read_image` takes."""
+    """A caption to generate an image for, or an image to reconstruct; `image` is anything that `read_image` takes."""
 
     id: str
     caption: str
     image: Any = None
 
     def reference(self, size: tuple[int, int] | None = None) -> Image.Image:
-        """The real picture: its centre square, or cropped and resized to (width, height)."""
+        """Read the real image: its center square, or cropped and resized to (width, height)."""
         try:
             image = read_image(self.image)
-        except BadSample as error:
-            sys.exit(f"The image of {self.id!r} cannot be read: {error}")
+        except ValueError as error:
+            sys.exit(f"{self.id}: {error}")
         return ImageOps.fit(image, size or (min(image.size),) * 2, Image.Resampling.BICUBIC)
 
 
 def read_jsonl(path: Path, task: str) -> list[Row]:
     if not path.is_file():
         sys.exit(f"The captions file {path} does not exist: give a JSONL file, emoji, emoji-held-out or coco-30k.")
-    rows, needed = [], "image" if task == "reconstruct" else "caption"
+    rows, required = [], "image" if task == "reconstruct" else "caption"
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
+        location = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
-            sys.exit(f"{place}, is not JSON: {error}.")
-        if not isinstance(entry, dict) or not isinstance(entry.get(needed), str) or not entry[needed].strip():
-            sys.exit(f'{place}, has no {needed}: --task {task} needs {{"{needed}": "..."}} in every line.')
+        except ValueError as error:  # neither JSON nor UTF-8
+            sys.exit(f"{location}, is not JSON: {error}.")
+        if not isinstance(entry, dict) or not isinstance(entry.get(required), str) or not entry[required].strip():
+            sys.exit(f'{location}, has no {required}: --task {task} needs {{"{required}": "..."}} in every line.')
         if not all(isinstance(entry.get(field, ""), str) for field in ("caption", "image")):
-            sys.exit(f"{place}: caption and image must be strings.")
+            sys.exit(f"{location}: caption and image must be strings.")
         image = path.parent / entry["image"] if "image" in entry else None
         if image is not None and not image.is_file():
-            sys.exit(f"{place}: the image {image} does not exist.")
+            sys.exit(f"{location}: the image {image} does not exist.")
         name = str(entry.get("id", number))
         if not re.fullmatch(r"\w[\w.-]*", name):
-            sys.exit(f"{place}: the id {name!r} names a file, so it may have letters, digits, '_', '-' and '.' only.")
+            sys.exit(f"{location}: the id {name!r} names a file, so use letters, digits, '_', '-' and '.' only.")
         rows.append(Row(name, entry.get("caption", ""), image))
     if rows and (most := Counter(row.id for row in rows).most_common(1)[0])[1] > 1:
         sys.exit(f"{path} has the id {most[0]!r} {most[1]} times: ids must be unique.")
@@ -74,18 +70,18 @@ def read_jsonl(path: Path, task: str) -> list[Row]:
 
 
 def read_emoji(held_out: bool) -> list[Row]:
-    """Google's drawings, or 200 of Twitter's: the emoji visualizer was trained on Google's alone."""
+    """Read Google's images, or 200 of Twitter's: the emoji visualizer was trained on Google's alone."""
     dataset = Dataset.from_parquet(str(PARQUET))
     rows = dataset.cast_column("image", datasets.Image(decode=False)).to_list()
     tasks = EmojiTasks(rows)
-    places = tasks.google
-    if held_out:
-        places = [tasks.index["twitter", base, ""] for base in sorted(tasks.held_out_drawings)]
-    return [Row(f"{rows[i]['vendor']}-{rows[i]['unified']}", rows[i]["name"], rows[i]["image"]) for i in places]
+    indices = (
+        [tasks.index["twitter", base, ""] for base in sorted(tasks.held_out_images)] if held_out else tasks.google
+    )
+    return [Row(f"{rows[i]['vendor']}-{rows[i]['unified']}", rows[i]["name"], rows[i]["image"]) for i in indices]
 
 
 def read_coco(folder: Path | None) -> list[Row]:
-    """30,000 of the 40,504 pictures of COCO 2014 val, and for each one of its captions, both drawn with seed 0."""
+    """Sample 30,000 of the 40,504 images of COCO 2014 val, and a caption for each, both with seed 0."""
     if folder is None or not (folder / COCO_CAPTIONS).is_file():
         sys.exit(
             f"coco-30k needs --coco FOLDER, which holds {COCO_CAPTIONS} (of annotations_trainval2014.zip) and "
@@ -104,13 +100,16 @@ def read_coco(folder: Path | None) -> list[Row]:
     return rows
 
 
-def read_rows(args: argparse.Namespace) -> list[Row]:
-    if args.captions in ("emoji", "emoji-held-out"):
-        rows = read_emoji(args.captions == "emoji-held-out")
+def read_rows(
+    captions: str, task: str = "text-to-image", coco: Path | None = None, limit: int | None = None
+) -> list[Row]:
+    """Read the rows that the options of `evaluate_generation.py` name; `limit` samples them, always the same ones."""
+    if captions in ("emoji", "emoji-held-out"):
+        rows = read_emoji(captions == "emoji-held-out")
     else:
-        rows = read_coco(args.coco) if args.captions == "coco-30k" else read_jsonl(Path(args.captions), args.task)
-    if args.limit is not None and args.limit < len(rows):
-        rows = random.Random(0).sample(rows, max(0, args.limit))
+        rows = read_coco(coco) if captions == "coco-30k" else read_jsonl(Path(captions), task)
+    if limit is not None and limit < len(rows):
+        rows = random.Random(0).sample(rows, max(0, limit))
     if not rows:
-        sys.exit(f"{args.captions} holds no captions (--limit {args.limit}): there is nothing to measure.")
+        sys.exit(f"{captions} holds no captions (--limit {limit}): there is nothing to measure.")
     return rows

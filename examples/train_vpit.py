@@ -12,7 +12,6 @@ What it leaves in `output_dir`: the model (or its adapter, and the two merged in
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,6 @@ from metamorph_hf import (
 from metamorph_hf.data.mixture import Source, load_mixture, mixture_table
 from metamorph_hf.data.precompute import precompute_visual_tokens
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
-
-
-EMOJI = Path(__file__).parent / "emoji"
 
 
 @dataclass
@@ -77,11 +73,10 @@ class DataArguments:
 
 def emoji_conversations(training_args: VPiTConfig, size: int) -> Dataset:
     """`size` conversations about the emoji pictures, made when they are read."""
-    sys.path.append(str(EMOJI))
-    from emoji_pictures import load_pictures, training_stream
-    from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks
+    from emoji.emoji_images import load_images
+    from emoji.emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, training_stream
 
-    rows, pixels = load_pictures()
+    rows, pixels = load_images()
     pictures = pixels.permute(0, 2, 3, 1).numpy()
     mixture = UNDERSTANDING if training_args.stage == "projector" else MIXTURE
     group = training_args.per_device_train_batch_size

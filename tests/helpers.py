@@ -1,10 +1,12 @@
 """What several test modules share: golden paths, tiny examples, and a process without this package."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from datasets import Dataset
@@ -20,7 +22,29 @@ GOLDEN = ROOT / "tests" / "golden"
 PLACEHOLDER = 224  # the released code has -200 in the ids and 224 rows; ours is one id more
 EMOJI_CHECKPOINT = ROOT / "examples" / "emoji" / "checkpoint"
 
+EXAMPLES_FOLDER = ROOT / "examples"
+
 SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")
+
+
+def run_example(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script of `examples/` as a user does."""
+    command = [sys.executable, str(EXAMPLES_FOLDER / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def import_example(script: str) -> ModuleType:
+    """Import a script of `examples/` as its own process would: its folder first on `sys.path`, `common` from there."""
+    path = EXAMPLES_FOLDER / script
+    conversion_common = sys.modules.pop("common", None)
+    sys.path.insert(0, str(path.parent))
+    try:
+        return importlib.import_module(path.stem)
+    finally:
+        sys.path.remove(str(path.parent))
+        sys.modules.pop("common", None)
+        if conversion_common is not None:
+            sys.modules["common"] = conversion_common
 
 
 def byte_tokenizer(special_tokens: tuple[str, ...], **kwargs) -> PreTrainedTokenizerFast:

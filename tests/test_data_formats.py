@@ -5,12 +5,12 @@ import av
 import numpy as np
 import pytest
 from helpers import GOLDEN, ROWS, write_jsonl
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from metamorph_hf.data import formats as vpit_families
-from metamorph_hf.data.formats import FAMILIES, WORDINGS, video_frames
+from metamorph_hf.data.formats import FAMILIES, WORDINGS, BadSample, resolve_path
 from metamorph_hf.data.mixture import load_mixture
-from metamorph_hf.image_reading import BadSample
+from metamorph_hf.data.video import video_frames
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
@@ -18,7 +18,7 @@ GOLDEN_CHATS = json.loads((GOLDEN / "llama3_chat_golden.json").read_text())["cas
 
 
 class TestFamilies:
-    # What stands in the labels, word by word; IMAGE is four visual targets, _ what is only context.
+    # The labels of each family's answer, word by word. IMAGE stands for four visual targets.
     ANSWERS = {
         "chat": ["Hello.", "<|eot_id|>"],
         "llava": ["A grey.", "<|eot_id|>"],
@@ -27,18 +27,13 @@ class TestFamilies:
     }
 
     def answer(self, batch, processor, row=0) -> list[str]:
-        """The learned labels of a row, images as one word, in reading order."""
-        labels, words = batch["labels"][row], []
-        learned = labels[labels != -100].tolist()
-        place = 0
-        while place < len(learned):
-            if learned[place] == processor.image_token_id:
-                assert learned[place : place + 4] == [processor.image_token_id] * 4
-                words.append("IMAGE")
-                place += 4
-                continue
-            words.append(learned[place])
-            place += 1
+        """Return the targets of a row in reading order, each image as one word."""
+        labels, image = batch["labels"][row], processor.image_token_id
+        words = labels[labels != -100].tolist()
+        while image in words:
+            index = words.index(image)
+            assert words[index : index + 4] == [image] * 4
+            words[index : index + 4] = ["IMAGE"]
         return words
 
     def words(self, processor, expected: list[str]) -> list:
@@ -90,31 +85,31 @@ class TestFamilies:
         record = FAMILIES["video_prediction"](row("video_prediction"), random.Random(seed), **options)
         question, answer = (message["content"] for message in record["messages"])
         asked = sum(part["type"] == "image" for part in question)
-        grey = [np.asarray(image).mean() for image in record["images"]]
-        order = np.argsort(np.argsort(grey[:asked])).tolist(), grey[asked:]
+        gray = [np.asarray(image).mean() for image in record["images"]]
+        order = np.argsort(np.argsort(gray[:asked])).tolist(), gray[asked:]
         if kind == "time_between":
-            assert asked == len(grey) and answer[0]["text"].split()[1].startswith("second")
+            assert asked == len(gray) and answer[0]["text"].split()[1].startswith("second")
             seconds = float(answer[0]["text"].split()[0])
-            assert np.diff(grey).mean() == pytest.approx(20 * seconds, abs=6)
+            assert np.diff(gray).mean() == pytest.approx(20 * seconds, abs=6)
         elif kind == "reverse":
-            assert grey[asked:] == grey[:asked][::-1]
+            assert gray[asked:] == gray[:asked][::-1]
         elif kind == "reorder":
-            assert grey[asked:] == sorted(grey[:asked])
+            assert gray[asked:] == sorted(gray[:asked])
         elif kind == "every_other":
-            assert sorted(grey) == [
-                g for pair in zip(grey[:asked], [*grey[asked:], None]) for g in pair if g is not None
+            assert sorted(gray) == [
+                g for pair in zip(gray[:asked], [*gray[asked:], None]) for g in pair if g is not None
             ]
         else:
-            assert grey == sorted(grey) and len(grey) > asked
-            assert len(grey) - asked <= 3 or kind != "next_images"
+            assert gray == sorted(gray) and len(gray) > asked
+            assert len(gray) - asked <= 3 or kind != "next_images"
         assert order[0] == sorted(order[0]) or kind == "reorder"
         batch = DataCollatorForVPiT(llama3_processor)([record])
-        drawn = (batch["labels"] == llama3_processor.image_token_id).sum().item()
-        assert drawn == 4 * (len(grey) - asked)
+        targets = (batch["labels"] == llama3_processor.image_token_id).sum().item()
+        assert targets == 4 * (len(gray) - asked)
 
     @pytest.mark.parametrize("case", GOLDEN_CHATS)
     def test_llava_is_the_released_form(self, llama3_processor, pictures, case):
-        """The released preprocessing's ids for its own data."""
+        """The released preprocessing gives the same ids for its own data."""
         golden = GOLDEN_CHATS[case]
         count = sum(turn["value"].count("<image>") for turn in golden["conversation"])
         row = {"conversations": golden["conversation"], "image": [str(pictures / "0.png")] * count}
@@ -123,22 +118,22 @@ class TestFamilies:
         assert batch["input_ids"][0].tolist() == expected
 
     def test_frames_by_their_time_stamps(self, video):
-        """The second half has fewer frames: counted by index it would be over too soon."""
-        grey = [np.asarray(frame).mean() for frame in video_frames(str(video), 1.0)]
-        assert grey == pytest.approx([20 + 20 * second for second in range(10)], abs=6)
+        """The second half of the video has fewer frames per second, so that indices would be wrong."""
+        gray = [np.asarray(frame).mean() for frame in video_frames(str(video), 1.0)]
+        assert gray == pytest.approx([20 + 20 * second for second in range(10)], abs=6)
         assert len(video_frames(str(video), 0.1, limit=7)) == 7
 
     @pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
     @pytest.mark.parametrize("form", ["bytes", "path"])
     def test_a_video_that_breaks_off_is_named(self, tmp_path, part, form):
-        """A file whose index stands first opens and decodes without an error as far as it goes."""
+        """A file with its index in front opens without an error, and decodes without one until it breaks off."""
         path = tmp_path / "clip.mp4"
         with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("mpeg4", rate=10)
             stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
             noise = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
-            for picture in noise:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            for pixels in noise:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())
         whole = path.read_bytes()
         assert len(video_frames(str(path), 0.5)) == 8
@@ -155,20 +150,13 @@ class TestFamilies:
         assert mixture[0]["id"] == "row 0" and "breaks off after" in mixture[0]["bad"]
         with pytest.raises(BadSample, match=r"breaks off after [0-3]\.\d of 4\.0 s \(.*clip\.mp4\)"):
             video_frames(video, 0.5)
-        assert len(video_frames(video, 0.5, limit=1)) == 1  # what comes before the break is whole
+        assert len(video_frames(video, 0.5, limit=1)) == 1  # the part before the break is intact
 
-    def test_frames_of_a_question_are_capped(self, row):
-        record = FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=2.0, max_frames=4)
-        grey = [np.asarray(image).mean() for image in record["images"]]
-        assert [(g - 20) / 20 for g in grey] == pytest.approx([0, 2.5, 5, 7.5], abs=0.3)  # the times they are of
-
-    def test_frames_of_a_long_video_are_not_all_held(self, row, monkeypatch):
-        wanted = []
-        monkeypatch.setattr(
-            vpit_families, "video_frames", lambda video, seconds: wanted.append(seconds) or [Image.new("RGB", (8, 8))]
-        )
-        FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=1000.0, max_frames=4)
-        assert wanted == [pytest.approx(2.5, abs=0.2)]
+    @pytest.mark.parametrize("fps", [2.0, 1000.0])
+    def test_frames_of_a_question_are_capped(self, row, fps):
+        record = FAMILIES["video_qa"](row("video_qa"), random.Random(0), fps=fps, max_frames=4)
+        gray = [np.asarray(image).mean() for image in record["images"]]
+        assert [(g - 20) / 20 for g in gray] == pytest.approx([0, 2.5, 5, 7.5], abs=0.3)  # their times in seconds
 
     @pytest.mark.parametrize(
         ("family", "change", "reason"),
@@ -176,13 +164,13 @@ class TestFamilies:
             ("chat", {"messages": None}, "has none of the columns messages"),
             ("chat", {"messages": "hello"}, "has messages of type str"),
             ("llava", {"conversations": [{"from": "robot", "value": "hi"}]}, "LLaVA's form does not know"),
-            ("llava", {"conversations": 3}, "no list of turns"),
-            ("text_to_image", {"caption": " "}, "has the caption ' '"),
+            ("llava", {"conversations": 3}, "not a list of turns"),
+            ("text_to_image", {"caption": " "}, "has ' ' as its caption, expected a text"),
             ("image_to_image", {"instruction": None}, "none of the columns instruction"),
-            ("visual_thinking", {"boxes": [2, 2, 30, 12]}, "not inside its 20x16 picture"),
+            ("visual_thinking", {"boxes": [2, 2, 30, 12]}, "not inside its 20x16 image"),
             ("visual_thinking", {"boxes": [10, 2, 2, 12]}, "not inside"),
             ("visual_thinking", {"boxes": ["a", 2, 3, 4]}, "expected \\[left, top, right, bottom\\]"),
-            ("visual_thinking", {"image": "/no/such.png"}, "cannot be read \\(/no/such.png\\)"),
+            ("visual_thinking", {"image": "/no/such.png"}, "bad image. The image cannot be read \\(/no/such.png\\)"),
             ("video_qa", {"video": "/no/such.mp4"}, "video that cannot be read \\(/no/such.mp4\\)"),
             ("video_qa", {"conversations": [{"from": "human", "value": "What?"}]}, "0 places for its video"),
             ("video_prediction", {"video": b"broken"}, "video that cannot be read"),
@@ -191,3 +179,84 @@ class TestFamilies:
     def test_bad_rows_are_named(self, row, family, change, reason):
         with pytest.raises(BadSample, match=reason):
             FAMILIES[family]({**row(family), **change}, random.Random(0))
+
+    @pytest.mark.parametrize(
+        ("family", "options", "reason"),
+        [
+            ("visual_thinking", {"show": "all"}, "show is 'all', expected 'crop' or 'boxes'"),
+            ("video_prediction", {"kinds": ["next"]}, r"kinds has \['next'\], expected some of next_frames"),
+            ("video_prediction", {"min_seconds": 8.0}, "has a video too short for two intervals of 8.0 s"),
+            ("video_prediction", {"max_frames": 2}, "has 2 frames .* apart, too few to predict any"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, row, family, options, reason):
+        with pytest.raises(ValueError, match=reason):
+            FAMILIES[family](row(family), random.Random(0), **options)
+
+    def test_a_video_without_images(self, tmp_path):
+        with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+            stream = container.add_stream("aac", rate=16000, layout="mono")
+            for start in range(0, 16000, 1024):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 16000, start
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        with pytest.raises(BadSample, match=r"has a video without images \(.*sound.mp4\)"):
+            video_frames(str(tmp_path / "sound.mp4"), 1.0)
+
+    @pytest.mark.parametrize(
+        ("file", "options", "reason"),
+        [
+            ("../secret.png", {"image_root": "/data"}, "has the path ../secret.png, which leads out of"),
+            ("/etc/passwd", {"image_root": "/data"}, "has the path /etc/passwd, which leads out of"),
+            ({"bytes": None, "path": "/data2/1.png"}, {"image_root": "/data"}, "which leads out of"),
+            ("https://example.com/1.png", {}, "set allow_remote"),
+            ({"path": "https://example.com/1.png"}, {"image_root": "/data"}, "set allow_remote"),
+            (3, {}, "has int in place of an image"),
+        ],
+    )
+    def test_files_that_are_not_allowed(self, file, options, reason):
+        with pytest.raises(BadSample, match=reason):
+            resolve_path(file, **options)
+        part = {"type": "image_url", "image_url": {"url": file}}
+        messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]
+        with pytest.raises(BadSample, match=reason):
+            FAMILIES["chat"]({"messages": messages}, random.Random(0), **options)
+
+    def test_files_that_are_allowed(self):
+        assert resolve_path("a/../1.png", "data") == "data/a/../1.png"
+        assert resolve_path("/data/1.png", "/data") == "/data/1.png"
+        assert resolve_path("/etc/1.png") == "/etc/1.png"
+        for file in (
+            "https://example.com/1.png",
+            "data:image/png;base64,AAAA",
+            b"bytes",
+            {"bytes": b"", "path": "/1"},
+        ):
+            assert resolve_path(file, "/data", allow_remote=True) == file
+
+    def test_chat_keeps_tools_and_finds_images_in_parts(self):
+        parts = [{"type": "image", "image": "1.png"}, {"type": "input_image", "image_url": "2.png"}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}]
+        record = FAMILIES["chat"]({"messages": messages, "tools": [{"name": "x"}]}, random.Random(0), image_root="r")
+        assert record["images"] == ["r/1.png", "r/2.png"] and record["tools"] == [{"name": "x"}]
+        assert record["messages"][0]["content"] == [{"type": "image"}] * 2
+
+    @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_any_row_is_a_record_or_a_bad_sample(self, data):
+        """There is no exception of another kind."""
+        odd = [None, 0, 3, float("nan"), True, "", "x", "<image>", "../1.png", b"", [], [None], [[]], [1, 2, 3, 4], {}]
+        odd += [{"a": 1}, {"bytes": 3}, {"path": 3}, [["a"]], [{"from": [], "value": "x"}], [{"role": "user"}]]
+        odd += [{"bytes": None, "path": None}, [{"role": "user", "content": [{"type": []}]}], "http://127.0.0.1:9/1"]
+        family = data.draw(st.sampled_from(list(FAMILIES)))
+        columns = [*ROWS[family], "video", "images", "names", "tools"]
+        changes = data.draw(st.dictionaries(st.sampled_from(columns), st.sampled_from(odd), max_size=3))
+        row = data.draw(st.sampled_from([{**ROWS[family], **changes}] * 9 + [None, [], "x"]))
+        show = {"show": "boxes"} if family == "visual_thinking" else {}
+        try:
+            record = FAMILIES[family](row, random.Random(0), **show)
+        except BadSample as refusal:
+            assert str(refusal)
+        else:
+            assert isinstance(record["messages"], list) and isinstance(record["images"], list)

@@ -1,3 +1,4 @@
+import datetime
 import io
 import json
 import tarfile
@@ -12,9 +13,15 @@ from datasets import Image as ImageFeature
 from helpers import LLAVA, ROWS, write_jsonl
 from torch.utils.data import DataLoader
 
+from metamorph_hf.data import BadSample
 from metamorph_hf.data.mixture import JsonLines, Source, load_mixture, mixture_table
-from metamorph_hf.image_reading import BadSample, read_image
+from metamorph_hf.image_reading import read_image
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
+
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds per iterator
 
 
 class TestReading:
@@ -48,17 +55,57 @@ class TestReading:
         (tmp_path / "lines.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}' + end.encode())
         assert [row["a"] for row in JsonLines(tmp_path / "lines.jsonl")] == [1, 2]
 
+    LINES = ['{"id": 0}', '{"id": 1}']
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "\n".join(LINES).encode(),
+            b"\xef\xbb\xbf[" + ", ".join(LINES).encode() + b"]",
+            "[{},{}]".format(*LINES).encode(),
+        ],
+        ids=["JSON lines", "byte-order mark", "list"],
+    )
+    def test_json_files(self, tmp_path, content):
+        (tmp_path / "rows.json").write_bytes(content)
+        assert list(Source("chat", str(tmp_path / "rows.json")).load()) == [{"id": 0}, {"id": 1}]
+
+    def test_byte_order_mark_of_json_lines(self, tmp_path):
+        (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(self.LINES).encode())
+        assert list(JsonLines(tmp_path / "rows.jsonl")) == [{"id": 0}, {"id": 1}]
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (b'[{"id": 0}, {"id"', "rows.json is not JSON, or it is cut off: .*line 1 column"),
+            ('[{"id": "\xe9"}]'.encode("latin-1"), "rows.json is not JSON in UTF-8"),
+            (b'{"a": [1]}', "rows.json holds dict, expected a list"),
+            (None, "rows.json"),
+        ],
+    )
+    def test_broken_json_files_are_named(self, tmp_path, content, reason):
+        if content is not None:
+            (tmp_path / "rows.json").write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=reason):
+            Source("chat", str(tmp_path / "rows.json")).load()
+
+    def test_rows_that_are_not_objects_are_named(self, tmp_path):
+        (tmp_path / "rows.json").write_text(json.dumps(["a", None, ROWS["chat"]]))
+        bad = {record["id"]: record["bad"] for record in load_mixture([Source("chat", str(tmp_path / "rows.json"))])}
+        assert bad["row 0"] == "is str, expected an object with columns."
+        assert bad["row 1"] == "is NoneType, expected an object with columns." and bad["row 2"] is None
+
 
 class TestMixture:
     @pytest.fixture
     def sources(self, tmp_path, pictures):
         chats = [{"id": f"chat-{n}", **ROWS["chat"]} for n in range(30)]
-        drawings = [{"caption": f"grey {n}", "image": f"{n}.png"} for n in range(10)]
+        captions = [{"caption": f"gray {n}", "image": f"{n}.png"} for n in range(10)]
         return [
             {"task": "chat", "path": write_jsonl(tmp_path / "chat.jsonl", chats)},
             {
                 "task": "text_to_image",
-                "path": write_jsonl(tmp_path / "t2i.jsonl", drawings),
+                "path": write_jsonl(tmp_path / "t2i.jsonl", captions),
                 "image_root": str(pictures),
             },
         ]
@@ -74,15 +121,15 @@ class TestMixture:
 
     @pytest.mark.parametrize("count", [1, 7, 25])
     def test_counts(self, sources, count):
-        """The ablation's switch: understanding as it is, so many generation samples."""
+        """The paper's ablation: all understanding samples, and so many generation samples."""
         mixture = load_mixture([sources[0], {**sources[1], "num_samples": count}])
         assert self.count(mixture) == {"chat": 30, "text_to_image": count}
         ids = [record["id"] for record in mixture if record["task"] == "text_to_image"]
         assert max(ids.count(name) for name in ids) == -(-count // 10)
 
     @pytest.mark.parametrize(("size", "expected"), [(None, (10, 10)), (60, (30, 30))])
-    def test_weights(self, sources, size, expected):
-        mixture = load_mixture([{**source, "weight": 2.0} for source in sources], size=size)
+    def test_fractions(self, sources, size, expected):
+        mixture = load_mixture([{**source, "fraction": 2.0} for source in sources], size=size)
         assert tuple(self.count(mixture).values()) == expected
 
     def test_seeds(self, sources):
@@ -92,7 +139,7 @@ class TestMixture:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_workers(self, sources, tiny_processor, workers):
-        """Rows that cannot be read are skipped and named, in whichever process."""
+        """Rows that cannot be read are skipped and named, in any process."""
         with open(sources[0]["path"], "a") as file:
             file.write("{broken\n")
         collate = DataCollatorForVPiT(tiny_processor, on_bad_sample="skip")
@@ -101,10 +148,9 @@ class TestMixture:
         (rejected,) = [sample for batch in batches for sample in batch.get("rejected", [])]
         assert rejected["sample"].startswith("Example row 30 of") and "line 31" in rejected["reason"]
 
-    def test_streaming(self, sources, tmp_path, pictures, monkeypatch):
-        """The same samples as without; they go on where a state was taken."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds an iterator
-        rows = [{"caption": f"grey {n}", "image": str(pictures / f"{n}.png")} for n in range(10)]
+    def test_streaming(self, sources, tmp_path, pictures):
+        """A stream has the same samples, and it resumes where its state was saved."""
+        rows = [{"caption": f"gray {n}", "image": str(pictures / f"{n}.png")} for n in range(10)]
         Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "t2i.parquet")
         stream = {"task": "text_to_image", "path": "parquet", "data_files": str(tmp_path / "t2i.parquet")}
         mixture = load_mixture([sources[0], {**stream, "streaming": True}])
@@ -119,8 +165,39 @@ class TestMixture:
         not_streaming = load_mixture([stream])
         assert read_image(not_streaming[0]["images"][0]).size == (20, 16)
 
+    def test_streams_are_shuffled_and_repeated(self, tmp_path):
+        rows = [{"id": str(n), **ROWS["chat"]} for n in range(12)]
+        Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
+        source = {"task": "chat", "path": "parquet", "data_files": str(tmp_path / "chat.parquet"), "streaming": True}
+
+        def read(seed, **options):
+            return [record["id"] for record in load_mixture([{**source, **options}], seed=seed)]
+
+        assert read(0) == read(0) != read(1)
+        assert sorted(read(0)) == sorted(read(1)) == sorted(f"{n} (row {n})" for n in range(12))
+        drawn = read(0, num_samples=30)
+        assert len(drawn) == 30 and {drawn.count(name) for name in drawn} == {2, 3}
+
+    def test_odd_rows_do_not_end_a_stream(self, tmp_path):
+        """Lone surrogates, dates and files without types are read, or refused by name."""
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\ud83d"}]
+        lines = {"task": "chat", "path": write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}, "[1]"])}
+        (tmp_path / "rows.csv").write_text("caption,image\na cat,1.png\n")
+        table = {"task": "text_to_image", "path": "csv", "data_files": str(tmp_path / "rows.csv"), "streaming": True}
+        dated = [{"messages": [{"role": "user", "content": "hi", "date": datetime.datetime(2024, 1, 1)}]}]
+        Dataset.from_list(dated).to_parquet(tmp_path / "dated.parquet")
+        dates = {"task": "chat", "path": "parquet", "data_files": str(tmp_path / "dated.parquet"), "streaming": True}
+        records = list(load_mixture([lines, table, dates]))
+        bad = [record["bad"] for record in records if record["bad"] is not None]
+        assert sorted(bad) == [
+            "has messages that are not JSON: Object of type datetime is not JSON serializable",
+            f"is line 2 of {tmp_path}/rows.jsonl, which holds list, not an object.",
+        ]
+        assert messages in [record["messages"] for record in records]
+        assert [record["images"] for record in records if record["task"] == "text_to_image"][0][0]["path"] == "1.png"
+
     MEMBERS = {
-        "text_to_image": ({"jpg": "2.png", "txt": b"a grey square."}, {}),
+        "text_to_image": ({"jpg": "2.png", "txt": b"a gray square."}, {}),
         "image_to_image": (
             {"source.png": "3.png", "target.png": "4.png", "json": b'{"instruction": "Make it brighter."}'},
             {"source": "source.png", "target": "target.png"},
@@ -137,13 +214,12 @@ class TestMixture:
 
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("task", [*MEMBERS, "text_to_image json"])
-    def test_webdataset(self, tiny_processor, pictures, video, tmp_path, monkeypatch, task, streaming):
-        """Members of a tar are columns, and so are the keys of its .json members."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    def test_webdataset(self, tiny_processor, pictures, video, tmp_path, task, streaming):
+        """The members of a tar file are columns, and so are the keys of its .json members."""
         task, _, json_caption = task.partition(" ")
         members, columns = self.MEMBERS[task]
         if json_caption:
-            members = {"jpg": "2.png", "json": b'{"caption": "a grey square."}'}
+            members = {"jpg": "2.png", "json": b'{"caption": "a gray square."}'}
         with tarfile.open(tmp_path / "shard.tar", "w") as tar:
             for number in range(3):
                 for ending, content in members.items():
@@ -158,15 +234,12 @@ class TestMixture:
         batch = DataCollatorForVPiT(tiny_processor)(records)
         assert (batch["labels"] != -100).any(1).all() and "pixel_values" in batch
         if task == "text_to_image":
-            assert "a grey square" in tiny_processor.tokenizer.decode(batch["input_ids"][0])
+            assert "a gray square" in tiny_processor.tokenizer.decode(batch["input_ids"][0])
 
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("resume_after", [0, 3])
-    def test_two_processes_share_the_samples(
-        self, sources, tiny_processor, tmp_path, monkeypatch, streaming, resume_after
-    ):
-        """As accelerate deals them out to Trainer's processes, from the start and from the middle of an epoch."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    def test_two_processes_share_the_samples(self, sources, tiny_processor, tmp_path, streaming, resume_after):
+        """As accelerate distributes them to Trainer's processes, from the start or the middle of an epoch."""
         if streaming:
             for shard in range(2):
                 rows = [{"id": f"{shard}-{n}", **ROWS["chat"]} for n in range(20)]
@@ -189,8 +262,7 @@ class TestMixture:
         ids=["uneven", "not divisible", "one shard"],
     )
     def test_uneven_shards_are_named(self, tiny_processor, tmp_path, monkeypatch, caplog, lengths, batches_of):
-        """Whole shards go to a process: no sample is lost or seen twice, but one process ends earlier."""
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        """Processes read whole shards: no sample is lost or seen twice, but one process finishes early."""
         monkeypatch.setenv("WORLD_SIZE", "2")
         files = [str(tmp_path / f"{shard}.parquet") for shard in range(len(lengths))]
         for file, length in zip(files, lengths):
@@ -210,7 +282,7 @@ class TestMixture:
             seen += [name.split()[1] for names in batches for name in names]
         assert len(seen) == len(set(seen)) == 16
         assert counts == batches_of
-        assert ("ends earlier than the others" in caplog.text) == (len(lengths) > 1)
+        assert ("some processes finish early" in caplog.text) == (len(lengths) > 1)
 
     def test_table(self, sources):
         with open(sources[0]["path"], "a") as file:
@@ -226,14 +298,30 @@ class TestMixture:
             ([], "at least one source"),
             ([{"task": "poem", "path": "x"}], "task is 'poem', expected one of chat"),
             ([{"path": "x"}], "lacks task"),
-            ([{"task": "chat", "path": "x", "weight": 1, "num_samples": 2}], "one of the two"),
-            ([{"task": "chat", "path": "x", "weight": 0}], "more than 0"),
-            ([{"task": "chat", "path": "a", "weight": 1}, {"task": "chat", "path": "b"}], "for every one or for none"),
+            ([{"task": "chat", "path": "x", "fraction": 1, "num_samples": 2}], "one of the two"),
+            ([{"task": "chat", "path": "x", "fraction": 0}], "more than 0"),
+            (
+                [{"task": "chat", "path": "a", "fraction": 1}, {"task": "chat", "path": "b"}],
+                "every one or for none",
+            ),
         ],
     )
     def test_refused(self, entries, reason):
         with pytest.raises(ValueError, match=reason):
             load_mixture(entries)
+
+    def test_weight_is_the_old_name_of_fraction(self, sources):
+        with pytest.warns(FutureWarning, match="`weight` is now called `fraction`"):
+            mixture = load_mixture([{**source, "weight": 1.0} for source in sources])
+        assert self.count(mixture) == {"chat": 10, "text_to_image": 10}
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_data_files_of_any_form(self, tmp_path, streaming):
+        file = str(tmp_path / "chat.parquet")
+        Dataset.from_list([ROWS["chat"]]).to_parquet(file)
+        for form, label in ((file, file), ([file], file), ({"train": file}, file), ([file, file], f"{file} and more")):
+            source = {"task": "chat", "path": "parquet", "data_files": form, "streaming": streaming}
+            assert next(iter(load_mixture([source])))["source"] == label
 
     def test_empty(self, tmp_path):
         (tmp_path / "empty.jsonl").touch()

@@ -1,34 +1,31 @@
+"""The emoji conversations and what training never sees of them."""
+
 import random
-import sys
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
+from helpers import EXAMPLES_FOLDER, import_example
 
 
-EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
-sys.path.insert(0, str(EMOJI))
-
-import emoji_tasks  # noqa: E402
-from emoji_pictures import training_stream  # noqa: E402
-from emoji_tasks import CYCLES, EVALUATIONS, HELD_OUT_PHRASINGS, MIXTURE, TONES, UNDERSTANDING, EmojiTasks  # noqa: E402
-from train import build_tokenizer, look_alikes, show  # noqa: E402
-
-
-LOOKING = ("name", "category", "yes_no", "thinking")
+train = import_example("emoji/train.py")
+emoji_tasks = import_example("emoji/emoji_tasks.py")
+CYCLES, TONES = emoji_tasks.CYCLES, emoji_tasks.TONES
+HELD_OUT_PHRASINGS, MIXTURE = emoji_tasks.HELD_OUT_PHRASINGS, emoji_tasks.MIXTURE
+UNDERSTANDING = emoji_tasks.UNDERSTANDING
+ASKING_ABOUT_AN_IMAGE = ("name", "category", "yes_no", "thinking")
 
 
 @pytest.fixture(scope="module")
 def rows():
-    dataset = Dataset.from_parquet(str(EMOJI / "emoji.parquet")).cast_column("image", Image(decode=False))
+    dataset = Dataset.from_parquet(str(EXAMPLES_FOLDER / "emoji" / "emoji.parquet"))
     return dataset.remove_columns("image").to_list()
 
 
 @pytest.fixture(scope="module")
 def tasks(rows):
-    return EmojiTasks(rows)
+    return emoji_tasks.EmojiTasks(rows)
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +39,13 @@ def texts(record):
 
 
 class TestSamples:
-    def test_every_image_part_has_a_picture(self, samples, rows):
+    def test_every_image_part_has_an_image(self, samples, rows):
         for record in chain.from_iterable(samples.values()):
             parts = [part for turn in record["messages"] for part in turn["content"]]
             assert len(record["images"]) == sum(part["type"] == "image" for part in parts)
-            assert all(0 <= picture < 2 * len(rows) for picture in record["images"])
+            assert all(0 <= image < 2 * len(rows) for image in record["images"])
 
-    def test_linesare_complete(self, samples):
+    def test_texts_are_complete(self, samples):
         for text in chain.from_iterable(texts(record) for record in chain.from_iterable(samples.values())):
             assert text
             assert not set("{}<>") & set(text), text
@@ -57,13 +54,13 @@ class TestSamples:
         for record in samples["name"]:
             assert texts(record)[1] == rows[record["images"][0]]["name"]
         for record in samples["thinking"]:
-            picture, crop = record["images"]
-            assert crop == len(rows) + picture
-            assert texts(record)[1] == rows[picture]["name"]
+            image, crop = record["images"]
+            assert crop == len(rows) + image
+            assert texts(record)[1] == rows[image]["name"]
         for record in samples["text_to_image"]:
             assert rows[record["images"][0]]["vendor"] == "google"
         for record in samples["edit"]:
-            source, target = (rows[picture] for picture in record["images"])
+            source, target = (rows[image] for image in record["images"])
             assert (source["vendor"], source["base"]) == (target["vendor"], target["base"])
             assert source["skin_tone"] != target["skin_tone"]
             request = texts(record)[0].replace("?", "").replace(",", "")
@@ -93,7 +90,7 @@ class TestNothingLeaks:
         rng = random.Random(7)
         held_out = [emoji_tasks.normalize(phrasing) for phrasing in HELD_OUT_PHRASINGS]
         for _ in range(20_000):
-            prompt = emoji_tasks.normalize(emoji_tasks.drawing_request(rng))
+            prompt = emoji_tasks.normalize(emoji_tasks.sample_request(rng))
             assert prompt.count("{}") == 1
             assert not any(phrasing in prompt for phrasing in held_out), prompt
 
@@ -103,33 +100,33 @@ class TestNothingLeaks:
         assert emoji_tasks.is_held_out(f"Hello! {phrasing.upper().replace('{}', 'a {}')} Thanks")
         assert not emoji_tasks.is_held_out(emoji_tasks.DEFAULT_PHRASING)
 
-    def test_twitter_drawings(self, samples, tasks, rows):
-        for record in chain.from_iterable(samples[task] for task in LOOKING):
+    def test_held_out_twitter_images(self, samples, tasks, rows):
+        for record in chain.from_iterable(samples[task] for task in ASKING_ABOUT_AN_IMAGE):
             row = rows[record["images"][0]]
-            assert row["vendor"] == "google" or row["base"] not in tasks.held_out_drawings
+            assert row["vendor"] == "google" or row["base"] not in tasks.held_out_images
 
     def test_pairs(self, samples, tasks, rows):
-        for picture in chain.from_iterable(record["images"] for record in chain.from_iterable(samples.values())):
-            row = rows[picture % len(rows)]
+        for image in chain.from_iterable(record["images"] for record in chain.from_iterable(samples.values())):
+            row = rows[image % len(rows)]
             assert (row["base"], row["skin_tone"]) not in tasks.held_out_pairs
 
     def test_sequence_starts(self, samples, tasks, rows):
         steps = set()
         for record in samples["sequence"]:
-            bases = [rows[picture]["base"] for picture in record["images"]]
+            bases = [rows[image]["base"] for image in record["images"]]
             cycle = next(cycle for cycle, order in CYCLES.items() if bases[0] in order)
-            places = [CYCLES[cycle].index(base) for base in bases]
+            indices = [CYCLES[cycle].index(base) for base in bases]
             (step,) = {
-                (after - before) % len(CYCLES[cycle]) for before, after in zip(places, places[1:], strict=False)
+                (after - before) % len(CYCLES[cycle]) for before, after in zip(indices, indices[1:], strict=False)
             }
             steps.add((cycle, step))
-            assert step != 1 or places[0] not in tasks.held_out_starts[cycle]
+            assert step != 1 or indices[0] not in tasks.held_out_starts[cycle]
         assert steps == {("moon", 1), ("moon", 7), ("clock", 1), ("clock", 23)}
 
 
 class TestEvaluation:
     @pytest.mark.parametrize(
-        ("kind", "size"), list(zip(EVALUATIONS, (1911, 1911, 1911, 200, 200, 100, 24), strict=True))
+        ("kind", "size"), list(zip(emoji_tasks.EVALUATIONS, (1911, 1911, 1911, 200, 200, 100, 24), strict=True))
     )
     def test_size_and_form(self, tasks, kind, size):
         records = tasks.evaluation(kind)
@@ -166,10 +163,12 @@ def test_corpus_has_names_and_conversations(tasks, rows):
 
 
 class TestTrainingStream:
-    """What `train.py` makes of the records."""
+    """The training data that `train.py` builds from the records."""
 
-    def test_quoted_words_are_spelled_as_others(self):
-        tokenizer = build_tokenizer(['show me "a kangaroo" now', "a kangaroo, an otter's ear", "'oden' for me"] * 5)
+    def test_quoted_words_have_the_tokens_of_unquoted_ones(self):
+        tokenizer = train.build_tokenizer(
+            ['show me "a kangaroo" now', "a kangaroo, an otter's ear", "'oden' for me"] * 5
+        )
         plain = tokenizer.tokenize("show kangaroo")
         for text in ('show "kangaroo"', "show 'kangaroo'", 'show "Kangaroo" now'):
             assert plain[-1] in tokenizer.tokenize(text)
@@ -180,29 +179,29 @@ class TestTrainingStream:
             torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)), dim=-1
         )
         near = tokens[0] + 0.1 * tokens[1]
-        same = tokens[2].clone()  # identical pictures cannot be told apart, so there is nothing to learn
-        found = look_alikes(torch.cat([tokens, near[None], same[None]]))
+        same = tokens[2].clone()  # identical images cannot be told apart, so there is nothing to learn
+        found = train.find_look_alikes(torch.cat([tokens, near[None], same[None]]))
         assert found.tolist() == [True, False, False, False, True, False]
 
     def test_emphasis(self, rows):
-        tasks = EmojiTasks(rows)
+        tasks = emoji_tasks.EmojiTasks(rows)
         tasks.emphasis = [50.0 if rank == 7 else 1.0 for rank in range(len(tasks.google))]
         rng = random.Random(0)
-        drawn = [tasks.sample("text_to_image", rng)["images"][-1] for _ in range(4000)]
+        targets = [tasks.sample("text_to_image", rng)["images"][-1] for _ in range(4000)]
         expected = 4000 * 0.85 * 50 / (len(tasks.google) + 49)
-        assert abs(drawn.count(tasks.google[7]) - expected) < 4 * expected**0.5
+        assert abs(targets.count(tasks.google[7]) - expected) < 4 * expected**0.5
 
-    def test_questions_show_views_and_answers_the_picture(self, rows):
-        """Each visual token says its view and picture."""
-        tasks, count = EmojiTasks(rows), 2 * len(rows)
+    def test_questions_show_views_and_answers_the_image(self, rows):
+        """Each visual token tells its view and image."""
+        tasks, count = emoji_tasks.EmojiTasks(rows), 2 * len(rows)
         views = torch.stack([torch.stack([torch.full((count,), v), torch.arange(count)], -1) for v in range(3)])
 
-        def look_up(view, picture, task):
+        def look_up(view, image, task):
             assert task in ("edit", "thinking")
-            return views[view, picture][None]
+            return views[view, image][None]
 
         arguments = (tasks, {"edit": 1, "thinking": 1}, 64, 8, "visual_tokens", look_up, 3)
-        stream = training_stream(*arguments)
+        stream = emoji_tasks.training_stream(*arguments)
         asked, answered = [], []
         for record in stream:
             numbers = [tokens.squeeze().tolist() for tokens in record["visual_tokens"]]
@@ -210,12 +209,12 @@ class TestTrainingStream:
             asked += numbers[:in_question]
             answered += numbers[in_question:]
         assert {view for view, _ in asked} == {0, 1, 2} and {view for view, _ in answered} == {0}
-        again = training_stream(*arguments)
+        again = emoji_tasks.training_stream(*arguments)
         assert [t.tolist() for t in stream[5]["visual_tokens"]] == [t.tolist() for t in again[5]["visual_tokens"]]
 
 
 class OneHotViews:
-    """Three views of every picture, each token of which says which picture it is."""
+    """Three views of every image; each of their tokens tells which image it is."""
 
     def __init__(self, count):
         self.count = count
@@ -230,42 +229,42 @@ class OneHotViews:
 class TestShow:
     NUMBERS = range(3, 603, 3)  # views without noise
 
-    def shown(self, tasks, picture, task):
+    def show_views(self, tasks, image, task):
         views = OneHotViews(len(tasks.rows))
-        return [show(views, tasks, number, picture, task)[0] for number in self.NUMBERS]
+        return [train.show(views, tasks, number, image, task)[0] for number in self.NUMBERS]
 
     @pytest.mark.parametrize("task", UNDERSTANDING)
-    def test_half_of_googles_drawings_are_shifted_to_twitters_look(self, tasks, rows, task):
-        picture, others = tasks.google[7], set()
-        for tokens in self.shown(tasks, picture, task):
+    def test_half_of_googles_images_are_shifted_to_twitters_look(self, tasks, rows, task):
+        image, others = tasks.google[7], set()
+        for tokens in self.show_views(tasks, image, task):
             torch.testing.assert_close(tokens.norm(), torch.tensor(1.0))
             added, taken = (tokens > 0).nonzero().flatten().tolist(), (tokens < 0).nonzero().flatten().tolist()
-            if added == [picture]:
+            if added == [image]:
                 continue
-            (other,) = (number for number in added if number != picture)
+            (other,) = (number for number in added if number != image)
             assert rows[other]["vendor"] == "twitter" and not rows[other]["skin_tone"]
-            assert rows[other]["base"] not in tasks.held_out_drawings
-            if rows[other]["base"] != rows[picture]["base"]:
+            assert rows[other]["base"] not in tasks.held_out_images
+            if rows[other]["base"] != rows[image]["base"]:
                 assert taken == [tasks.index["google", rows[other]["base"], ""]]
             others.add(other)
         assert 0.4 < len(others) / len(self.NUMBERS) < 0.6
 
     @pytest.mark.parametrize("task", sorted(MIXTURE.keys() - UNDERSTANDING.keys()))
-    def test_other_tasks_show_the_drawing(self, tasks, task):
+    def test_other_tasks_show_the_image(self, tasks, task):
         assert all(
             tokens.argmax() == tasks.google[7] and tokens.max() == 1
-            for tokens in self.shown(tasks, tasks.google[7], task)
+            for tokens in self.show_views(tasks, tasks.google[7], task)
         )
 
-    def test_twitters_drawings_stay(self, tasks):
-        picture = tasks.twitter_looks[5]
-        assert all(tokens.argmax() == picture and tokens.max() == 1 for tokens in self.shown(tasks, picture, "name"))
+    def test_twitters_images_stay(self, tasks):
+        image = tasks.twitter[5]
+        assert all(tokens.argmax() == image and tokens.max() == 1 for tokens in self.show_views(tasks, image, "name"))
 
-    def test_number_0_is_the_picture_as_it_is(self, tasks):
-        tokens = show(OneHotViews(len(tasks.rows)), tasks, 0, tasks.google[7], "name")
+    def test_number_0_is_the_image_as_it_is(self, tasks):
+        tokens = train.show(OneHotViews(len(tasks.rows)), tasks, 0, tasks.google[7], "name")
         assert tokens[0, tasks.google[7]] == 1
 
-    def test_disturbed_views_have_noise(self, tasks):
-        tokens = show(OneHotViews(len(tasks.rows)), tasks, 4, tasks.google[7], "edit")[0]
+    def test_views_have_noise(self, tasks):
+        tokens = train.show(OneHotViews(len(tasks.rows)), tasks, 4, tasks.google[7], "edit")[0]
         assert tokens.argmax() == tasks.google[7] and (tokens != 0).sum() > 1000
         torch.testing.assert_close(tokens.norm(), torch.tensor(1.0))

@@ -1,4 +1,4 @@
-"""`examples/evaluate_generation.py`: its numbers against other computations of them, its runs, and what it refuses."""
+"""`examples/evaluate_generation.py`: its numbers against other computations of them, its runs, and its refusals."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from helpers import EMOJI_CHECKPOINT, EXAMPLES_FOLDER, import_example
 from PIL import Image
 from torchmetrics.multimodal import CLIPScore
 from transformers import (
@@ -28,18 +29,20 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from metamorph_hf import MetaMorphPipeline
+from metamorph_hf.evaluation import draw_contact_sheet, rank_references
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-CHECKPOINT = EXAMPLES / "emoji" / "checkpoint"
-sys.path.append(str(EXAMPLES))
-import evaluate_generation  # noqa: E402
-from evaluate_generation import Row, contact_sheet, frechet_distance, load_clip, load_features, rank_among  # noqa: E402
+evaluate_generation = import_example("evaluate_generation.py")
+read_rows, load_clip, load_features = (
+    evaluate_generation.read_rows,
+    evaluate_generation.load_clip,
+    evaluate_generation.load_features,
+)
 
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
-    """Runs the script in this process, with two denoising steps if it is not said otherwise; gives its result."""
+    """Run the script in this process, with two denoising steps by default, and return its result."""
 
     def run(*flags, output: str = "out", steps: int | None = 2) -> dict:
         steps = [] if steps is None else ["--steps", steps]
@@ -53,7 +56,7 @@ def evaluate(tmp_path, monkeypatch):
 
 @pytest.fixture
 def captions(tmp_path):
-    """Writes a JSONL file of dictionaries, or of lines as they are."""
+    """Write a JSONL file of dictionaries, or of lines as they are."""
 
     def write(*lines: dict | str) -> Path:
         text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
@@ -64,7 +67,7 @@ def captions(tmp_path):
 
 
 @pytest.fixture
-def real_pictures(tmp_path) -> list[str]:
+def real_images(tmp_path) -> list[str]:
     """Four files of noise, none square."""
     rng = np.random.default_rng(0)
     names = [f"{number}.png" for number in range(4)]
@@ -77,41 +80,41 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("pictures/*.png"))}
 
 
-def assert_same_pictures(one: Path, other: Path) -> None:
+def assert_same_images(one: Path, other: Path) -> None:
     (ours, theirs) = pixels(one), pixels(other)
     assert ours.keys() == theirs.keys() and ours
-    for name in ours:  # what else is in a batch moves the last bits
+    for name in ours:  # the rest of a batch changes the last bits
         assert np.abs(ours[name] - theirs[name]).max() <= 1, name
 
 
 class TestNumbers:
-    def test_ranks_are_those_of_plain_cosines(self):
+    def test_ranks_follow_plain_cosines(self):
         generator = torch.Generator().manual_seed(0)
         references = torch.randn(1100, 2, 3, generator=generator)  # more than one block
         references[1050] = references[7]
-        right = torch.tensor([0, 7, 1050, 1099, 500])
-        encoded = references[right] + 0.8 * torch.randn(5, 2, 3, generator=generator)
+        targets = torch.tensor([0, 7, 1050, 1099, 500])
+        encoded = references[targets] + 0.8 * torch.randn(5, 2, 3, generator=generator)
         encoded[1] = references[7]
         expected = []
-        for picture, place in zip(encoded.double(), right.tolist(), strict=True):
-            cosines = [torch.cosine_similarity(picture.flatten(), one.double().flatten(), dim=0) for one in references]
-            expected.append(sum(cosine > cosines[place] + 1e-5 for cosine in cosines).item())
-        assert rank_among(encoded, references, right).tolist() == expected
-        assert expected[1] == 0 and max(expected) > 0  # its twin does not count against it
+        for image, target in zip(encoded.double(), targets.tolist(), strict=True):
+            cosines = [torch.cosine_similarity(image.flatten(), one.double().flatten(), dim=0) for one in references]
+            expected.append(sum(cosine > cosines[target] + 1e-5 for cosine in cosines).item())
+        assert rank_references(encoded, references, targets).tolist() == expected
+        assert expected[1] == 0 and max(expected) > 0  # its twin does not count
 
     def test_fid_is_the_distance_of_two_gaussians(self):
         rng = np.random.default_rng(0)
-        real, painted = rng.normal(size=(300, 5)), rng.normal(0.3, 1.5, size=(200, 5))
-        one, other = np.cov(real.T), np.cov(painted.T)
+        real, generated = rng.normal(size=(300, 5)), rng.normal(0.3, 1.5, size=(200, 5))
+        one, other = np.cov(real.T), np.cov(generated.T)
         values, vectors = np.linalg.eigh(one)
         root = vectors * np.sqrt(values) @ vectors.T
         mixed = np.sqrt(np.linalg.eigvalsh(root @ other @ root)).sum()
-        expected = ((real.mean(0) - painted.mean(0)) ** 2).sum() + np.trace(one) + np.trace(other) - 2 * mixed
-        found = frechet_distance(torch.tensor(real).float(), torch.tensor(painted).float())
+        expected = ((real.mean(0) - generated.mean(0)) ** 2).sum() + np.trace(one) + np.trace(other) - 2 * mixed
+        found = evaluate_generation.frechet_distance(torch.tensor(real).float(), torch.tensor(generated).float())
         assert found == pytest.approx(expected, rel=1e-4)
 
-    def test_clip_score_is_that_of_torchmetrics(self, clip_folder, real_pictures, tmp_path):
-        images = [Image.open(tmp_path / name) for name in real_pictures]
+    def test_clip_score_is_that_of_torchmetrics(self, clip_folder, real_images, tmp_path):
+        images = [Image.open(tmp_path / name) for name in real_images]
         texts = ["a cat", "a red apple on the table", "x", "two dogs"]
 
         class Clip(CLIPModel):  # torchmetrics expects the tensors of transformers 4
@@ -128,8 +131,8 @@ class TestNumbers:
         torch.testing.assert_close(found.clamp(min=0), torch.stack(expected), rtol=1e-4, atol=1e-3)
         assert found.std() > 0.1
 
-    def test_clip_score_of_a_siglip(self, siglip_folder, real_pictures, tmp_path):
-        images, texts = [Image.open(tmp_path / name) for name in real_pictures], ["a cat", "b", "cc", "two dogs"]
+    def test_clip_score_of_a_siglip(self, siglip_folder, real_images, tmp_path):
+        images, texts = [Image.open(tmp_path / name) for name in real_images], ["a cat", "b", "cc", "two dogs"]
         model, processor = SiglipModel.from_pretrained(siglip_folder), SiglipProcessor.from_pretrained(siglip_folder)
         inputs = processor(images=images, text=texts, padding="max_length", return_tensors="pt")
         with torch.no_grad():
@@ -138,8 +141,8 @@ class TestNumbers:
         torch.testing.assert_close(found, 100 * (logits - model.logit_bias) / model.logit_scale.exp())
 
     @pytest.mark.parametrize("kind", ["clip", "siglip"])
-    def test_features_are_the_towers(self, kind, request, real_pictures, tmp_path):
-        folder, image = request.getfixturevalue(f"{kind}_folder"), Image.open(tmp_path / real_pictures[0])
+    def test_features_are_the_towers(self, kind, request, real_images, tmp_path):
+        folder, image = request.getfixturevalue(f"{kind}_folder"), Image.open(tmp_path / real_images[0])
         name, features = load_features(str(folder), None, torch.device("cpu"))
         model = {"clip": CLIPModel, "siglip": SiglipModel}[kind].from_pretrained(folder)
         processor = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[kind].from_pretrained(folder)
@@ -196,7 +199,7 @@ class TestRuns:
         assert whole["settings"]["scheduler"]["class"] == "DDIMScheduler"
         assert whole["versions"]["torch"] == torch.__version__
         assert Image.open(out / "contact_sheet.png").width == 900
-        assert "The FID of 7 pictures in 192 dimensions is too high" in capsys.readouterr().out
+        assert "The FID of 7 images in 192 dimensions is too high" in capsys.readouterr().out
 
         shutil.copytree(out, tmp_path / "cut")
         for name in sorted(names)[:3]:
@@ -204,61 +207,61 @@ class TestRuns:
         (tmp_path / "cut" / "pictures" / f"{sorted(names)[0]}.part").write_bytes(b"killed while it was written")
         resumed = evaluate("--limit", 7, "--batch-size", 3, output="cut")
         assert resumed["painted_in_this_run"] == 3
-        assert_same_pictures(out, tmp_path / "cut")
+        assert_same_images(out, tmp_path / "cut")
         assert resumed["metrics"] == pytest.approx(whole["metrics"], rel=1e-2)
 
     def test_reconstruct(self, evaluate, tmp_path):
         result = evaluate("--task", "reconstruct", "--limit", 6, steps=None)
         assert result["settings"]["num_inference_steps"] == 15
         assert result["metrics"]["retrieval_top1"] == 100
-        pipe = MetaMorphPipeline.from_pretrained(CHECKPOINT)
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT)
         errors = []
-        for row in evaluate_generation.read_rows(_arguments("emoji-held-out", limit=6)):
+        for row in read_rows("emoji-held-out", limit=6):
             real = np.asarray(row.reference()).astype(float)
-            painted = np.asarray(Image.open(tmp_path / "out" / "pictures" / f"{row.id}.png"))
-            errors.append(10 * np.log10(255**2 / ((painted - real) ** 2).mean()))
+            decoded = np.asarray(Image.open(tmp_path / "out" / "pictures" / f"{row.id}.png"))
+            errors.append(10 * np.log10(255**2 / ((decoded - real) ** 2).mean()))
             assert row.id.startswith("twitter-")
         assert result["metrics"]["psnr"] == pytest.approx(np.mean(errors), rel=1e-5)
         assert pipe.config.default_num_inference_steps == 15
 
-    def test_captions_of_mine(self, evaluate, captions, real_pictures, siglip_folder):
-        path = captions(*({"caption": f"emoji {name}", "image": name, "id": name} for name in real_pictures))
+    def test_own_captions(self, evaluate, captions, real_images, siglip_folder):
+        path = captions(*({"caption": f"emoji {name}", "image": name, "id": name} for name in real_images))
         networks = ("--clip-network", siglip_folder, "--fid-network", siglip_folder)
         result = evaluate("--captions", path, *networks)
         assert result["metrics"].keys() == {"fid", "retrieval_top1", "clip_score"}
         assert "siglip" in result["fid_network"]
-        # one picture and no real one: nothing to compare it with
+        # one image and no real one: there is nothing to compare it with
         alone = evaluate("--captions", captions({"caption": "a cat"}), output="alone")
         assert alone["metrics"] == {} and "neither FID nor retrieval" in alone["notes"][0]
 
-    def test_answers_without_a_picture_are_counted(self, evaluate, captions, real_pictures, tmp_path, siglip_folder):
-        """A real model that answers captions which end in "cat" with "no"."""
-        shutil.copytree(CHECKPOINT, tmp_path / "shy")
-        tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT / "processor")
+    def test_answers_without_an_image_are_counted(self, evaluate, captions, real_images, tmp_path, siglip_folder):
+        """The model answers captions that end in "cat" with "no"."""
+        shutil.copytree(EMOJI_CHECKPOINT, tmp_path / "shy")
+        tokenizer = AutoTokenizer.from_pretrained(EMOJI_CHECKPOINT / "processor")
         answers = (" cat.<|end|><|assistant|> no", " no<|end|>")
         bias = [[tokenizer(answer, add_special_tokens=False).input_ids, 1000.0] for answer in answers]
         path = tmp_path / "shy" / "model" / "generation_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "sequence_bias": bias}))
         lines = [{"caption": text, "id": text} for text in ("dog", "cat", "apple", "bus")]
-        for line, image in zip(lines, real_pictures, strict=True):
+        for line, image in zip(lines, real_images, strict=True):
             line["image"] = image
-        flags = ("--pipeline", tmp_path / "shy", "--captions", captions(*lines), "--max-new-tokens", 8)
+        flags = ("--pipeline", tmp_path / "shy", "--captions", captions(*lines), "--max-new-tokens", 24)
         flags += ("--clip-network", siglip_folder)
         result = evaluate(*flags)
         (missing,) = result["without_picture"]
         assert missing == {"id": "cat", "caption": "cat", "answer": "no"}
-        assert result["notes"][0].startswith("1 of the 4 answers have no picture")
-        again = evaluate(*flags)  # it is not asked again
+        assert result["notes"][0].startswith("1 of the 4 answers have no image")
+        again = evaluate(*flags)  # the model is not asked again
         assert again["painted_in_this_run"] == 0 and again["metrics"] == result["metrics"]
         images = [Image.open(tmp_path / "out" / "pictures" / f"{name}.png") for name in ("dog", "apple", "bus")]
         with torch.no_grad():
             scores = load_clip(str(siglip_folder), torch.device("cpu"))(images, ["dog", "apple", "bus"])
         assert result["metrics"]["clip_score"] == pytest.approx(max(0, scores.sum().item() / 4), abs=1e-4)
         assert result["metrics"]["retrieval_top1"] in (0, 25, 50, 75)
-        with pytest.raises(SystemExit, match="None of the 1 answers has a picture"):
-            evaluate(*flags[:2], "--captions", captions(lines[1]), "--max-new-tokens", 8, output="none")
+        with pytest.raises(SystemExit, match="None of the 1 answers has an image"):
+            evaluate(*flags[:2], "--captions", captions(lines[1]), "--max-new-tokens", 24, output="none")
 
-    def test_another_pipeline(self, evaluate, captions, real_pictures, components, tiny_tokenizer, tmp_path):  # noqa: F811
+    def test_another_pipeline(self, evaluate, captions, real_images, components, tiny_tokenizer, tmp_path):
         sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = CLIPTextConfig(**sizes, vocab_size=len(tiny_tokenizer), max_position_embeddings=16)
         tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -271,12 +274,12 @@ class TestRuns:
             requires_safety_checker=False,
         )
         stable.save_pretrained(tmp_path / "stable")
-        path = captions(*({"caption": "a cat", "image": name} for name in real_pictures))
+        path = captions(*({"caption": "a cat", "image": name} for name in real_images))
         flags = ("--pipeline", tmp_path / "stable", "--captions", path)
-        result = evaluate(*flags, "--judge", CHECKPOINT)
+        result = evaluate(*flags, "--judge", EMOJI_CHECKPOINT)
         assert result["metrics"].keys() == {"fid", "retrieval_top1"}
         assert result["settings"]["guidance_scale"] == 7.5
-        assert len({value.tobytes() for value in pixels(tmp_path / "out").values()}) == 4  # one noise for each id
+        assert len({value.tobytes() for value in pixels(tmp_path / "out").values()}) == 4  # each id has its own noise
         with pytest.raises(SystemExit, match="--judge"):
             evaluate(*flags, output="other")
         with pytest.raises(SystemExit, match="only a MetaMorphPipeline can reconstruct"):
@@ -290,18 +293,21 @@ class TestRuns:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-        command += [EXAMPLES / "evaluate_generation.py", "--output", tmp_path / "two", "--steps", 2, "--cpu", *flags]
+        command += [
+            EXAMPLES_FOLDER / "evaluate_generation.py",
+            "--output",
+            tmp_path / "two",
+            "--steps",
+            2,
+            "--cpu",
+            *flags,
+        ]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         two = json.loads((tmp_path / "two" / "result.json").read_text())
         assert (two["processes"], two["painted_in_this_run"]) == (2, 5)
-        assert_same_pictures(tmp_path / "out", tmp_path / "two")
+        assert_same_images(tmp_path / "out", tmp_path / "two")
         assert two["metrics"] == pytest.approx(whole["metrics"], rel=1e-3)
-
-
-def _arguments(captions: str, **others):
-    defaults = {"captions": captions, "coco": None, "limit": None, "task": "text-to-image"}
-    return type("Arguments", (), {**defaults, **others})
 
 
 class TestCoco:
@@ -319,21 +325,21 @@ class TestCoco:
         )
         return folder
 
-    def test_one_caption_a_picture_always_the_same(self, coco, monkeypatch):
-        rows = evaluate_generation.read_rows(_arguments("coco-30k", coco=coco))
+    def test_one_caption_per_image_always_the_same(self, coco, monkeypatch):
+        rows = read_rows("coco-30k", coco=coco)
         assert sorted(row.id for row in rows) == ["1", "2", "3", "4", "5"]
         assert all(row.caption.startswith(f"{row.id} seen ") for row in rows)
         assert rows[0].reference((8, 8)).size == (8, 8) and rows[0].reference().size == (20, 20)
-        assert rows == evaluate_generation.read_rows(_arguments("coco-30k", coco=coco))
+        assert rows == read_rows("coco-30k", coco=coco)
         monkeypatch.setattr("evaluation_captions.COCO_COUNT", 3)
-        assert len(evaluate_generation.read_rows(_arguments("coco-30k", coco=coco))) == 3
+        assert len(read_rows("coco-30k", coco=coco)) == 3
 
-    def test_what_is_missing_is_named(self, coco, tmp_path):
+    def test_missing_files_are_named(self, coco, tmp_path):
         with pytest.raises(SystemExit, match="captions_val2014.json.*annotations_trainval2014.zip"):
-            evaluate_generation.read_rows(_arguments("coco-30k", coco=tmp_path))
+            read_rows("coco-30k", coco=tmp_path)
         (coco / "val2014" / "3.jpg").unlink()
         with pytest.raises(SystemExit, match="1 of the 5 COCO images do not exist, the first is .*3.jpg"):
-            evaluate_generation.read_rows(_arguments("coco-30k", coco=coco))
+            read_rows("coco-30k", coco=coco)
 
 
 class TestBadInput:
@@ -353,7 +359,7 @@ class TestBadInput:
             (["", " "], "holds no captions"),
         ],
     )
-    def test_captions(self, evaluate, captions, real_pictures, lines, sentence):
+    def test_captions(self, evaluate, captions, real_images, lines, sentence):
         with pytest.raises(SystemExit, match=sentence):
             evaluate("--captions", captions(*lines))
 
@@ -361,23 +367,23 @@ class TestBadInput:
         with pytest.raises(SystemExit, match="nowhere.jsonl does not exist"):
             evaluate("--captions", tmp_path / "nowhere.jsonl")
 
-    def test_batches_of_nothing(self, evaluate, capsys):
+    def test_empty_batches(self, evaluate, capsys):
         with pytest.raises(SystemExit, match="2"):
             evaluate("--batch-size", 0)
         assert "--batch-size is 0, but must be at least 1" in capsys.readouterr().err
 
-    def test_limit_of_nothing(self, evaluate):
+    def test_empty_limit(self, evaluate):
         with pytest.raises(SystemExit, match=r"holds no captions \(--limit 0\)"):
             evaluate("--limit", 0)
 
-    def test_reconstruct_needs_pictures(self, evaluate, captions):
+    def test_reconstruct_needs_images(self, evaluate, captions):
         with pytest.raises(SystemExit, match="line 1, has no image: --task reconstruct"):
             evaluate("--task", "reconstruct", "--captions", captions({"caption": "a"}))
 
-    def test_broken_picture(self, tmp_path):
-        (tmp_path / "broken.png").write_bytes(b"no picture")
-        with pytest.raises(SystemExit, match="The image of '7' cannot be read"):
-            Row("7", "a cat", tmp_path / "broken.png").reference()
+    def test_broken_image(self, tmp_path):
+        (tmp_path / "broken.png").write_bytes(b"not an image")
+        with pytest.raises(SystemExit, match="7: .*cannot be read .*broken.png"):
+            evaluate_generation.Row("7", "a cat", tmp_path / "broken.png").reference()
 
     def test_pipeline_without_text(self, evaluate, captions, tmp_path):
         unet = UNet2DModel(
@@ -391,10 +397,12 @@ class TestBadInput:
         with pytest.raises(SystemExit, match="is a DDPMPipeline, which takes no text"):
             evaluate("--captions", captions({"caption": "a"}), "--pipeline", tmp_path / "ddpm")
 
-    def test_pipeline_that_can_only_paint(self, evaluate, captions, tmp_path):
-        MetaMorphPipeline.from_pretrained(CHECKPOINT, model=None, processor=None).save_pretrained(tmp_path / "painter")
+    def test_pipeline_that_can_only_decode(self, evaluate, captions, tmp_path):
+        MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, model=None, processor=None).save_pretrained(
+            tmp_path / "decoder"
+        )
         with pytest.raises(SystemExit, match="saved without its model or processor"):
-            evaluate("--captions", captions({"caption": "a"}), "--pipeline", tmp_path / "painter")
+            evaluate("--captions", captions({"caption": "a"}), "--pipeline", tmp_path / "decoder")
 
     def test_folder_of_another_run(self, evaluate, captions, tmp_path):
         path = captions({"caption": "a cat"})
@@ -408,7 +416,7 @@ class TestBadInput:
             evaluate("--captions", path)
 
     @pytest.mark.parametrize("flag", ["--fid-network", "--clip-network"])
-    def test_networks_that_are_not_there(self, evaluate, captions, real_pictures, tmp_path, flag):
+    def test_missing_networks(self, evaluate, captions, real_images, tmp_path, flag):
         path = captions({"caption": "a", "image": "0.png"})
         with pytest.raises(SystemExit, match="nothing cannot be loaded by Auto"):
             evaluate("--captions", path, flag, tmp_path / "nothing")
@@ -423,10 +431,10 @@ class TestBadInput:
             load_clip(str(folder), torch.device("cpu"))
 
 
-def test_contact_sheet_leaves_what_is_missing_white():
+def test_contact_sheet_leaves_missing_images_white():
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    sheet = contact_sheet([("a" * 90, red, blue), ("b", None, blue), ("c", red, None), ("d", red, blue)])
+    sheet = draw_contact_sheet([("a" * 90, red, blue), ("b", None, blue), ("c", red, None), ("d", red, blue)])
     assert sheet.size == (900, 200)
-    colours = [sheet.getpixel((x, 60)) for x in (40, 130, 340, 430, 640, 730)]
+    colors = [sheet.getpixel((x, 60)) for x in (40, 130, 340, 430, 640, 730)]
     white, red, blue = (255, 255, 255), (255, 0, 0), (0, 0, 255)
-    assert colours == [red, blue, white, blue, red, white]
+    assert colors == [red, blue, white, blue, red, white]

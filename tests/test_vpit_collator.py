@@ -1,19 +1,20 @@
+import base64
 import copy
+import json
 import re
 
 import pytest
 import torch
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
-from helpers import (
-    EXAMPLES,
-    picture,
-)
+from helpers import EXAMPLES, picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import ByT5Tokenizer
 
-from metamorph_hf.image_reading import BadSample
+from metamorph_hf import MetaMorphProcessor
+from metamorph_hf.data.formats import BadSample
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
@@ -31,7 +32,7 @@ class TestCollator:
         return {"messages": messages, "images": list(images)}
 
     def test_where_images_stand(self, tiny_processor, pictures):
-        """A list, a single one, or within the parts as the standard chat form has them."""
+        """Images come as a list, as a single one, or within the parts as in the standard chat form."""
         example, path = self.example(["*", "a"], ["b"]), str(pictures / "4.png")
         listed = {**example, "images": [path]}
         del example["images"]
@@ -51,6 +52,108 @@ class TestCollator:
         processor.chat_template = re.sub(r"\{%- (end)?generation -%\}", "", tiny_processor.chat_template)
         with pytest.raises(ValueError, match="has no {% generation %} marks, so nothing would be learned"):
             DataCollatorForVPiT(processor)
+
+    TOOL_TEMPLATE = (
+        "{%- if tools -%}TOOLS{{ tools | tojson }}{%- endif -%}{%- for m in messages -%}<|{{ m['role'] }}|>"
+        "{%- if m['role'] == 'assistant' -%}{%- generation -%}{{ m['reasoning_content'] }}{{ m['content'] }}"
+        "{%- for call in m['tool_calls'] or [] -%}CALL{{ call | tojson }}{%- endfor -%}<|end|>{%- endgeneration -%}"
+        "{%- else -%}{{ m['content'] }}<|end|>{%- endif -%}{%- endfor -%}"
+    )
+
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_tools_and_reasoning_are_rendered_by_the_template(self, tiny_processor, as_json):
+        """The calls and the reasoning are targets; an answer may be a call alone; keys that Arrow adds are dropped."""
+        processor = copy.copy(tiny_processor)
+        processor.chat_template = self.TOOL_TEMPLATE
+        tools = [{"type": "function", "function": {"name": "get_weather"}}]
+        call = {"function": {"name": "get_weather", "arguments": {"city": "Rome", "country": None}}}
+        messages = [
+            {"role": "user", "content": "weather?", "tool_calls": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "12C", "tool_calls": None},
+            {"role": "assistant", "content": "12 degrees.", "reasoning_content": "So: "},
+        ]
+        example = {"messages": messages, "tools": json.dumps(tools) if as_json else tools}
+        batch = DataCollatorForVPiT(processor)([example])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        written = (
+            'CALL{"function": {"name": "get_weather", "arguments": {"city": "Rome"}}}<|end|>So: 12 degrees.<|end|>'
+        )
+        assert processor.tokenizer.decode(labels[labels != -100]) == written
+        assert processor.tokenizer.decode(ids).startswith(f"TOOLS{json.dumps(tools)}<|user|>weather?<|end|>")
+
+    def test_openai_parts(self, tiny_processor, pictures):
+        data = "data:image/png;base64," + base64.b64encode((pictures / "4.png").read_bytes()).decode()
+        expected = self.example(["*", "*", "*", "a"], ["b"], images=[str(pictures / "4.png")] * 3)
+        parts = [
+            {"type": "image_url", "image_url": {"url": data}},
+            {"type": "input_image", "image_url": data},
+            {"type": "image", "url": data},
+            {"type": "input_text", "text": "a"},
+        ]
+        answer = {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]}
+        collate = DataCollatorForVPiT(tiny_processor)
+        found = collate([{"messages": [{"role": "user", "content": parts}, answer]}])
+        expected = collate([expected])
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+        assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+    def test_named_templates(self, tiny_processor):
+        processor = copy.copy(tiny_processor)
+        processor.chat_template = {"tool_use": "", "default": tiny_processor.chat_template}
+        found, expected = (DataCollatorForVPiT(each)(EXAMPLES[:2]) for each in (processor, tiny_processor))
+        assert torch.equal(found["labels"], expected["labels"])
+
+    def test_tokenizers_without_a_pad_token(self, tiny_processor):
+        processor = copy.copy(tiny_processor)
+        processor.tokenizer = copy.deepcopy(tiny_processor.tokenizer)
+        processor.tokenizer.pad_token = None
+        found, expected = (DataCollatorForVPiT(each)(EXAMPLES[:3]) for each in (processor, tiny_processor))
+        for name in ("labels", "attention_mask"):
+            assert torch.equal(found[name], expected[name])
+        padding = found["attention_mask"] == 0
+        assert (found["input_ids"][padding] == processor.tokenizer.eos_token_id).all() and padding.any()
+        processor.tokenizer.eos_token = None
+        with pytest.raises(ValueError, match="neither a pad_token nor an eos_token"):
+            DataCollatorForVPiT(processor)
+
+    def test_slow_tokenizers(self, tiny_processor):
+        """A tokenizer in Python, which does not know the places of its tokens, gives the same targets."""
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+        words = ["<image>", "<image_start>", "<image_end>", "<|user|>", "<|assistant|>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": words})
+        template = tiny_processor.chat_template
+        processor = MetaMorphProcessor(tiny_processor.image_processor, tokenizer, 4, chat_template=template)
+        batch = DataCollatorForVPiT(processor)(EXAMPLES[3:4])
+        labels = batch["labels"][0]
+        image = "<image_start>" + "<image>" * 4 + "<image_end>"
+        assert tokenizer.decode(labels[labels != -100]) == f"here{image}done{image}</s>"
+        assert len(batch["pixel_values"]) == 3
+
+    @pytest.mark.parametrize(("ending", "warned"), [("+ eos_token", False), ("+ '!'", True)])
+    def test_answers_learn_to_end(self, tiny_processor, caplog, ending, warned):
+        """EOS right after the marks is a target, too. A template without a stop token is warned about."""
+        processor = copy.copy(tiny_processor)
+        inside = "+ eos_token -}}{%- endgeneration -%}"
+        assert inside in processor.chat_template
+        outside = inside.replace("+ eos_token ", "") + "{{- ''" + ending + " -}}"
+        processor.chat_template = processor.chat_template.replace(inside, outside)
+        labels = DataCollatorForVPiT(processor)([self.example(["hi"], ["yes"])])["labels"][0]
+        assert processor.tokenizer.decode(labels[labels != -100]) == ("yes" if warned else "yes<|end|>")
+        assert ("would not learn to stop" in caplog.text) == warned
+
+    def test_templates_that_refuse_or_leave_out(self, tiny_processor, pictures):
+        """A template without a place for images, which refuses longer conversations."""
+        processor = copy.copy(tiny_processor)
+        processor.chat_template = (
+            "{%- if messages | length > 2 -%}{{ raise_exception('Only one turn!') }}{%- endif -%}"
+            "{%- generation -%}yes<|end|>{%- endgeneration -%}"
+        )
+        collate = DataCollatorForVPiT(processor)
+        with pytest.raises(BadSample, match="does not fit the chat template: Only one turn!"):
+            collate([self.example(["a"], ["b"], ["c"], ["d"])])
+        with pytest.raises(BadSample, match="has 1 images, but the chat template writes 0"):
+            collate([self.example(["*"], ["b"], images=[str(pictures / "1.png")])])
 
     def test_an_image_is_encoded_once(self, tiny_processor, tiny_model, pictures):
         paths = [str(pictures / f"{number}.png") for number in (1, 2, 1)]
@@ -73,7 +176,7 @@ class TestCollator:
 
     @pytest.mark.parametrize("turns", [1, 2])
     def test_long_ones_lose_whole_turns(self, tiny_processor, pictures, turns):
-        """Never cut through an image, never a dangling <image_start>."""
+        """Nothing is cut through an image, and no <image_start> is left dangling."""
         images = [str(pictures / f"{number}.png") for number in range(3)]
         example = self.example(["draw"], ["*"], ["again", "*"], ["*"], ["and now?"], ["words"], images=images)
         kept = {**example, "messages": example["messages"][: 2 * turns], "images": images[: 2 * turns - 1]}
@@ -102,8 +205,15 @@ class TestCollator:
                 "has a content part that is neither text",
             ),
             ({"messages": [{"role": "assistant", "content": "<image_start>"}]}, "has <image_start> in a text"),
+            (
+                {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": []}]},
+                "has a message whose",
+            ),
+            ({"tools": "{"}, "has tools that are not JSON"),
+            ({"tools": 3}, "has tools of type int"),
+            ({"images": None, "visual_tokens": 3}, "has `visual_tokens` of type int"),
             ({"bad": "has no caption."}, "has no caption"),
-            ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "has a text that is no valid Unicode"),
+            ({"messages": [{"role": "assistant", "content": "\ud83d"}]}, "has a text that is not valid Unicode"),
             ({"images": ["1.png"]}, "has 0 image parts in its messages, but 1 images"),
         ],
     )
@@ -125,10 +235,10 @@ class TestCollator:
         alone = collate([bad])
         assert alone["labels"].tolist() == [[-100]] and alone["sample_ids"] == []
 
-    @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
     def test_any_record_is_a_batch_or_a_refusal(self, tiny_processor, data):
-        """Never an exception of another kind."""
+        """There is no exception of another kind."""
         text = st.sampled_from(
             ["", " ", "hi", "<image>", "<image_start>", "\x00", "a" * 50, "{{ x }}", "\u263a", "\ud83d"]
         )
@@ -141,11 +251,17 @@ class TestCollator:
         )
         role = st.sampled_from(["user", "assistant", "assistant", "system", "tool", "robot", None])
         content = st.one_of(text, st.lists(part, max_size=3), odd)
-        message = st.one_of(st.fixed_dictionaries({"role": role, "content": content}), odd)
+        extras = {"tool_calls": odd, "reasoning_content": odd}
+        message = st.one_of(st.fixed_dictionaries({"role": role, "content": content}, optional=extras), odd)
         image = st.one_of(st.just(Image.new("RGB", (4, 4))), st.just(Image.new("L", (1, 3))), odd)
         record = st.fixed_dictionaries(
             {"messages": st.one_of(st.lists(message, max_size=4), odd)},
-            optional={"images": st.one_of(st.lists(image, max_size=3), st.none()), "id": odd, "bad": st.none()},
+            optional={
+                "tools": odd,
+                "images": st.one_of(st.lists(image, max_size=3), st.none()),
+                "id": odd,
+                "bad": st.none(),
+            },
         )
         options = {
             "max_length": data.draw(st.sampled_from([None, 8, 40])),
@@ -212,7 +328,7 @@ class TestBatches:
             ({"images": [picture(0), picture(1)]}, r"1 image parts in its messages, but 2 images"),
             (
                 {"images": ["/no/such/picture.png"]},
-                r"Example 7 has image 0, which cannot be read \(/no/such/pic",
+                r"Example 7 has a bad image at index 0. The image cannot be read \(/no/such/pic",
             ),
         ],
     )
@@ -223,6 +339,11 @@ class TestBatches:
     def test_too_long_is_refused(self, tiny_processor):
         with pytest.raises(ValueError, match=r"Example 0 of the batch has \d+ tokens, more than max_length=8"):
             DataCollatorForVPiT(tiny_processor, max_length=8)(EXAMPLES[:1])
+
+    @pytest.mark.parametrize("tokens", [torch.zeros(5, 16), torch.zeros(16), "x", [[0.0], [0.0, 1.0]]])
+    def test_visual_tokens_of_a_wrong_shape(self, tiny_processor, tokens):
+        with pytest.raises(BadSample, match="visual tokens (of shape .*, expected \\(4, V\\)|that are not an array)"):
+            DataCollatorForVPiT(tiny_processor)([{"messages": EXAMPLES[0]["messages"], "visual_tokens": [tokens]}])
 
     def test_pixels_and_visual_tokens_do_not_mix(self, tiny_processor):
         tokens = {"messages": EXAMPLES[0]["messages"], "visual_tokens": [torch.zeros(4, 16)]}

@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 from metamorph_hf import (
     modeling_metamorph,
 )
+from metamorph_hf.data.formats import BadSample
 from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.data.precompute import precompute_visual_tokens
-from metamorph_hf.image_reading import BadSample
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
@@ -216,7 +216,7 @@ class TestTrainer:
         assert torch.equal(tokens["input_ids"], pixels["input_ids"])
         expected = model.get_visual_tokens(pixels["pixel_values"])
         torch.testing.assert_close(tokens["visual_tokens"], expected)
-        with pytest.raises(BadSample, match=r"row 3 of .* has an image that cannot be read \(.*3.png\)"):
+        with pytest.raises(BadSample, match=r"row 3 of .* has a bad image. The image cannot be read \(.*3.png\)"):
             stop([record for record in encoded if (record["task"], record["id"]) == ("text_to_image", "row 3")])
 
     def test_a_stream_has_no_precomputed_visual_tokens(self, tiny_processor, tiny_model):

@@ -1,15 +1,15 @@
-"""Train the emoji model from nothing: four steps, two to two and a half hours on 2 CPU cores.
+"""Train the emoji model from random weights: four steps, two to two and a half hours on 2 CPU cores.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
     python examples/emoji/train.py --bf16         # the shorter time, on a CPU with AMX
     python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
 
-1. SigLIP: contrastive learning of names and pictures; its vision tower gives the visual tokens.
+1. SigLIP: contrastive learning of names and images. Its vision tower provides the visual tokens.
 2. VPiT stage 1: the projector alone, on understanding data.
 3. VPiT stage 2: projector, language model and vision head, on all tasks.
-4. Visualizer: a VAE, and a U-Net that paints visual tokens.
+4. Visualizer: a VAE, and a U-Net that decodes visual tokens.
 
-A step that is finished is not run again; one that was interrupted goes on from its last checkpoint in `--work`.
+A finished step is not run again; an interrupted one continues from its last checkpoint in `--work`.
 """
 
 import argparse
@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
-from emoji_pictures import encode_pictures, load_pictures, training_stream
-from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus
-from emoji_visualizer import disturb, fit_vae, train_unet
-from evaluate import draw, rank_of_answer
+from emoji_images import encode_images, load_images, normalize
+from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_stream
+from emoji_visualizer import add_token_noise, train_visualizer
+from evaluate import generate_answers, rank_answers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from train_siglip import augment, train_siglip
+from train_siglip import TRAINING, augment, train_siglip
 from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -36,13 +35,11 @@ from transformers import (
 )
 
 from metamorph_hf import (
-    GridUNet2DConditionModel,
     MetaMorphConfig,
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
     MetaMorphProcessor,
     PatchVAE,
-    VisualTokenProjector,
     VPiTConfig,
     VPiTTrainer,
 )
@@ -54,16 +51,16 @@ HERE = Path(__file__).parent
 NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
-VIEWS = 4  # disturbed copies of each picture that questions may show instead
-NOISE = 0.8  # on the visual tokens of these copies, at most, of each token's norm
+VIEWS = 4  # augmented copies of each image that questions may show instead
+NOISE = 0.8  # largest move of the visual tokens of these copies, relative to a token's norm
 STEPS = {"siglip": 7200, "projector": 60, "full": 20000, "unet": 2800}
 QUICK_STEPS = {"siglip": 4, "projector": 2, "full": 4, "unet": 3}
 
 
 def build_tokenizer(texts) -> PreTrainedTokenizerFast:
-    """A lower-casing byte-level BPE of a few thousand tokens."""
+    """Train a lower-casing byte-level BPE of a few thousand tokens."""
     bpe = Tokenizer(models.BPE())
-    # After a quotation mark, too, a word begins with a space: its tokens are those of the unquoted word.
+    # A word after a quotation mark begins with a space, too, so that its tokens are those of the unquoted word.
     quotes = [normalizers.Replace(Regex(rf"(?<!\w){mark}(?=\w)"), f"{mark} ") for mark in "\"'"]
     bpe.normalizer = normalizers.Sequence([normalizers.Lowercase(), *quotes])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -88,7 +85,11 @@ def build_tokenizer(texts) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> MetaMorphProcessor:
+def build_processor(tokenizer_dir: Path, tasks: EmojiTasks) -> MetaMorphProcessor:
+    """Build the processor with the tokenizer in `tokenizer_dir`, which is trained first if it is missing."""
+    if not tokenizer_dir.is_dir():
+        build_tokenizer(corpus(tasks)).save_pretrained(tokenizer_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
     image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
     return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS)
 
@@ -96,7 +97,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> MetaMorphProcessor:
 def build_model(
     processor: MetaMorphProcessor, tower: SiglipVisionModel, quick: bool
 ) -> MetaMorphForConditionalGeneration:
-    """A Llama of 6 M parameters around the trained vision tower."""
+    """Build a Llama of 6 M parameters around the trained vision tower."""
+    torch.manual_seed(0)
     tokenizer = processor.tokenizer
     width, depth = (32, 2) if quick else (256, 6)
     text_config = LlamaConfig(
@@ -108,7 +110,7 @@ def build_model(
         num_key_value_heads=max(1, width // 64),
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # At the default 0.02, which suits models far wider, this one learns half as fast.
+        # At the default of 0.02, which suits far wider models, this one learns half as fast.
         initializer_range=width**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -121,9 +123,9 @@ def build_model(
         image_token_id=processor.image_token_id,
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
-        # Most of the time the picture so far says nothing, so that what to draw is learned from the words.
+        # Most of the time the image so far says nothing, so that the model learns from the words.
         visual_token_noise=2.5,
-        # The cosine's gradient is small beside the cross-entropy's; raised, it does not slow the text down.
+        # The gradient of the cosine is small beside that of the cross-entropy; raised, it does not slow the text down.
         visual_loss_weight=4.0,
     )
     model = MetaMorphForConditionalGeneration(config)
@@ -133,57 +135,54 @@ def build_model(
     return model
 
 
-@torch.no_grad()
 def encode_views(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor, views: int) -> torch.Tensor:
-    """Visual tokens (1 + views, pictures, N, V) of uint8 pixels (pictures, 3, 64, 64): as they are, then disturbed."""
-    encoded = [encode_pictures(model, pixels)]
+    """Encode uint8 pixels (I, 3, 64, 64) as they are and augmented: visual tokens (1 + views, I, N, V), float16."""
+    encoded = [encode_images(model, pixels)]
     for view in range(views):
         generator = torch.Generator().manual_seed(view)
-        disturbed = [augment(batch.float() / 127.5 - 1, generator) for batch in pixels.split(256)]
-        encoded.append(encode_pictures(model, ((torch.cat(disturbed) + 1) * 127.5).round().byte()))
-    return torch.stack(encoded)
+        augmented = torch.cat([augment(normalize(batch), generator) for batch in pixels.split(256)])
+        encoded.append(encode_images(model, ((augmented + 1) * 127.5).round().byte()))
+    return torch.stack(encoded).half()
 
 
-def show(views: torch.Tensor, tasks: EmojiTasks, number: int, picture: int, task: str) -> torch.Tensor:
-    """
-    Visual tokens (N, V) of a picture, out of (1 + VIEWS, pictures, N, V): number 0 is the picture as it is, any other
-    one of its views, a disturbed one with noise of its own.
+def show(views: torch.Tensor, tasks: EmojiTasks, number: int, image: int, task: str) -> torch.Tensor:
+    """Return the visual tokens (N, V) of an image, out of (1 + VIEWS, images, N, V).
 
-    Where the answer is a text, half of Google's drawings look as if Twitter had drawn them: what sets Twitter's
-    drawing of some other emoji apart from Google's is added.
+    Number 0 is the image as it is; any other is one of its views, an augmented one with noise of its own. Where the
+    answer is a text, half of Google's images are shifted to Twitter's look: the difference between Twitter's and
+    Google's image of some other emoji is added.
     """
     view, rng = number % len(views), random.Random(number)
-    tokens = views[view, picture].float()
-    if number and task in UNDERSTANDING and picture in tasks.google_looks and rng.random() < 0.5:
-        other = rng.choice(tasks.twitter_looks)
+    tokens = views[view, image].float()
+    if number and task in UNDERSTANDING and tasks.rows[image]["vendor"] == "google" and rng.random() < 0.5:
+        other = rng.choice(tasks.twitter)
         twin = tasks.index["google", tasks.rows[other]["base"], ""]
         tokens = F.normalize(tokens + views[view, other].float() - views[view, twin].float(), dim=-1)
-    return disturb(tokens[None], NOISE, torch.Generator().manual_seed(number))[0] if view else tokens
+    return add_token_noise(tokens[None], NOISE, torch.Generator().manual_seed(number))[0] if view else tokens
 
 
-def look_alikes(visual_tokens: torch.Tensor) -> torch.Tensor:
-    """(pictures,) bool: which of (pictures, N, V) have another one nearer than a cosine of 0.95, but not identical."""
+def find_look_alikes(visual_tokens: torch.Tensor) -> torch.Tensor:
+    """Return (I,) bool: which of (I, N, V) have another one nearer than a cosine of 0.95, but not identical."""
     flat = F.normalize(visual_tokens.float().flatten(1), dim=1)
     similarity = flat @ flat.T
     return ((similarity > 0.95) & (similarity < 0.9999)).any(1)
 
 
 class FreeRunning(TrainerCallback):
-    """Draws without help, now and then: the loss under teacher forcing says little about that."""
+    """Generate without teacher forcing now and then, because the loss under teacher forcing says little about that."""
 
     def __init__(self, trainer: VPiTTrainer, tasks: EmojiTasks, visual_tokens: torch.Tensor, every: int):
-        self.trainer, self.tasks, self.every = trainer, tasks, every
-        self.candidates = visual_tokens[tasks.google].float()
+        self.trainer, self.tasks, self.visual_tokens, self.every = trainer, tasks, visual_tokens, every
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every:
             return
-        model, results = self.trainer.model, {}
-        model.eval()
+        model, results = self.trainer.model.eval(), {}
         for kind in ("seen_phrasings", "unseen_phrasings"):
             records = random.Random(0).sample(self.tasks.evaluation(kind), 128)
-            drawn = draw(model, self.trainer.processing_class, records)
-            ranks = rank_of_answer(drawn, records, self.candidates, self.tasks.google)
+            _, generated = generate_answers(model, self.trainer.processing_class, records)
+            answers = [record["answer"] for record in records]
+            ranks = rank_answers(generated, answers, self.tasks.google, self.visual_tokens)
             results[f"top1_{kind}"] = (ranks == 0).float().mean().item()
         model.train()
         self.trainer.log(results)
@@ -198,34 +197,26 @@ def train_stage(
     out: Path,
     steps: int,
     quick: bool,
-    bf16: bool = False,
-) -> MetaMorphForConditionalGeneration:
-    """VPiT stage 1 ("projector") or 2 ("full") with `VPiTTrainer`; resumes from a checkpoint in `out`."""
+    bf16: bool,
+) -> None:
+    """Run VPiT stage 1 ("projector") or 2 ("full") and save it in `out/final`; resume from a checkpoint in `out`."""
     batch, micro_batch = (8, 4) if quick else (32, 32)
     if bf16:
         model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
     args = VPiTConfig(
+        str(out),
+        **TRAINING,
         stage=stage,
-        output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=batch // micro_batch,
-        learning_rate=1e-3,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
         warmup_steps=max(1, steps // 25),
-        weight_decay=0.05,
-        adam_beta2=0.98,
         max_length=256,
-        train_sampling_strategy="sequential",
         gradient_checkpointing=False,
         bf16=bf16,
-        use_cpu=True,
-        dataloader_pin_memory=False,
         logging_steps=max(1, min(100, steps // 2)),
-        save_steps=200,
-        save_total_limit=1,
-        report_to="none",
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
     stream = training_stream(
@@ -233,9 +224,9 @@ def train_stage(
     )
     trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
     if stage == "full":
-        trainer.add_callback(FreeRunning(trainer, tasks, views[0], every=max(1, min(1000, steps // 2))))
+        trainer.add_callback(FreeRunning(trainer, tasks, views[0].float(), every=max(1, min(1000, steps // 2))))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
-    return trainer.model
+    trainer.model.save_pretrained(out / "final")
 
 
 def main() -> None:
@@ -248,68 +239,40 @@ def main() -> None:
         action="store_true",
         help="SigLIP and VPiT in bfloat16: a third less time on a CPU with AMX, slower on others",
     )
-    parser.add_argument("--until", choices=("siglip", "vpit", "visualizer"), default="visualizer", help="stop early")
     args = parser.parse_args()
-    steps = QUICK_STEPS if args.quick else STEPS
-    work = args.work
-
-    rows, pixels = load_pictures()
+    steps, work = QUICK_STEPS if args.quick else STEPS, args.work
+    rows, pixels = load_images()
     tasks = EmojiTasks(rows)
-    tokenizer_dir = work / "tokenizer"
-    if not tokenizer_dir.is_dir():
-        build_tokenizer(corpus(tasks)).save_pretrained(tokenizer_dir)
-    processor = build_processor(PreTrainedTokenizerFast.from_pretrained(tokenizer_dir))
+    processor = build_processor(work / "tokenizer", tasks)
 
-    siglip_dir = work / "siglip"
-    if not (siglip_dir / "config.json").is_file():
-        train_siglip(rows, pixels, processor.tokenizer, siglip_dir, steps["siglip"], quick=args.quick, bf16=args.bf16)
-    if args.until == "siglip":
-        return
-    # The pooling head serves the contrastive loss alone.
-    tower = SiglipModel.from_pretrained(siglip_dir).vision_model
-    tower.config.vision_use_head = False
+    if not (work / "siglip" / "config.json").is_file():
+        print("1/4 SigLIP")
+        train_siglip(rows, pixels, processor.tokenizer, work / "siglip", steps["siglip"], args.quick, args.bf16)
+    tower = SiglipModel.from_pretrained(work / "siglip").vision_model
+    tower.config.vision_use_head = False  # the pooling head serves the contrastive loss alone
 
-    torch.manual_seed(0)
     model = build_model(processor, tower, args.quick)
-    tokens_file = work / "visual_tokens.pt"
-    if not tokens_file.is_file():
-        torch.save(encode_views(model, pixels, 1 if args.quick else VIEWS).half(), tokens_file)
-    views = torch.load(tokens_file, weights_only=True)
-    # What sets look-alikes apart is a small part of their tokens, and so of the loss.
-    tasks.emphasis = (1 + 2 * look_alikes(views[0, tasks.google]).float()).tolist()
+    views = encode_views(model, pixels, 1 if args.quick else VIEWS)
+    # The differences between look-alikes are a small part of their tokens, and so of the loss.
+    tasks.emphasis = (1 + 2 * find_look_alikes(views[0, tasks.google]).float()).tolist()
+    for number, stage in enumerate(("projector", "full"), start=1):
+        folder = work / f"stage{number}"
+        if not (folder / "final").is_dir():
+            print(f"{number + 1}/4 VPiT stage {number}")
+            train_stage(stage, model, processor, tasks, views, folder, steps[stage], args.quick, args.bf16)
+        model = MetaMorphForConditionalGeneration.from_pretrained(folder / "final")
 
-    for number, (stage, folder) in enumerate((("projector", work / "stage1"), ("full", work / "stage2")), start=2):
-        final = folder / "final"
-        if not final.is_dir():
-            print(f"{number}/4 VPiT stage {number - 1}")
-            model = train_stage(stage, model, processor, tasks, views, folder, steps[stage], args.quick, args.bf16)
-            model.save_pretrained(final)
-        model = MetaMorphForConditionalGeneration.from_pretrained(final)
-    if args.until == "vpit":
-        return
-
+    print("4/4 Visualizer")
+    # In closed form: a convolutional VAE of this size needs hours of CPU to do as well (28 dB with 32 channels).
+    vae = PatchVAE.fit(normalize(pixels[: len(rows)]), latent_channels=32)
     # Mostly the base emoji; their skin-tone variants for edits and their crops for visual thinking.
     variants = [i for i, row in enumerate(rows) if row["vendor"] == "google" and row["skin_tone"]]
-    painted = 3 * tasks.google + variants + [len(rows) + i for i in tasks.google]
-    print("4/4 Visualizer")
-    if not (work / "vae" / "config.json").is_file():
-        fit_vae(pixels[: len(rows)], work / "vae")
-    vae = PatchVAE.from_pretrained(work / "vae")
-    if not (work / "unet" / "scheduler").is_dir():
-        tokens = views[0, painted].float()
-        train_unet(pixels[painted], tokens, vae, work / "unet", steps["unet"], quick=args.quick)
-    pipeline = MetaMorphPipeline(
-        model=model,
-        processor=processor,
-        projector=VisualTokenProjector.from_pretrained(work / "unet" / "projector"),
-        unet=GridUNet2DConditionModel.from_pretrained(work / "unet" / "unet"),
-        vae=vae,
-        scheduler=DDIMScheduler.from_pretrained(work / "unet" / "scheduler"),
-        default_num_inference_steps=15,
-        default_guidance_scale=2.0,
+    chosen = 3 * tasks.google + variants + [len(rows) + i for i in tasks.google]
+    projector, unet, scheduler = train_visualizer(
+        pixels[chosen], views[0, chosen].float(), vae, work / "visualizer", steps["unet"], args.quick
     )
-    for component in (pipeline.projector, pipeline.unet, pipeline.vae):
-        component.register_to_config(_name_or_path="emoji")  # it would name a folder of this machine
+    defaults = {"default_num_inference_steps": 15, "default_guidance_scale": 2.0}
+    pipeline = MetaMorphPipeline(model, processor, projector, unet, vae, scheduler, **defaults)
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"saved {args.out}")
 

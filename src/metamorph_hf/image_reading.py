@@ -1,7 +1,9 @@
-"""One reader of images for every door: a path, URL, bytes, PIL image or array means the same pixels everywhere."""
+"""One reader for every way to give an image, so that the same image means the same pixels everywhere."""
 
+import base64
 import io
 import os
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,55 +11,96 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from transformers.image_utils import load_image
+import torch
 
 
-class BadSample(ValueError):
-    """A sample that cannot be trained on: the reason, in a sentence."""
+class ImageReadError(ValueError):
+    """An image that cannot be read. The message is a sentence that names it and gives the reason."""
 
 
 def read_image(image: Any) -> PIL.Image.Image:
     """
-    An image as RGB pixels: decoded to its end, turned as its EXIF data say, on white where it is transparent, 16 bits
-    scaled to 8, of an animation the first frame.
+    Read an image as RGB pixels: upright by its EXIF data, on white where it is transparent, 16 bits scaled to 8, and
+    the first frame of an animation.
 
     Args:
-        image: Path, URL, `PIL.Image.Image`, bytes, or what an [`~datasets.Image`] column holds undecoded.
+        image:
+            `PIL.Image.Image`, path, URL, data URI, base64 text, encoded bytes, a mapping of `bytes` and `path` as an
+            undecoded [`~datasets.Image`] column holds it, or pixels as a NumPy array or torch tensor of shape (H, W),
+            (H, W, C) or (C, H, W) with C in 1, 3, 4 and dtype uint8, uint16 or float (0 to 1).
 
     Raises:
-        BadSample: if it is missing, broken, empty, or a decompression bomb (PIL's limit).
+        ImageReadError: If it is missing, broken, empty or a decompression bomb by PIL's limit, or has values of
+            unknown range: 32-bit integers (PIL's mode "I"), or floats (mode "F", too) outside 0 to 1.
     """
-    source = image
+    name = describe_image(image)
     try:
-        if isinstance(image, Mapping):
-            image = image["path"] if image.get("bytes") is None else image["bytes"]
-        if isinstance(image, bytes):
-            image = PIL.Image.open(io.BytesIO(image))
-        elif isinstance(image, Path) or (isinstance(image, str) and os.path.isfile(image)):
-            image = PIL.Image.open(image)
-        if not isinstance(image, PIL.Image.Image):
-            image = load_image(image)
-        if image.mode.startswith("I"):  # PIL would cut 16 bits off at 255
-            image = PIL.Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+        image = _open(image)
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):  # PIL reads 16 bits of these two as mode "I"
+            raise ValueError('the range of 32-bit integers (mode "I") is unknown: convert them to mode "L" or "I;16"')
         image = PIL.ImageOps.exif_transpose(image)
-        if image.has_transparency_data:  # as image processors do
+        if image.mode.startswith(("I", "F")):
+            image = _from_array(np.asarray(image, np.float32 if image.mode == "F" else np.uint16))
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    except PIL.Image.DecompressionBombError as error:
-        raise BadSample(f"is too large to be safe ({described(source)}): {error}") from error
+        if not image.width or not image.height:
+            raise ValueError(f"it has {image.width}x{image.height} pixels")
     except Exception as error:  # decoders and networks raise anything for broken headers and addresses
-        raise BadSample(f"cannot be read ({described(source)}): {error}") from error
-    if not image.width or not image.height:
-        raise BadSample(f"is empty ({described(source)}): {image.width}x{image.height} pixels")
+        known = {FileNotFoundError: "the file does not exist", PIL.UnidentifiedImageError: "its format is unknown"}
+        reason = str(known.get(type(error), error)).rstrip(".")
+        raise ImageReadError(f"The image cannot be read ({name}): {reason}.") from error
     return image
 
 
-def described(image: Any) -> str:
-    """What a message calls an image or a video: its path, never its bytes."""
+def _open(image: Any) -> PIL.Image.Image:
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+        with urllib.request.urlopen(image, timeout=60) as response:
+            image = response.read()
+    elif isinstance(image, str) and not os.path.exists(image):
+        try:
+            return PIL.Image.open(io.BytesIO(base64.b64decode(image)))
+        except (ValueError, PIL.UnidentifiedImageError) as error:
+            raise FileNotFoundError(image) from error
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return _from_array(image)
+    if isinstance(image, (bytes, str, Path)):
+        return PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    if not isinstance(image, PIL.Image.Image):
+        raise TypeError(f"it is {type(image).__name__}, expected a path, URL, bytes, PIL image, array or tensor")
+    return image
+
+
+def _from_array(pixels: np.ndarray | torch.Tensor) -> PIL.Image.Image:
+    sizes = (1, 3, 4)
+    channels_first = pixels.ndim == 3 and pixels.shape[0] in sizes
+    if isinstance(pixels, torch.Tensor):  # both layouts are possible in a 3x64x3 tensor: torch's own wins
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).detach().cpu().numpy()
+    else:
+        channels_first = channels_first and pixels.shape[-1] not in sizes
+    pixels = np.moveaxis(pixels, 0, -1) if channels_first else pixels
+    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[-1] not in sizes):
+        raise ValueError(f"its shape is {pixels.shape}, expected (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4")
+    if pixels.dtype.kind == "f" and ((pixels >= 0) & (pixels <= 1)).all():
+        pixels = (pixels * 255).round().astype(np.uint8)
+    elif pixels.dtype == np.uint16:
+        pixels = (pixels / 257).round().astype(np.uint8)
+    elif pixels.dtype != np.uint8:
+        values = f"{pixels.dtype} values from {pixels.min():g} to {pixels.max():g}"
+        raise ValueError(f"it has {values}, expected uint8, uint16 or floats from 0 to 1")
+    return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 and pixels.ndim == 3 else pixels)
+
+
+def describe_image(image: Any) -> str:
+    """Name an image or a video in a message: by its path or address if it has one, else by its type."""
     if isinstance(image, Mapping):
         image = image.get("path") or image.get("bytes")
-    return str(image)[:200] if isinstance(image, (str, Path)) else type(image).__name__
+    if not isinstance(image, (str, Path)):
+        return type(image).__name__
+    return str(image).partition(",")[0] if str(image).startswith("data:") else str(image)[:200]
 
 
-__all__ = ["BadSample", "described", "read_image"]
+__all__ = ["ImageReadError", "describe_image", "read_image"]

@@ -1,312 +1,316 @@
 """
-Training data: sources of any size read lazily, and mixtures of them as datasets of conversations.
+Mixtures: datasets of conversations from one or more sources, read lazily whatever their size.
 
-A mixture holds records: what a family of `formats` makes of a row (`messages`, `images`), and `task`, `source`
-and `id` to name it. A row that cannot become a record has the reason in `bad`, for the collator to raise or to skip.
+A mixture holds records: `messages` and `images` that a family of `formats` makes of a row, and `task`, `source` and
+`id` to name it. For a row that cannot become a record, `bad` says why, so that the collator can raise or skip it.
 """
 
 import json
 import logging
 import os
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import (
-    Dataset,
-    Features,
-    Image,
-    IterableDataset,
-    List,
-    Value,
-    Video,
-    interleave_datasets,
-    load_dataset,
-)
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, Video, interleave_datasets, load_dataset
 
-from ..image_reading import BadSample
+from . import BadSample
 from .formats import FAMILIES, Record, Row
 
 
 logger = logging.getLogger(__name__)
 
+# interleave_datasets needs one type per column, and contents of messages have several. datasets.Json does not fit: its
+# parser refuses lone surrogates and large integers, so that one odd row would end the stream.
+STREAM_FEATURES = Features({"record": Value("string"), "images": List(Image(decode=False))})
+
 
 class JsonLines(Sequence):
     """
-    A JSONL file by line number, without reading it whole: the places of its lines are found once (8 bytes a line), and
-    a line is read and parsed when it is asked for, in whichever process asks. Empty lines at the end are none.
+    A JSONL file as a sequence of rows. Only the lines' positions are kept in memory (8 bytes per line); a line is read
+    and parsed when it is asked for. Empty lines at the end are ignored.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Raises:
+        BadSample: On access, if a line is not a JSON object.
     """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        ends, position = [], 0
         with open(self.path, "rb") as file:
-            while block := file.read(1 << 24):
-                ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + position)
-                position += len(block)
-                last = block[-1:]
-        ends = np.concatenate([*ends, *([[position]] if position and last != b"\n" else [])]) if position else []
-        self.offsets = np.concatenate([[0], np.asarray(ends, dtype=np.int64) + 1]).astype(np.int64)
-        while len(self) and not self._line(len(self) - 1).strip():
+            self.offsets = np.fromiter(accumulate(map(len, file), initial=0), dtype=np.int64)
+        while len(self) and not self._read_line(len(self) - 1).strip():
             self.offsets = self.offsets[:-1]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def _line(self, index: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
-            return file.read(self.offsets[index + 1] - self.offsets[index])
-
     def __getitem__(self, index: int) -> Row:
         try:
-            row = json.loads(self._line(index))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            row = json.loads(self._read_line(index))
+        except (ValueError, RecursionError) as error:  # also other encodings, and numbers of too many digits
             raise BadSample(f"is line {index + 1} of {self.path}, which is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise BadSample(f"is line {index + 1} of {self.path}, which holds {type(row).__name__}, not an object.")
         return row
 
-
-def undecoded(dataset: Dataset) -> Dataset:
-    """The dataset with its images and videos as bytes and paths: images are decoded in the collator."""
-    features = {}
-    for name, feature in dataset.features.items():
-        if isinstance(feature, (Image, Video)):
-            feature = type(feature)(decode=False)
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            feature = List(Image(decode=False))
-        features[name] = feature
-    return dataset.cast(Features(features))
+    def _read_line(self, index: int) -> bytes:
+        start, end = self.offsets[index], self.offsets[index + 1]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
 
 
-# Streams are interleaved by their columns' types, and contents of messages are of several.
-STREAM_FEATURES = Features(
-    {
-        **{name: Value("string") for name in ("task", "source", "id", "bad", "messages")},
-        "images": List(Image(decode=False)),
-    }
-)
+def disable_decoding(feature: Any) -> Any:
+    """Return a feature of a dataset with images and videos, also in lists, as bytes and paths."""
+    if isinstance(feature, (Image, Video)):
+        return type(feature)(decode=False)
+    return List(disable_decoding(feature.feature), feature.length) if isinstance(feature, List) else feature
 
 
 @dataclass
 class Source:
     """
-    One entry of a mixture.
+    One source of a mixture. Keys that TRL's `DatasetConfig` has, too, mean the same, except for `columns`.
 
     Args:
-        task (`str`): Its family, a key of `FAMILIES`.
+        task (`str`): The family of its rows, a key of `FAMILIES`.
         path (`str`):
-            A `.jsonl` or `.json` file, or whatever [`~datasets.load_dataset`] takes: a Hub repository, or a builder
-            (`"parquet"`, `"webdataset"`, `"imagefolder"`...) with `data_files`.
-        name, split, data_files (*optional*): For `load_dataset`; the split defaults to `"train"`.
+            A `.jsonl` or `.json` file, or anything that [`~datasets.load_dataset`] takes: a Hub repository, or a
+            builder (`"parquet"`, `"webdataset"`, `"imagefolder"`...) with `data_files`.
+        name, data_dir, data_files, split (*optional*): Passed to `load_dataset`. The split defaults to `"train"`.
         columns (`dict`, *optional*):
-            The family's names of columns to the source's, such as `{"caption": "title"}`. Columns of a webdataset are
-            its members' endings (`"jpg"`, `"source.jpg"`) and the keys of its `.json` members.
-        streaming (`bool`, *optional*, defaults to `False`): Read while training.
-        weight (`float`, *optional*): Its share of the mixture, relative to the other weights.
-        num_samples (`int`, *optional*): How many of its samples to take, drawn by the seed; repeated if it has fewer.
-        options (`dict`, *optional*): More for the family, such as `image_root`.
+            Maps the family's column names to the source's, such as `{"caption": "title"}`. A webdataset's columns are
+            the endings of its members (`"jpg"`, `"source.jpg"`) and the keys of its `.json` members.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read it while training.
+        fraction (`float`, *optional*): Its share of the mixture, relative to the fractions of the others.
+        num_samples (`int`, *optional*): How many samples to draw from it. It is repeated if it has fewer.
+        options (`dict`, *optional*): Options of the family, such as `image_root`.
 
     Raises:
-        ValueError: if the task is unknown, or both `weight` and `num_samples` are given.
+        ValueError: If the task is unknown, a number is not positive, or both `fraction` and `num_samples` are given.
     """
 
     task: str
     path: str
     name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, Any] | None = None
     split: str = "train"
-    data_files: str | list[str] | None = None
     columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
-    weight: float | None = None
+    fraction: float | None = None
     num_samples: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.task not in FAMILIES:
             raise ValueError(f"task is {self.task!r}, expected one of {', '.join(FAMILIES)}.")
-        if self.weight is not None and self.num_samples is not None:
-            raise ValueError(f"{self.path} has a weight and num_samples: give one of the two.")
-        for name, value in (("weight", self.weight), ("num_samples", self.num_samples)):
+        if self.fraction is not None and self.num_samples is not None:
+            raise ValueError(f"{self.path} has a fraction and num_samples: give one of the two.")
+        for name, value in (("fraction", self.fraction), ("num_samples", self.num_samples)):
             if value is not None and value <= 0:
-                raise ValueError(
-                    f"{self.path} has {name}={value}, expected more than 0: leave out what is not wanted."
-                )
+                raise ValueError(f"{self.path} has {name}={value}, expected more than 0: leave out unwanted sources.")
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> "Source":
+        """Build a source from a dictionary. Keys that are not fields are options of the family."""
+        entry = dict(entry)
+        if "weight" in entry:
+            warnings.warn("A source's `weight` is now called `fraction`, as in TRL.", FutureWarning, stacklevel=3)
+            entry["fraction"] = entry.pop("weight")
+        if missing := {"task", "path"} - set(entry):
+            raise ValueError(f"A source of a mixture lacks {' and '.join(sorted(missing))}: {entry}.")
+        options = {name: entry.pop(name) for name in set(entry) - set(cls.__dataclass_fields__)}
+        return cls(**{**entry, "options": {**entry.get("options", {}), **options}})
 
     @property
     def label(self) -> str:
-        """What messages and tables call it."""
-        files = [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
-        return ", ".join(files[:1]) + " and more" * (len(files) > 1) or self.path
+        """The name of the source in messages and tables."""
+        files = self.data_files
+        while isinstance(files, Mapping) or (isinstance(files, (list, tuple)) and len(files) == 1):
+            files = list(files.values()) if isinstance(files, Mapping) else files[0]
+        return f"{files[0]} and more" if isinstance(files, (list, tuple)) and files else files or self.path
 
-    def open(self) -> Sequence[Row] | IterableDataset:
-        """Its rows, images undecoded."""
+    def load(self) -> Sequence[Row] | IterableDataset:
+        """Load the rows, with images and videos as paths and bytes."""
         if self.path.endswith(".jsonl"):
             return JsonLines(self.path)
-        if self.path.endswith(".json"):  # LLaVA's lists have `image` as text or list: no table of datasets' own
-            rows = json.loads(Path(self.path).read_text())
+        if self.path.endswith(".json"):  # LLaVA's `image` is a text or a list, which datasets' tables cannot hold
+            try:
+                rows = json.loads(Path(self.path).read_bytes())
+            except json.JSONDecodeError as error:
+                if error.msg == "Extra data":  # one object per line
+                    return JsonLines(self.path)
+                raise ValueError(f"{self.path} is not JSON, or it is cut off: {error}.") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self.path} is not JSON in UTF-8: {error}.") from error
             if not isinstance(rows, list):
                 raise ValueError(f"{self.path} holds {type(rows).__name__}, expected a list of samples.")
             return rows
-        options = {"data_files": self.data_files, "split": self.split, "streaming": self.streaming}
-        dataset = load_dataset(self.path, self.name, **options)
-        return dataset.decode(False) if self.streaming else undecoded(dataset)
+        dataset = load_dataset(
+            self.path,
+            self.name,
+            data_dir=self.data_dir,
+            data_files=self.data_files,
+            split=self.split,
+            streaming=self.streaming,
+        )
+        if self.streaming:
+            return dataset if dataset.features is None else dataset.decode(False)  # CSV has no images to decode
+        return dataset.cast(Features({name: disable_decoding(feature) for name, feature in dataset.features.items()}))
 
-    def record(self, row: Row | None, index: int, seed: int, error: BadSample | None = None) -> Record:
-        """The family's record of a row, or one that says why there is none. Random choices depend on `index` alone."""
-        about = {"task": self.task, "source": self.label, "bad": None, "messages": None, "images": None}
-        if row is not None and isinstance(row.get("json"), Mapping):  # a webdataset sample's .json member
+    def read(self, table: Sequence[Row], index: int, seed: int) -> Record:
+        """Return the record of a row of a loaded table."""
+        try:
+            return self.build_record(table[index], index, seed)
+        except BadSample as error:  # a row that is not even one
+            return self._record(index, None, bad=str(error))
+
+    def build_record(self, row: Row, index: int, seed: int) -> Record:
+        """Return the record of a row, or one with the reason why there is none. Random choices depend on `index`."""
+        if not isinstance(row, Mapping):
+            return self._record(index, None, bad=f"is {type(row).__name__}, expected an object with columns.")
+        if isinstance(row.get("json"), Mapping):  # a webdataset sample's .json member
             row = {**row, **row["json"]}
-        name = None if row is None else row.get("id", row.get("__key__"))
-        about["id"] = f"row {index}" if name is None else f"{name} (row {index})"
+        name = row.get("id", row.get("__key__"))
+        row = {**row, **{name: row.get(column) for name, column in self.columns.items()}}
+        rng = random.Random(f"{seed} {self.path} {index}")
         try:
-            if error is not None:
-                raise error
-            row = {**row, **{name: row.get(column) for name, column in self.columns.items()}}
-            rng = random.Random(f"{seed} {self.path} {index}")
-            return {**about, **FAMILIES[self.task](row, rng, **self.options)}
+            return self._record(index, name, **FAMILIES[self.task](row, rng, **self.options))
         except BadSample as error:
-            return {**about, "bad": str(error)}
+            return self._record(index, name, bad=str(error))
 
-
-class _Reader:
-    """Turns the two numbers that a mixture is made of, source and row, into records when they are read."""
-
-    def __init__(self, sources: list[Source], tables: list[Sequence[Row]], seed: int):
-        self.sources, self.tables, self.seed = sources, tables, seed
-
-    def __call__(self, columns: dict[str, list[int]]) -> dict[str, list]:
-        records = [self._record(*place) for place in zip(columns["source"], columns["row"])]
-        return {name: [record[name] for record in records] for name in records[0]}
-
-    def _record(self, source: int, index: int) -> Record:
-        row = error = None
-        try:
-            row = self.tables[source][index]
-        except BadSample as bad:
-            error = bad
-        return self.sources[source].record(row, index, self.seed, error)
+    def _record(self, index: int, name: Any, **content) -> Record:
+        label = f"row {index}" if name is None else f"{name} (row {index})"
+        empty = {"bad": None, "messages": None, "images": None, "tools": None}
+        return {"task": self.task, "source": self.label, "id": label, **empty, **content}
 
 
 def load_mixture(
     sources: Sequence[Source | Mapping[str, Any]], seed: int = 0, size: int | None = None
 ) -> Dataset | IterableDataset:
     """
-    A dataset of records from several sources, shuffled by `seed`, to train on with [`DataCollatorForVPiT`].
+    Load a dataset of records from several sources, shuffled by `seed`, to train on with [`DataCollatorForVPiT`].
 
-    Without weights and counts every sample stands in it once. With `num_samples` a source gives that many (the paper's
-    figure 4: understanding data as it is, 1,000 to 200,000 generation samples beside it). With weights, which all
-    sources must have then, the mixture has `size` samples, or as many as use up the first source.
+    By default it holds every sample once. With `num_samples` a source gives that many, as in the paper's figure 4: all
+    understanding data beside 1,000 to 200,000 generation samples. With fractions, which all sources must have then, it
+    holds `size` samples, or as many as use up the first source.
 
-    If any source streams, the mixture does: weights are then the probabilities of [`~datasets.interleave_datasets`].
+    If any source streams, the mixture does, and fractions are the probabilities of [`~datasets.interleave_datasets`].
 
     Args:
         sources (list of [`Source`] or `dict`): Keys of a dictionary that `Source` lacks are options of the family.
-        seed (`int`, *optional*, defaults to 0): Of the order, of what is drawn, and of wordings.
-        size (`int`, *optional*): Samples in the mixture; with weights only.
+        seed (`int`, *optional*, defaults to 0): Decides the order, the samples drawn, and the wordings.
+        size (`int`, *optional*): Number of samples of a mixture by fractions.
 
     Raises:
-        ValueError: if there are no sources, one is empty, or some have weights and others not.
+        ValueError: If there are no sources, one is empty, or some have fractions and others do not.
     """
-    sources = [source if isinstance(source, Source) else parse_source(source) for source in sources]
-    weights = [source.weight for source in sources]
-    if not sources or (any(weights) and not all(weights)):
-        raise ValueError("A mixture needs at least one source, and a weight for every one or for none of them.")
-    if size is not None and not any(weights):
-        raise ValueError("size goes with weights: without them every source says itself how many samples it gives.")
-    tables = [source.open() for source in sources]
-    if any(isinstance(table, IterableDataset) for table in tables):
-        return _stream(sources, tables, seed, size)
+    sources = [source if isinstance(source, Source) else Source.from_dict(source) for source in sources]
+    fractions = [source.fraction for source in sources]
+    if not sources or (any(fractions) and not all(fractions)):
+        raise ValueError("A mixture needs at least one source, and a fraction for every one or for none of them.")
+    if size is not None and not any(fractions):
+        raise ValueError("size needs fractions: without them, each source says how many samples it gives.")
+    tables = [source.load() for source in sources]
     for source, table in zip(sources, tables):
-        if not len(table):
-            raise ValueError(f"{source.path} has no samples.")
+        if not isinstance(table, IterableDataset) and not len(table):
+            raise ValueError(f"{source.label} has no samples.")
+    if any(isinstance(table, IterableDataset) for table in tables):
+        return _interleave_streams(sources, tables, seed, size)
     counts = [source.num_samples or len(table) for source, table in zip(sources, tables)]
-    if any(weights):
-        size = size or int(min(len(table) / weight for table, weight in zip(tables, weights)) * sum(weights))
-        counts = [round(size * weight / sum(weights)) for weight in weights]
+    if any(fractions):
+        size = size or int(min(len(table) / share for table, share in zip(tables, fractions)) * sum(fractions))
+        counts = [round(size * share / sum(fractions)) for share in fractions]
     generator = np.random.default_rng(seed)
-    rows = [drawn(len(table), count, generator) for table, count in zip(tables, counts)]
-    places = np.stack([np.repeat(np.arange(len(rows)), counts), np.concatenate(rows)], 1)
-    places = places[generator.permutation(len(places))]
-    dataset = Dataset(pa.table({"source": places[:, 0], "row": places[:, 1]}))
-    return dataset.with_transform(_Reader(sources, tables, seed))
+    rows = [draw_rows(len(table), count, generator) for table, count in zip(tables, counts)]
+    order = generator.permutation(sum(counts))
+    columns = {"source": np.repeat(np.arange(len(rows)), counts)[order], "row": np.concatenate(rows)[order]}
+    return Dataset.from_dict(columns).with_transform(partial(_read_rows, sources=sources, tables=tables, seed=seed))
 
 
-def parse_source(entry: Mapping[str, Any]) -> Source:
-    """A [`Source`] of a dictionary whose other keys are options of its family."""
-    known = {name: value for name, value in entry.items() if name in Source.__dataclass_fields__}
-    if missing := {"task", "path"} - set(known):
-        raise ValueError(f"A source of a mixture lacks {' and '.join(sorted(missing))}: {dict(entry)}.")
-    options = {name: value for name, value in entry.items() if name not in known}
-    return Source(**{**known, "options": {**known.get("options", {}), **options}})
+def draw_rows(available: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw `count` row numbers: all rows as often as they fit, and a random part of them for the rest."""
+    repeats, rest = divmod(count, available)
+    return np.concatenate([np.tile(np.arange(available), repeats), generator.permutation(available)[:rest]])
 
 
-def drawn(available: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` rows: all of them as often as they fit, and some without repetition for the rest."""
-    whole, rest = divmod(count, available)
-    return np.concatenate([np.tile(np.arange(available), whole), generator.permutation(available)[:rest]])
+def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: list, seed: int) -> dict[str, list]:
+    pairs = zip(columns["source"], columns["row"])
+    records = [sources[source].read(tables[source], row, seed) for source, row in pairs]
+    return {name: [record[name] for record in records] for name in records[0]}
 
 
-def _stream(sources: list[Source], tables: list, seed: int, size: int | None) -> IterableDataset:
+def _interleave_streams(sources: list[Source], tables: list, seed: int, size: int | None) -> IterableDataset:
     streams = []
     for source, table in zip(sources, tables):
-        if isinstance(table, Dataset):
-            table = table.shuffle(seed).to_iterable_dataset()
-        elif not isinstance(table, IterableDataset):
-            table = IterableDataset.from_generator(_rows, gen_kwargs={"table": table})
-        if source.num_samples is not None:
-            table = table.take(source.num_samples)
-        record = partial(_stream_record, source=source, seed=seed)
-        options = {"with_indices": True, "remove_columns": table.column_names, "features": STREAM_FEATURES}
-        streams.append(table.map(record, **options))
-    weights = [source.weight for source in sources]
-    probabilities = [weight / sum(weights) for weight in weights] if all(weights) else None
+        if isinstance(table, IterableDataset):
+            columns = table.column_names or list(next(iter(table), {}))  # a CSV file's are not known before
+            table = table.map(_shuffle_rows, True, batched=True, batch_size=256, fn_kwargs={"seed": seed})
+            options = {"remove_columns": [*columns, "row_index"], "features": STREAM_FEATURES}
+            table = table.map(_build_stream_record, fn_kwargs={"source": source, "seed": seed}, **options)
+        else:
+            options = {"source": source, "table": table, "seed": seed}
+            table = IterableDataset.from_generator(_read_stream, features=STREAM_FEATURES, gen_kwargs=options)
+        streams.append(table if source.num_samples is None else table.repeat(None).take(source.num_samples))
+    fractions = [source.fraction for source in sources]
+    probabilities = [share / sum(fractions) for share in fractions] if all(fractions) else None
     strategy = "first_exhausted" if probabilities else "all_exhausted_without_replacement"
     mixture = interleave_datasets(streams, probabilities, seed, stopping_strategy=strategy)
-    mixture = mixture.map(_loaded_messages)
+    mixture = mixture.map(lambda columns: json.loads(columns["record"]), remove_columns="record")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun and accelerate launch
     if 1 < processes <= mixture.num_shards:  # accelerate's prepare_data_loader gives each process whole shards then
         logger.warning(
-            f"The stream's {mixture.num_shards} shards are dealt out whole to {processes} processes: one whose shards "
-            "hold fewer samples ends earlier than the others. Write shards of equal length, as many as a multiple of "
-            "the processes, or leave out streaming: samples are dealt out evenly then."
+            f"Each of the {processes} processes reads whole shards of the stream's {mixture.num_shards}. If they are "
+            "uneven, some processes finish early. Write shards of equal length, as many as a multiple of the number "
+            "of processes, or do not stream: then samples are distributed evenly."
         )
     return mixture if size is None else mixture.take(size)
 
 
-def _rows(table: Sequence[Row]) -> Iterator[Row]:
-    for index in range(len(table)):
-        try:
-            yield {"row": table[index], "bad": None}
-        except BadSample as error:
-            yield {"row": None, "bad": str(error)}
+def _read_stream(source: Source, table: Sequence[Row], seed: int) -> Iterator[dict[str, Any]]:
+    for index in np.random.default_rng(seed).permutation(len(table)):
+        yield _split_record(source.read(table, int(index), seed))
 
 
-def _stream_record(row: Row, index: int, source: Source, seed: int) -> Record:
-    if set(row) == {"row", "bad"}:  # of _rows
-        error = None if row["bad"] is None else BadSample(row["bad"])
-        record = source.record(row["row"], index, seed, error)
-    else:
-        record = source.record(row, index, seed)
-    return {**record, "messages": json.dumps(record["messages"]), "images": record["images"] or []}
+def _shuffle_rows(rows: dict[str, list], indices: list[int], seed: int) -> dict[str, list]:
+    """Shuffle a batch of rows. Unlike [`IterableDataset.shuffle`], this resumes from a state without losing rows."""
+    order = np.random.default_rng([seed, indices[0]]).permutation(len(indices))
+    return {name: [values[index] for index in order] for name, values in {**rows, "row_index": indices}.items()}
 
 
-def _loaded_messages(record: Record) -> Record:
-    return {"messages": json.loads(record["messages"])}
+def _build_stream_record(row: Row, source: Source, seed: int) -> dict[str, Any]:
+    index = row.pop("row_index")
+    return _split_record(source.build_record(row, index, seed))
+
+
+def _split_record(record: Record) -> dict[str, Any]:
+    images = record.pop("images") or []
+    try:
+        return {"record": json.dumps(record), "images": images}
+    except (TypeError, ValueError, RecursionError) as error:  # dates and bytes in a Parquet file's messages, say
+        bad = {"bad": f"has messages that are not JSON: {error}", "messages": None, "tools": None}
+        return {"record": json.dumps({**record, **bad}), "images": []}
 
 
 def mixture_table(dataset: Dataset | IterableDataset, num_samples: int | None = 1000) -> str:
     """
-    What a mixture holds, by task and source: samples, images in questions and in answers, share of samples whose
-    answer has an image, bad ones. Of a larger mixture than `num_samples` the first so many are read, and the table
-    says so; None reads all.
+    Summarize a mixture by task and source: samples, images in questions and in answers, the share of samples with an
+    image in the answer, and bad samples.
+
+    Args:
+        dataset: The mixture.
+        num_samples (`int`, *optional*, defaults to 1000): How many samples to read. None reads all.
     """
     counts: dict[tuple[str, str], Counter] = {}
     read = 0
@@ -314,24 +318,18 @@ def mixture_table(dataset: Dataset | IterableDataset, num_samples: int | None = 
         if read == num_samples:
             break
         read += 1
-        about = counts.setdefault((record["task"], record["source"]), Counter())
-        about["samples"] += 1
-        if record["bad"] is not None:
-            about["bad"] += 1
-            continue
-        parts = Counter()
-        for message in record["messages"]:
+        count = counts.setdefault((record["task"], record["source"]), Counter())
+        count.update(samples=1, bad=record["bad"] is not None)
+        images = Counter()
+        for message in record["messages"] or []:
             content = message["content"] if isinstance(message["content"], list) else []
-            parts[message["role"] == "assistant"] += sum(part["type"] == "image" for part in content)
-        about["asked"] += parts[False]
-        about["answered"] += parts[True]
-        about["drawing"] += parts[True] > 0
-    header = f"{'task':<18}{'samples':>9}{'share':>8}{'images in':>11}{'images out':>12}{'draw':>7}{'bad':>6}  source"
-    lines = [header]
-    for (task, source), about in sorted(counts.items()):
-        samples = about["samples"]
-        numbers = f"{samples:>9,}{samples / read:>8.1%}{about['asked']:>11,}{about['answered']:>12,}"
-        lines.append(f"{task:<18}{numbers}{about['drawing'] / samples:>7.0%}{about['bad']:>6}  {source}")
+            images[message["role"] == "assistant"] += sum(part["type"] == "image" for part in content)
+        count.update(asked=images[False], answered=images[True], shown=images[True] > 0)
+    lines = [f"{'task':<18}{'samples':>9}{'share':>8}{'images in':>11}{'images out':>12}{'draw':>7}{'bad':>6}  source"]
+    for (task, source), count in sorted(counts.items()):
+        samples = count["samples"]
+        numbers = f"{samples:>9,}{samples / read:>8.1%}{count['asked']:>11,}{count['answered']:>12,}"
+        lines.append(f"{task:<18}{numbers}{count['shown'] / samples:>7.0%}{count['bad']:>6}  {source}")
     total = f", the first of {len(dataset):,}" if isinstance(dataset, Dataset) and len(dataset) > read else ""
     return "\n".join([*lines, f"{read:,} samples read{total}"])
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from datasets import Array3D, Dataset, Features, Value
 
-from ..image_reading import BadSample, read_image
+from ..image_reading import ImageReadError, read_image
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
 
@@ -63,8 +63,8 @@ def precompute_visual_tokens(
             before = len(images)
             try:
                 images += [read_image(image) for image in row or []]
-            except BadSample as error:
-                bad[place] = f"has an image that {error}"
+            except ImageReadError as error:
+                bad[place] = f"has a bad image. {error}"
             counts.append(len(images) - before)
         tokens = torch.zeros(0, *shape)
         if images:

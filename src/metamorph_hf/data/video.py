@@ -1,4 +1,8 @@
-"""Frames of videos, read by PyAV."""
+"""Frames of videos, read by PyAV.
+
+[`transformers.video_utils.load_video`] does not replace this: it takes frames by index, which is wrong for a video of
+varying rate, and does not notice a file that is cut off.
+"""
 
 import io
 from collections.abc import Mapping
@@ -6,43 +10,55 @@ from typing import Any
 
 import PIL.Image
 
-from ..image_reading import BadSample, described
+from ..image_reading import describe_image
+from . import BadSample
 
 
 def open_video(video: Any):
+    """
+    Open a video, given as a path, bytes or a mapping of `bytes` and `path`, as a PyAV container.
+
+    Raises:
+        BadSample: If it cannot be read.
+        ImportError: If PyAV is missing.
+    """
     try:
         import av
     except ImportError as error:
-        raise ImportError('Videos are read by PyAV: pip install "metamorph-hf[video]".') from error
-    source = video
+        raise ImportError('Reading videos needs PyAV: pip install "metamorph-hf[video]".') from error
+    name = describe_image(video)
     if isinstance(video, Mapping):
-        video = video["path"] if video.get("bytes") is None else video["bytes"]
+        video = video.get("path") if video.get("bytes") is None else video["bytes"]
     try:
         return av.open(io.BytesIO(video) if isinstance(video, bytes) else video)
-    except (av.FFmpegError, OSError, ValueError, TypeError) as error:
-        raise BadSample(f"has a video that cannot be read ({described(source)}): {error}") from error
+    except (av.FFmpegError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadSample(f"has a video that cannot be read ({name}): {error}") from error
 
 
 def video_seconds(video: Any) -> float | None:
-    """Length in seconds, if the file says it."""
+    """Return a video's length in seconds, or None if its file does not state it."""
     with open_video(video) as container:
         return None if container.duration is None else container.duration / 1_000_000
 
 
 def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[PIL.Image.Image]:
     """
-    The first frame at or after 0, `seconds`, 2 `seconds` and so on, by the frames' own time stamps: a video's rate may
-    change. At most `limit`.
+    Read the first frame at or after 0, `seconds`, 2 `seconds` and so on, by the frames' time stamps.
+
+    Args:
+        video: Path, bytes, or a mapping of `bytes` and `path`.
+        seconds (`float`): Interval between two frames.
+        limit (`int`, *optional*): Largest number of frames. No more of the video than that is decoded.
 
     Raises:
-        BadSample: if it cannot be read, has no frames, or ends before the length its file states.
+        BadSample: If it cannot be read, has no frames, or ends before the length that its file states.
     """
     import av
 
-    frames, wanted, first, end = [], 0.0, None, 0.0
+    name, frames, wanted, first, end = describe_image(video), [], 0.0, None, 0.0
     with open_video(video) as container:
         if not container.streams.video:
-            raise BadSample(f"has a video without pictures ({described(video)}).")
+            raise BadSample(f"has a video without images ({name}).")
         stream = container.streams.video[0]
         length = None if stream.duration is None else float(stream.duration * stream.time_base)
         if length is None and len(container.streams) == 1 and container.duration is not None:  # WebM
@@ -59,12 +75,12 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
                 if limit is not None and len(frames) == limit:
                     return frames
         except av.FFmpegError as error:
-            raise BadSample(f"has a video that breaks off ({described(video)}): {error}") from error
+            raise BadSample(f"has a video that breaks off ({name}): {error}") from error
     if frames and length is not None and end < length - 2 / float(stream.average_rate or 1):  # FFmpeg only logs it
-        raise BadSample(f"has a video that breaks off after {end:.1f} of {length:.1f} s ({described(video)}).")
+        raise BadSample(f"has a video that breaks off after {end:.1f} of {length:.1f} s ({name}).")
     if not frames:
-        raise BadSample(f"has a video without frames ({described(video)}).")
+        raise BadSample(f"has a video without frames ({name}).")
     return frames
 
 
-__all__ = ["video_frames", "video_seconds"]
+__all__ = ["open_video", "video_frames", "video_seconds"]

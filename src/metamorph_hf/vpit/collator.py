@@ -1,22 +1,30 @@
-"""From conversations with images to batches, and what to do about those that cannot be used.
+"""Batches of conversations with images, and a report of the samples that cannot be used.
 
-N visual tokens per image, V width of a visual token.
+Shapes: B batch, S sequence, I different images of the batch, N visual tokens per image, V their width.
 """
 
+import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
-import jinja2
+import numpy as np
 import PIL.Image
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..image_reading import BadSample, read_image
+from ..data.formats import IMAGE_PART, BadSample, extract_images, text_part
+from ..image_reading import ImageReadError, read_image
 from ..processing_metamorph import MetaMorphProcessor
 
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -24,31 +32,36 @@ ROLES = ("system", "user", "assistant", "tool")
 @dataclass
 class DataCollatorForVPiT:
     r"""
-    Conversations with images in any turn to a padded batch whose `labels` say everything: assistant turns are targets,
-    their images (`image_token_id`) included, all else is -100.
+    Collates conversations with images in any turn into a padded batch. Its `labels` are the ids of assistant turns,
+    including `image_token_id` for their images, and -100 elsewhere.
 
-    Each example has `messages` in the standard chat form and, one per image part and in reading order, either `images`
-    (anything that [`read_image`] reads; also within the parts, `{"type": "image", "image": ...}`, or a single one as
-    `image`) or `visual_tokens` (of shape (N, V) each, from `model.get_visual_tokens`, so that the tower need not run).
-    `id`, `source` and `task` name it in messages. Images are decoded here, in the
-    workers, and one that a batch holds several times (the same path or object) is decoded and encoded once.
+    Each example has `messages` in the standard chat form (`tools` and `tool_calls` go to the chat template), and for
+    each image part, in reading order, either an image (anything that [`read_image`] reads, in a list `images`, as a
+    single `image`, or in the parts themselves, also in the form of OpenAI's APIs) or its `visual_tokens` of shape
+    (N, V) from `model.get_visual_tokens`, which spares the vision tower. Optional `id`, `source` and `task` name the
+    example in messages. Images are decoded here, in the workers, and one that occurs several times in a batch (the
+    same path or object) only once.
 
-    The batch holds, beside the model's inputs, `sample_ids` and, if there are any, `rejected`: a dictionary with
-    `sample`, `task` and `reason` for each example that was left out (`kind` "skipped") or shortened ("shortened").
+    Returns a dictionary with `input_ids`, `attention_mask` and `labels` of shape (B, S); `pixel_values` of shape
+    (I, 3, H, W), with `image_indices` if images repeat, or `visual_tokens` of shape (I, N, V); `sample_ids`; and
+    `rejected`, if there are any: a dictionary with `sample`, `task`, `reason` and `kind` for each example that was
+    `"skipped"` or `"shortened"`. A batch of skipped examples alone holds one token without a target.
 
     Args:
-        processor (`MetaMorphProcessor`): Its chat template needs `{% generation %}` marks.
-        max_length (`int`, *optional*): Longest conversation in tokens.
+        processor (`MetaMorphProcessor`):
+            Its chat template (of several, the one named default) needs `{% generation %}` marks around answers. An EOS
+            token right after them is a target, too.
+        max_length (`int`, *optional*): Number of tokens of the longest conversation.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops and names the example; `"skip"` leaves it out of the batch and says so in `rejected`. A
-            batch that nothing is left of holds one token and no target.
+            `"raise"` raises an error that names the example; `"skip"` leaves it out and reports it in `rejected`.
         on_too_long (`str`, *optional*, defaults to `"refuse"`):
-            `"refuse"` takes a conversation longer than `max_length` for a bad sample; `"drop_turns"` drops as many of
-            its last turns, whole and with their images, as it takes to end with an answer within `max_length`.
+            `"refuse"` treats a conversation longer than `max_length` as a bad sample; `"drop_turns"` drops whole
+            turns, with their images, from its end until it ends with an answer and fits.
 
     Raises:
-        BadSample: see [`read_image`], and if roles, content or counts of images are not as they must be, there is no
-            answer or an empty one, or the conversation is too long.
+        ValueError: If the chat template has no `{% generation %}` marks, or the tokenizer no token to pad with.
+        BadSample: If an image cannot be read, roles, contents or the number of images are wrong, there is no answer or
+            an empty one, or the conversation is too long.
     """
 
     processor: MetaMorphProcessor
@@ -57,149 +70,198 @@ class DataCollatorForVPiT:
     on_too_long: Literal["refuse", "drop_turns"] = "refuse"
 
     def __post_init__(self):
-        processor = self.processor
-        if not re.search(r"\{%-?\s*generation\b", str(processor.chat_template)):
+        processor, template = self.processor, self.processor.chat_template
+        self._template = template["default"] if isinstance(template, Mapping) and "default" in template else template
+        if not re.search(r"\{%-?\s*generation\b", str(self._template)):
             raise ValueError(
                 "The processor's chat template has no {% generation %} marks, so nothing would be learned: put them "
-                "around what the assistant writes (metamorph_hf.processing_metamorph.DEFAULT_CHAT_TEMPLATE has them)."
+                "around the assistant's text (metamorph_hf.processing_metamorph.DEFAULT_CHAT_TEMPLATE has them)."
             )
+        if self._pad_id() is None:
+            raise ValueError("The tokenizer has neither a pad_token nor an eos_token: set its pad_token.")
         text = processor.replace_image_token()
         self._image_ids = torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids)
-        ids = (processor.image_token_id, processor.image_start_token_id, processor.image_end_token_id)
-        self._image_words = tuple(processor.tokenizer.convert_ids_to_tokens(ids))
+        if not self._learns_to_stop():
+            logger.warning(
+                "The chat template's {% generation %} marks leave out the token that ends an answer, so the model "
+                "would not learn to stop: close the marks after it."
+            )
+
+    def _pad_id(self) -> int | None:
+        """Return the padding id, or the EOS id as in TRL. The attention mask hides it."""
+        tokenizer = self.processor.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def _learns_to_stop(self) -> bool:
+        """Return whether the last target of an answer is a stop token: EOS, or another token of the chat format."""
+        tokenizer = self.processor.tokenizer
+        probe = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+        try:
+            labels = self._tokenize(probe, None)[1]
+        except BadSample:  # the template takes other conversations than this one
+            return True
+        targets = [target for target in labels[labels != -100].tolist() if tokenizer.decode([target]).strip()]
+        return bool({tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()} & set(targets[-1:]))
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows, names, rejected = [], [], []
+        rows, sample_ids, rejected = [], [], []
         images: dict[str | int, PIL.Image.Image] = {}
-        for place, example in enumerate(examples):
-            name = self._name(example, place)
-            about = {"sample": name, "task": example.get("task")}
+        for index, example in enumerate(examples):
+            source = f" of {example['source']}" if example.get("source") is not None else ""
+            name = f"Example {f'{index} of the batch' if example.get('id') is None else example['id']}{source}"
+            report = {"sample": name, "task": example.get("task")}
             try:
-                row, dropped = self._encode(example, images)
+                row, num_dropped = self._encode(example, images)
             except BadSample as error:
                 if self.on_bad_sample == "raise":
                     raise BadSample(f"{name} {error}") from error
-                rejected.append({**about, "kind": "skipped", "reason": str(error)})
+                rejected.append({**report, "kind": "skipped", "reason": str(error)})
                 continue
-            if dropped:
-                reason = f"{dropped} messages dropped to keep to {self.max_length} tokens"
-                rejected.append({**about, "kind": "shortened", "reason": reason})
+            if num_dropped:
+                reason = f"{num_dropped} messages dropped to keep to {self.max_length} tokens"
+                rejected.append({**report, "kind": "shortened", "reason": reason})
             rows.append(row)
-            names.append(name)
+            sample_ids.append(name)
+        pad_id = self._pad_id()
         if not rows:
-            pad = torch.tensor([self.processor.tokenizer.pad_token_id])
-            rows.append({"input_ids": pad, "labels": torch.full_like(pad, -100), "keys": [], "visual_tokens": []})
-        if any(row["keys"] for row in rows) and any(len(row["visual_tokens"]) for row in rows):
-            raise ValueError("Some examples of the batch bring `images`, others `visual_tokens`: use one of the two.")
-
+            rows = [{"input_ids": torch.tensor([pad_id]), "labels": torch.tensor([-100]), "keys": [], "tokens": []}]
         batch = {
-            "input_ids": self._pad(rows, "input_ids", self.processor.tokenizer.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row["input_ids"]) for row in rows], batch_first=True),
-            "labels": self._pad(rows, "labels", -100),
-            "sample_ids": names,
+            "input_ids": pad_sequence([row["input_ids"] for row in rows], True, pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(row["input_ids"]) for row in rows], True),
+            "labels": pad_sequence([row["labels"] for row in rows], True, -100),
+            "sample_ids": sample_ids,
         }
         if rejected:
             batch["rejected"] = rejected
-        visual_tokens = [torch.as_tensor(tokens) for row in rows for tokens in row["visual_tokens"]]
+        keys = [key for row in rows for key in row["keys"]]
+        visual_tokens = [tokens for row in rows for tokens in row["tokens"]]
+        if keys and visual_tokens:
+            raise ValueError("Some examples of the batch have images, others `visual_tokens`: use one of the two.")
         if visual_tokens:
             batch["visual_tokens"] = torch.stack(visual_tokens)
-        keys = [key for row in rows for key in row["keys"]]
         if keys:
-            used = list(dict.fromkeys(keys))
-            pixels = self.processor.image_processor([images[key] for key in used], return_tensors="pt")
+            unique = list(dict.fromkeys(keys))
+            pixels = self.processor.image_processor([images[key] for key in unique], return_tensors="pt")
             batch["pixel_values"] = pixels["pixel_values"]
-            if len(used) < len(keys):
-                batch["image_indices"] = torch.tensor([used.index(key) for key in keys])
+            if len(unique) < len(keys):
+                batch["image_indices"] = torch.tensor([unique.index(key) for key in keys])
         return batch
 
-    @staticmethod
-    def _pad(rows: list[dict[str, Any]], name: str, value: int) -> torch.Tensor:
-        return pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
-
-    @staticmethod
-    def _name(example: dict[str, Any], place: int) -> str:
-        source = f" of {example['source']}" if example.get("source") is not None else ""
-        return f"Example {f'{place} of the batch' if example.get('id') is None else example['id']}{source}"
-
     def _encode(self, example: dict[str, Any], images: dict[str | int, PIL.Image.Image]) -> tuple[dict[str, Any], int]:
-        """The row, and how many messages were dropped from the end. Images that are new to the batch are added."""
-        if example.get("bad") is not None:  # it could not even be made into a conversation
+        """Return the row and the number of messages dropped from its end. Adds images that are new to the batch."""
+        if example.get("bad") is not None:  # its source's row could not be made into a conversation
             raise BadSample(example["bad"])
-        messages = self._checked(example.get("messages"))
+        messages, within = extract_images(example["messages"] if isinstance(example.get("messages"), list) else [])
+        messages, tools = self._check_messages(messages), self._check_tools(example.get("tools"))
         has_tokens = "visual_tokens" in example
-        given = example["visual_tokens"] if has_tokens else self._given_images(example)
-        given = [] if given is None else given
-        num_parts = self._count_images(messages)
-        if len(given) != num_parts:
-            raise BadSample(f"has {num_parts} image parts in its messages, but {len(given)} images.")
-        input_ids, labels = self._tokenize(messages)
-        dropped = 0
+        given = example["visual_tokens"] if has_tokens else example.get("images")
+        if given is None and not has_tokens:
+            given = within if example.get("image") is None else [example["image"]]
+        if not isinstance(given, (list, tuple, np.ndarray, torch.Tensor) if has_tokens else (list, tuple)):
+            column = "visual_tokens" if has_tokens else "images"
+            raise BadSample(f"has `{column}` of type {type(given).__name__}, expected a list.")
+        if len(given) != (count := count_images(messages)):
+            raise BadSample(f"has {count} image parts in its messages, but {len(given)} images.")
+        if has_tokens:
+            given = [self._check_visual_tokens(tokens) for tokens in given]
+        input_ids, labels = self._tokenize(messages, tools)
+        num_messages = len(messages)
         while self.max_length is not None and len(input_ids) > self.max_length:
-            shorter = messages[:-1]
-            while shorter and shorter[-1]["role"] != "assistant":
-                shorter = shorter[:-1]
-            if self.on_too_long == "refuse" or not shorter:
+            answers = [index for index, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
+            if self.on_too_long == "refuse" or not answers:
                 raise BadSample(
                     f"has {len(input_ids)} tokens, more than max_length={self.max_length}. Shorten it, leave it out, "
                     "or raise max_length: cutting it could cut through an image."
                 )
-            dropped += len(messages) - len(shorter)
-            messages = shorter
-            input_ids, labels = self._tokenize(messages)
-        given = given[: self._count_images(messages)]
-        row = {"input_ids": input_ids, "labels": labels, "keys": [], "visual_tokens": given if has_tokens else []}
-        if not has_tokens:
-            for number, image in enumerate(given):
-                key = str(image) if isinstance(image, (str, Path)) else id(image)
-                if key not in images:
-                    try:
-                        images[key] = read_image(image)
-                    except BadSample as error:
-                        raise BadSample(f"has image {number}, which {error}") from error
-                row["keys"].append(key)
-        return row, dropped
+            messages = messages[: answers[-1] + 1]
+            input_ids, labels = self._tokenize(messages, tools)
+        given = given[: count_images(messages)]
+        row = {"input_ids": input_ids, "labels": labels, "keys": [], "tokens": given if has_tokens else []}
+        for index, image in enumerate([] if has_tokens else given):
+            key = str(image) if isinstance(image, (str, Path)) else id(image)
+            if key not in images:
+                try:
+                    images[key] = read_image(image)
+                except ImageReadError as error:
+                    raise BadSample(f"has a bad image at index {index}. {error}") from error
+            row["keys"].append(key)
+        return row, num_messages - len(messages)
 
-    @staticmethod
-    def _given_images(example: dict[str, Any]) -> list:
-        """Images of a column `images` or `image`, or else of the parts themselves."""
-        images = example.get("images")
-        if images is None and example.get("image") is not None:
-            return [example["image"]]
-        if images is None:
-            contents = (message["content"] for message in example["messages"])
-            parts = (part for content in contents if isinstance(content, list) for part in content)
-            within = (part.get("image") for part in parts if part["type"] == "image")
-            return [image for image in within if image is not None]
-        if not isinstance(images, (list, tuple)):
-            raise BadSample(f"has `images` of type {type(images).__name__}, expected a list of images.")
-        return images
-
-    @staticmethod
-    def _count_images(messages: list[dict[str, Any]]) -> int:
-        parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
-        return sum(part["type"] == "image" for part in parts)
-
-    def _tokenize(self, messages: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and labels, with every image part expanded to its N + 2 tokens."""
+    def _tokenize(self, messages: list[dict[str, Any]], tools: list | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and labels, with each image expanded to its N + 2 tokens."""
+        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
         try:
-            encoded = self.processor.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.processor.chat_template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except jinja2.TemplateError as error:
+            if tokenizer.is_fast:
+                encoded = tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    chat_template=self._template,
+                    tokenize=True,
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                )
+                ids, learned = encoded["input_ids"], encoded["assistant_masks"]
+            else:
+                ids, learned = self._tokenize_in_pieces(messages, tools)
+        except Exception as error:  # a template raises anything for values that it does not expect
             raise BadSample(f"does not fit the chat template: {error}") from error
-        ids, learned = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["assistant_masks"]).bool()
-        is_image = ids == self.processor.image_token_id
+        ids, learned = torch.tensor(ids), torch.tensor(learned).bool()
+        is_image = ids == image_id
+        stray = torch.isin(ids, self._image_ids[self._image_ids != image_id])
+        if stray.any() or is_image.sum() > count_images(messages):
+            word = tokenizer.convert_ids_to_tokens(int(ids[stray][0]) if stray.any() else image_id)
+            raise BadSample(f'has {word} in a text: images are parts of their own, {{"type": "image"}}.')
+        if is_image.sum() < count_images(messages):
+            raise BadSample(f"has {count_images(messages)} images, but the chat template writes {is_image.sum()}.")
+        learned[1:] |= learned[:-1] & (ids[1:] == tokenizer.eos_token_id) & (ids[:-1] != tokenizer.eos_token_id)
         repeats = torch.where(is_image, len(self._image_ids), 1)
         input_ids = ids.repeat_interleave(repeats)
         input_ids[is_image.repeat_interleave(repeats)] = self._image_ids.repeat(int(is_image.sum()))
         return input_ids, input_ids.where(learned.repeat_interleave(repeats), -100)
 
-    def _checked(self, messages: Any) -> list[dict[str, Any]]:
-        """The messages with all content as parts, without what Arrow adds to make them alike."""
+    def _tokenize_in_pieces(self, messages: list[dict[str, Any]], tools: list | None) -> tuple[list[int], list[bool]]:
+        """Return ids, and which are of answers, by a slow tokenizer, which does not know the places of its tokens."""
+        tokenizer = self.processor.tokenizer
+        (text,), (spans,) = render_jinja_template(
+            [messages],
+            tools,
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        ids, learned = [], []
+        edges = sorted({0, len(text), *chain.from_iterable(spans)})
+        for start, end in zip(edges, edges[1:]):
+            piece = tokenizer(text[start:end], add_special_tokens=False).input_ids
+            ids += piece
+            learned += [any(first <= start and end <= last for first, last in spans)] * len(piece)
+        if ids != tokenizer(text, add_special_tokens=False).input_ids:
+            raise ValueError("this slow tokenizer joins the edges of answers and prompts. Use a fast tokenizer")
+        return ids, learned
+
+    def _check_visual_tokens(self, tokens: Any) -> torch.Tensor:
+        try:
+            tokens = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BadSample(f"has visual tokens that are not an array: {error}") from error
+        num_tokens = self.processor.num_image_tokens
+        if tokens.ndim != 2 or len(tokens) != num_tokens:
+            raise BadSample(f"has visual tokens of shape {tuple(tokens.shape)}, expected ({num_tokens}, V).")
+        return tokens
+
+    @staticmethod
+    def _check_tools(tools: Any) -> list | None:
+        """Return a column `tools` as TRL has it: a list, or the JSON of one."""
+        try:
+            tools = drop_none(json.loads(tools) if isinstance(tools, str) else tools)
+        except ValueError as error:
+            raise BadSample(f"has tools that are not JSON: {error}") from error
+        if not isinstance(tools, (list, NoneType)):
+            raise BadSample(f"has tools of type {type(tools).__name__}, expected a list.")
+        return tools or None
+
+    def _check_messages(self, messages: Any) -> list[dict[str, Any]]:
+        """Return the messages without the empty keys that Arrow adds to make them alike."""
         if not isinstance(messages, list) or not messages:
             raise BadSample("has no messages.")
         checked = []
@@ -207,31 +269,45 @@ class DataCollatorForVPiT:
             role = message.get("role") if isinstance(message, Mapping) else None
             if role not in ROLES:
                 raise BadSample(f"has a message of role {role!r}, expected one of {', '.join(ROLES)}.")
-            content = message.get("content")
+            message = drop_none(message)
+            calls_tools = bool(message.get("tool_calls"))
+            content = message.get("content", "" if calls_tools else None)
             if not isinstance(content, (str, list)):
-                raise BadSample(f"has a message whose content is {type(content).__name__}: expected text or parts.")
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            parts = [self._checked_part(part) for part in parts]
-            if role == "assistant" and not any(part["type"] == "image" or part["text"].strip() for part in parts):
+                raise BadSample(f"has a message whose content is {type(content).__name__}, expected text or parts.")
+            parts = [check_part(part) for part in ([text_part(content)] if isinstance(content, str) else content)]
+            is_empty = not any(part["type"] == "image" or part["text"].strip() for part in parts)
+            if role == "assistant" and is_empty and not calls_tools:
                 raise BadSample("has an empty answer.")
-            checked.append({"role": role, "content": content if isinstance(content, str) else parts})
+            checked.append({**message, "content": content if isinstance(content, str) else parts})
         if all(message["role"] != "assistant" for message in checked):
-            raise BadSample("has no answer: without an assistant's message nothing is learned.")
+            raise BadSample("has no answer: without an assistant message there is nothing to learn.")
         return checked
 
-    def _checked_part(self, part: Any) -> dict[str, str]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image":
-            return {"type": "image"}
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise BadSample(f"has a content part that is neither text nor an image: {str(part)[:100]}.")
-        try:
-            part["text"].encode()
-        except UnicodeEncodeError as error:
-            raise BadSample(f"has a text that is no valid Unicode: {error}") from error
-        if found := [word for word in self._image_words if word in part["text"]]:
-            raise BadSample(f'has {found[0]} in a text: images are parts of their own, {{"type": "image"}}.')
-        return {"type": "text", "text": part["text"]}
+
+def check_part(part: Any) -> dict[str, str]:
+    """Return a content part, in the form of transformers or of OpenAI's APIs, in the form of transformers."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return IMAGE_PART
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise BadSample(f"has a content part that is neither text nor an image: {str(part)[:100]}.")
+    try:
+        part["text"].encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(f"has a text that is not valid Unicode: {error}") from error
+    return text_part(part["text"])
+
+
+def drop_none(value: Any) -> Any:
+    """Drop keys without a value at any depth."""
+    if isinstance(value, Mapping):
+        return {key: drop_none(item) for key, item in value.items() if item is not None}
+    return [drop_none(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def count_images(messages: list[dict[str, Any]]) -> int:
+    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
+    return sum(part["type"] == "image" for part in parts)
 
 
 __all__ = ["DataCollatorForVPiT"]
