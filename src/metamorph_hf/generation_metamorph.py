@@ -71,34 +71,18 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
 
 class ImageLogitsProcessor(LogitsProcessor):
     """
-    Force exactly N image tokens after `<image_start>`, then `<image_end>`, and forbid images that are not wanted or no
-    longer fit.
-
-    Args:
-        config ([`MetaMorphConfig`]): The model's configuration, for the token ids and N.
-        prompt_length (`int`): Length of the prompts' ids.
-        max_length (`int`): Length of `input_ids` in which an image, `<image_end>` included, must fit.
-        max_images (`int`, *optional*): Largest number of images in an answer, images begun by the prompt included.
-        force_image (`bool`, *optional*, defaults to `False`): Begin each answer with an image.
-        has_readers (`bool`, *optional*, defaults to `False`):
-            Whether processors of the caller come before this one, and so read the logits of forced steps, too.
+    Force exactly N image tokens after `<image_start>`, then `<image_end>`. Forbid images beyond `max_images`, and where
+    `<image_end>` would come after `max_length`.
     """
 
     def __init__(
-        self,
-        config: MetaMorphConfig,
-        prompt_length: int,
-        max_length: int,
-        max_images: int | None = None,
-        force_image: bool = False,
-        has_readers: bool = False,
+        self, config: MetaMorphConfig, options: MetaMorphGenerationConfig, prompt_length: int, max_length: int
     ):
         # Reading an attribute of a configuration is slow, and this runs at each step.
         self.image_token_id, self.num_image_tokens = config.image_token_id, config.num_image_tokens
         self.image_start_token_id, self.image_end_token_id = config.image_start_token_id, config.image_end_token_id
+        self.max_images, self.force_image = options.max_images, options.force_image
         self.prompt_length, self.max_length = prompt_length, max_length
-        self.max_images, self.force_image = max_images, force_image
-        self.has_readers = has_readers
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         length, start = input_ids.shape[1], self.image_start_token_id
@@ -193,26 +177,15 @@ class TrackedStoppingCriteria(StoppingCriteriaList):
 
 @dataclass
 class DecodingState:
-    """
-    What one call of `generate()` keeps between its steps.
-
-    Args:
-        prompt_length (`int`): Length of the prompts' ids.
-        stopping_criteria ([`TrackedStoppingCriteria`]): They say which rows have finished.
-        allows_passes (`bool`): Whether one pass may cover all steps of an image.
-        needs_logits (`bool`): Whether anybody reads the logits of steps whose next id is forced.
-        visual_tokens (`list[torch.Tensor]`): The vision head's output (B, 1, V) of each step.
-        num_ahead (`int`): Number of steps that the current pass covers beside its own.
-        pending (`list[ModelOutput]`): Outputs of the next steps, computed in one pass.
-    """
+    """What one call of `generate()` keeps between its steps."""
 
     prompt_length: int
     stopping_criteria: TrackedStoppingCriteria
-    allows_passes: bool
-    needs_logits: bool
-    visual_tokens: list[torch.Tensor] = field(default_factory=list)
-    num_ahead: int = 0
-    pending: list[ModelOutput] = field(default_factory=list)
+    allows_passes: bool  # whether one pass may cover all steps of an image
+    needs_logits: bool  # whether anybody reads the logits of steps whose next id is forced
+    visual_tokens: list[torch.Tensor] = field(default_factory=list)  # the vision head's output (B, 1, V) of each step
+    num_ahead: int = 0  # number of steps that the current pass covers beside its own
+    pending: list[ModelOutput] = field(default_factory=list)  # outputs of the next steps, computed in one pass
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
@@ -272,24 +245,17 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 )
             if not isinstance(visual_tokens, torch.Tensor):
                 visual_tokens = torch.cat(list(visual_tokens))
-            image_indices = kwargs.pop("image_indices", None)
-            features = self.get_image_features(visual_tokens=visual_tokens, image_indices=image_indices)
+            features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
-        self._check_image_count_before_expansion(inputs, **kwargs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is not None and kwargs.get("cache") is None:  # a cache holds images of earlier turns
+            # With `num_return_sequences`, transformers would drop surplus images silently.
+            given = [kwargs[name] for name in ("image_indices", "pixel_values") if kwargs.get(name) is not None]
+            if kwargs.get("mm_encoder_outputs"):
+                given = [kwargs["mm_encoder_outputs"]["image"].pooler_output]
+            num_features = len(given[0]) * self.config.num_image_tokens if given else 0
+            self.model.check_image_count(ids == self.config.image_token_id, num_features)
         return super().generate(inputs, generation_config, *args, **kwargs)
-
-    def _check_image_count_before_expansion(
-        self, inputs=None, input_ids=None, pixel_values=None, image_indices=None, mm_encoder_outputs=None, **kwargs
-    ) -> None:
-        """Compare counts early: with `num_return_sequences`, transformers drops surplus images silently."""
-        ids = input_ids if inputs is None else inputs
-        if ids is None or kwargs.get("cache") is not None:  # a cache holds images of earlier turns
-            return
-        given = image_indices if image_indices is not None else pixel_values
-        if mm_encoder_outputs:
-            given = mm_encoder_outputs["image"].pooler_output
-        num_images = 0 if given is None else len(given)
-        self.model.check_image_count(ids == self.config.image_token_id, num_images * self.config.num_image_tokens)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refuse continuous batching, which passes on token ids but no visual tokens."""
@@ -342,22 +308,15 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         if allows_images:
             max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
-            processors.append(
-                ImageLogitsProcessor(
-                    config,
-                    input_ids_seq_length,
-                    max_length,
-                    max_images=generation_config.max_images,
-                    force_image=generation_config.force_image,
-                    has_readers=bool(kwargs.get("logits_processor")),
-                )
-            )
+            processors.append(ImageLogitsProcessor(config, generation_config, input_ids_seq_length, max_length))
+            # The caller's processors come before it, and so read the logits of forced steps, too.
+            model_kwargs["has_readers"] = bool(kwargs.get("logits_processor"))
         return processors
 
     @property
-    def _context(self) -> int | None:
+    def _context(self) -> float:
         """The language model's context in tokens; models with ALiBi and state space models have no limit."""
-        return getattr(self.config.text_config, "max_position_embeddings", None)
+        return getattr(self.config.text_config, "max_position_embeddings", None) or float("inf")
 
     def _max_length_with_image(
         self,
@@ -366,17 +325,15 @@ class MetaMorphGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
-    ) -> int:
+    ) -> float:
         """Length of `input_ids` in which an image must fit: by `max_new_tokens`, the context and a static cache."""
-        num_embeds = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
-        # The last token of an answer is never read, so the context and the cache hold one token more.
-        limits = [generation_config.max_length]
-        if self._context is not None:
-            limits.append(self._context + 1 - num_embeds)
+        limits = [self._context]
         if cache is not None:
             lengths = [layer.get_max_length() for layer, slides in zip(cache.layers, cache.is_sliding) if not slides]
-            limits += [length + 1 - num_embeds for length in lengths if length >= 0]
-        return min(limits)
+            limits += [length for length in lengths if length >= 0]
+        num_embeds = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
+        # The last token of an answer is never read, so the context and the cache hold one token more.
+        return min(generation_config.max_length, min(limits) + 1 - num_embeds)
 
     # Overridden to hand the vision head's output to the next forward pass.
     def _update_model_kwargs_for_generation(
@@ -462,7 +419,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
         if num_given == 0:
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
-        if self._context is not None and num_given >= self._context:
+        if num_given >= self._context:
             raise ValueError(
                 f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "
                 f"{self._context}: shorten the prompt or leave out images."
@@ -485,11 +442,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
             num_read = 0 if cache is None else int(cache.get_seq_length())
             self.model.check_image_count(input_ids[:, num_read:] == config.image_token_id, 0)
 
-    def _check_room(self, input_ids, generation_config, cache=None, inputs_embeds=None, **kwargs) -> None:
+    def _check_room(self, input_ids, generation_config, max_length: float) -> None:
         """Raise a ValueError if an image that is asked for does not fit, and warn if none can."""
         is_begun = (input_ids[:, -1:] == self.config.image_start_token_id).any().item()
         force_image = generation_config.force_image
-        max_length = self._max_length_with_image(generation_config, input_ids.shape[1], cache, inputs_embeds)
         num_needed = self.config.num_image_tokens + (1 if is_begun and not force_image else 2)
         num_left = max_length - input_ids.shape[1]
         if num_left >= num_needed:
@@ -503,25 +459,25 @@ class MetaMorphGenerationMixin(GenerationMixin):
         logger.warning("%s, so the answer will be text: %s, or max_images=0 for text only.", sentence, advice)
 
     # Overridden to keep the state of the steps, and to return visual tokens beside the ids.
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, has_readers=False, **kwargs):
         self._check_prompts(input_ids, generation_config, **kwargs)
-        allows_images = self._allows_images(generation_config)
+        allows_images, image_start = self._allows_images(generation_config), self.config.image_start_token_id
         stopping_criteria = TrackedStoppingCriteria(stopping_criteria)
         allows_passes = self._allows_passes(generation_config, **kwargs)
-        needs_logits = allows_images and (logits_processor[-1].has_readers or generation_config.output_logits)
+        needs_logits = has_readers or generation_config.output_logits
         state = DecodingState(input_ids.shape[1], stopping_criteria, allows_passes, needs_logits)
         if allows_images:
-            self._check_room(input_ids, generation_config, **kwargs)
+            self._check_room(input_ids, generation_config, logits_processor[-1].max_length)
             kwargs["decoding_state"] = state
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
             kwargs["streamer"].begin(state.visual_tokens)
-        begun = (input_ids[:, -1:] == self.config.image_start_token_id).sum(-1) * allows_images
+        num_begun = (input_ids[:, -1:] == image_start).sum(-1) * allows_images
         outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
         answers = sequences[:, state.prompt_length :]
         is_visual = answers == self.config.image_token_id
-        begun = begun + (answers == self.config.image_start_token_id).sum(-1)
-        unfinished_images = is_visual.sum(-1) < begun * self.config.num_image_tokens
+        num_begun = num_begun + (answers == image_start).sum(-1)
+        unfinished_images = is_visual.sum(-1) < num_begun * self.config.num_image_tokens
         if unfinished_images.any():
             logger.warning(
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
