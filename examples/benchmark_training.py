@@ -1,11 +1,11 @@
-"""Measure training against a plain twin, and check that gradients do not depend on how a batch is cut.
+"""Measure training against a plain twin, and check that gradients do not depend on how a batch is divided.
 
     python examples/benchmark_training.py            # about three minutes and 5 GB of memory on 2 CPU cores
 
-All weights are random. The twin is the same model, trained as one would write it down: logits of all positions in
-float32, cross-entropy over them with -100 where no text label is, the vision head at all positions. Ratios are of
-things timed in this process, in turns; the middle one of `--repeats` times counts. A step is forward and backward,
-into gradients that exist. Its memory is what torch allocates at the peak: beyond weights and gradients, and with them.
+All weights are random. The twin is the same model, trained in the simplest way: float32 logits of all positions, the
+cross-entropy over them with -100 where there is no text label, and the vision head at all positions. Times are medians
+of `--repeats` alternating runs in this process. A step is a forward and a backward pass that adds to the gradients of
+an earlier one. Its memory is the peak of torch's allocations, beyond weights and gradients and including them.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,58 +33,53 @@ EMOJI = Path(__file__).parent / "emoji"
 Batch = dict[str, torch.Tensor]
 
 
-def make_batch(model: MetaMorphForConditionalGeneration, rows: list[tuple[int, int, int]], seed: int = 0) -> Batch:
-    """Rows of (text tokens, images in the question, images in the answer), right-padded; the last quarter of the text
-    and the answer's images are targets. Images are given as visual tokens."""
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    ids, labels, images = [], [], 0
-    for text, asked, drawn in rows:
-        words = torch.randint(config.image_start_token_id, (text,), generator=generator)
-        image = torch.full((config.num_image_tokens,), config.image_token_id)
-        start, end = torch.tensor([config.image_start_token_id]), torch.tensor([config.image_end_token_id])
-        answer = torch.cat([words[-(text // 4) :], *[torch.cat([start, image, end])] * drawn])
-        question = torch.cat([*[torch.cat([start, image, end])] * asked, words[: -(text // 4)]])
-        ids.append(torch.cat([question, answer]))
-        labels.append(torch.cat([torch.full_like(question, -100), answer]))
-        images += asked + drawn
-    shape = (images, config.num_image_tokens, config.visual_token_dim)
+def make_batch(model: MetaMorphForConditionalGeneration, text: int, asked: int, answered: int) -> Batch:
+    """Return a conversation of `text` text tokens, `asked` images in the question and `answered` ones in the answer.
+    The last quarter of the text and the answer's images are targets. Images are given as visual tokens."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    words = torch.randint(config.image_start_token_id, (text,), generator=generator)
+    image = torch.full((config.num_image_tokens + 2,), config.image_token_id)
+    image[0], image[-1] = config.image_start_token_id, config.image_end_token_id
+    question = torch.cat([*[image] * asked, words[: -(text // 4)]])
+    answer = torch.cat([words[-(text // 4) :], *[image] * answered])
+    input_ids = torch.cat([question, answer]).unsqueeze(0)
+    shape = (asked + answered, config.num_image_tokens, config.visual_token_dim)
     return {
-        "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
-        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": torch.cat([torch.full_like(question, -100), answer]).unsqueeze(0),
         "visual_tokens": F.normalize(torch.randn(shape, generator=generator), dim=-1),
     }
 
 
+def our_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    return model(**batch, use_cache=False).loss
+
+
 def twin_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Both losses, as one would write them down."""
+    """Return the sum of both losses, computed in the simplest way."""
     hidden_states = model.model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], visual_tokens=batch["visual_tokens"]
     ).last_hidden_state
-    labels, image_token_id = batch["labels"], model.config.image_token_id
-    is_visual = labels == image_token_id
+    image_token_id = model.config.image_token_id
+    is_visual = batch["labels"] == image_token_id
+    text_labels = batch["labels"].masked_fill(is_visual, -100)
     logits = model.lm_head(hidden_states).float()
-    text_labels = labels.masked_fill(is_visual, -100)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), text_labels[:, 1:].flatten())
-    if is_visual.any():
-        predictions = F.normalize(model.vision_head(hidden_states), dim=-1)[:, :-1]
-        targets = torch.zeros_like(predictions)
-        is_image = batch["input_ids"][:, 1:] == image_token_id
-        targets[is_image] = batch["visual_tokens"].flatten(0, 1)
-        cosine = (predictions * targets).sum(-1)
-        loss = loss - cosine[is_visual[:, 1:]].mean()
-    return loss
+    text_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), text_labels[:, 1:].flatten())
+    predictions = F.normalize(model.vision_head(hidden_states), dim=-1)[:, :-1]
+    targets = torch.zeros_like(predictions)
+    targets[batch["input_ids"][:, 1:] == image_token_id] = batch["visual_tokens"].flatten(0, 1)
+    return text_loss - (predictions * targets).sum(-1)[is_visual[:, 1:]].mean()
 
 
-def step(model: MetaMorphForConditionalGeneration, loss_of, batch: Batch) -> float:
-    loss = loss_of(model, batch)
+def step(model: MetaMorphForConditionalGeneration, compute_loss: Callable, batch: Batch) -> float:
+    loss = compute_loss(model, batch)
     loss.backward()
     return loss.item()
 
 
-def peak_bytes(run) -> int:
-    """The most memory that torch has allocated on the CPU while `run` runs, over what it had before."""
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Return the peak of what torch allocates on the CPU during `run`, beyond what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = peak = 0
@@ -94,7 +91,7 @@ def peak_bytes(run) -> int:
 
 
 def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
-    """What one step of `VPiTTrainer` over eight emoji conversations with 0 to 4 images takes from the weights."""
+    """Return the change of the weights in one `VPiTTrainer` step on eight emoji conversations with 0 to 4 images."""
     from emoji.emoji_images import load_images
     from emoji.emoji_tasks import EmojiTasks
 
@@ -102,17 +99,16 @@ def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
     tasks, rng = EmojiTasks(rows), random.Random(0)
     records = [tasks.sample(task, rng) for task in ("sequence", "name", "text_to_image", "edit", "yes_no", "thinking")]
     text = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], "images": []}
-    pictures = pixels.permute(0, 2, 3, 1).numpy()
+    images = pixels.permute(0, 2, 3, 1).numpy()
     examples = [
-        {"messages": record["messages"], "images": [Image.fromarray(pictures[image]) for image in record["images"]]}
+        {"messages": record["messages"], "images": [Image.fromarray(images[index]) for index in record["images"]]}
         for record in (*records, text, tasks.sample("category", rng))
     ]
-    processes = PartialState(cpu=True).num_processes
     args = VPiTConfig(
         folder,
         max_steps=1,
         per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=len(examples) // batch_size // processes,
+        gradient_accumulation_steps=len(examples) // batch_size // PartialState(cpu=True).num_processes,
         train_sampling_strategy="sequential",
         learning_rate=1.0,
         lr_scheduler_type="constant",
@@ -130,8 +126,8 @@ def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
     model = MetaMorphForConditionalGeneration.from_pretrained(EMOJI / "checkpoint" / "model", dtype="float32")
     model.config.visual_token_noise = 0.0
     processor = MetaMorphProcessor.from_pretrained(EMOJI / "checkpoint" / "processor")
-    dataset = Dataset.from_dict({"place": range(len(examples))}).with_transform(
-        lambda columns: {key: [examples[place][key] for place in columns["place"]] for key in ("messages", "images")}
+    dataset = Dataset.from_dict({"index": range(len(examples))}).with_transform(
+        lambda columns: {key: [examples[index][key] for index in columns["index"]] for key in ("messages", "images")}
     )
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     VPiTTrainer(model, args, processing_class=processor, train_dataset=dataset).train()
@@ -154,10 +150,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     model = build_model(args).train()
     model.model.vision_tower.requires_grad_(False)
-    text = args.tokens - args.visual_tokens - 2  # a quarter of all is targets, half of them visual
-    batch = make_batch(model, [(text, 0, 1)])
+    batch = make_batch(model, args.tokens - args.visual_tokens - 2, 0, 1)  # a quarter of all tokens are targets
     ours, twin = lambda: step(model, our_loss, batch), lambda: step(model, twin_loss, batch)
-    # They differ by the placeholder's share of probability alone, which the twin does not take away.
+    # They differ only by the probability of the placeholder token, which ours excludes.
     results["loss, ours - twin's"] = ours() - twin()
     seconds = timer(ours, twin)
     results["step, ours, s"], results["step, twin, s"] = seconds
@@ -174,9 +169,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         results[f"memory with them{name}, ours / twin"] = (held_bytes + peaks[0]) / (held_bytes + peaks[1])
     model.gradient_checkpointing_disable()
 
-    batch = make_batch(model, [(192, 2, 2)])
-    pixels = torch.randn(4, 3, 224, 224)
-    with_tower = {**batch, "pixel_values": pixels}
+    batch = make_batch(model, 192, 2, 2)
+    with_tower = {**batch, "pixel_values": torch.randn(4, 3, 224, 224)}
     del with_tower["visual_tokens"]
     seconds = timer(lambda: step(model, our_loss, batch), lambda: step(model, our_loss, with_tower))
     results["step, 4 images, precomputed visual tokens / with the tower"] = seconds[0] / seconds[1]
@@ -191,29 +185,28 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return results
 
 
-def our_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    return model(**batch, use_cache=False).loss
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512, help="width of the language model (default: 512)")
-    parser.add_argument("--layers", type=int, default=8, help="its layers (default: 8)")
-    parser.add_argument("--vocabulary", type=int, default=128_256, help="its vocabulary (default: 128256)")
-    parser.add_argument("--tokens", type=int, default=512, help="of the conversation that is timed (default: 512)")
-    parser.add_argument("--visual-tokens", type=int, default=64, help="per image (default: 64)")
-    parser.add_argument("--tower-hidden", type=int, default=768, help="width of the vision tower (default: 768)")
-    parser.add_argument("--tower-layers", type=int, default=12, help="its layers (default: 12)")
-    parser.add_argument("--repeats", type=int, default=3, help="times each thing is timed (default: 3)")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--gradients-to", help=argparse.SUPPRESS)  # for the two processes that it launches
+    for flag, default, help_text in (
+        ("--hidden", 512, "width of the language model"),
+        ("--layers", 8, "layers of the language model"),
+        ("--vocabulary", 128_256, "vocabulary of the language model"),
+        ("--tokens", 512, "length of the timed conversation"),
+        ("--visual-tokens", 64, "visual tokens per image"),
+        ("--tower-hidden", 768, "width of the vision tower"),
+        ("--tower-layers", 12, "layers of the vision tower"),
+        ("--repeats", 3, "timed runs of each step"),
+    ):
+        parser.add_argument(flag, type=int, default=default, help=f"{help_text} (default: {default})")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--gradients-to", help=argparse.SUPPRESS)  # set for the two processes that this one launches
     args = parser.parse_args()
     args.device, args.dtype = "cpu", "float32"
     if args.gradients_to is not None:
         gradients = one_step_gradients(1, args.gradients_to)
         if PartialState().is_main_process:
             torch.save(gradients, Path(args.gradients_to) / "gradients.pt")
-        PartialState().destroy_process_group()  # a process that ends while it runs may abort
+        PartialState().destroy_process_group()  # Exiting without this may abort the process.
         return
 
     results = measure(args)

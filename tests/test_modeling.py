@@ -3,7 +3,8 @@ import math
 
 import pytest
 import torch
-from convert_metamorph_to_hf import our_name
+from common import rename_key
+from convert_metamorph_to_hf import KEY_TABLE
 from helpers import PLACEHOLDER
 from transformers import (
     AutoConfig,
@@ -132,7 +133,7 @@ class TestReleasedForward:
         head = {
             k.removeprefix(f"{case}."): v for k, v in golden.tensors.items() if k.startswith(f"{case}.vision_head")
         }
-        model.load_state_dict({our_name(key): value for key, value in head.items()}, strict=False)
+        model.load_state_dict({rename_key(key, KEY_TABLE): value for key, value in head.items()}, strict=False)
         return model
 
     @pytest.mark.parametrize("case", FORWARD)
@@ -178,7 +179,7 @@ class TestReleasedForward:
         stored = [key for key in golden.tensors if key.startswith(f"{case}.grad.")]
         assert stored
         for key in stored:
-            gradient = ours[our_name(key.removeprefix(f"{case}.grad."))].grad
+            gradient = ours[rename_key(key.removeprefix(f"{case}.grad."), KEY_TABLE)].grad
             assert_close(gradient[: golden.tensors[key].shape[0]], golden.tensors[key])
 
     def test_understanding(self, golden, golden_image_processor):

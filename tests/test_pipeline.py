@@ -2,10 +2,11 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,15 +15,14 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -38,9 +38,12 @@ from metamorph_hf import (
 )
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 @pytest.fixture
 def pipe(components):
-    """Its model answers every prompt with one picture and nothing else."""
+    """A pipeline whose model answers every prompt with one image and nothing else."""
     config = components["model"].config
     start, end = config.image_start_token_id, config.image_end_token_id
     stop = config.text_config.eos_token_id
@@ -55,13 +58,19 @@ def build(components, **kwargs) -> MetaMorphPipeline:
     return pipe
 
 
+def assert_same_images(pipe, other) -> None:
+    tokens = torch.randn(1, 4, 16)
+    images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, other)]
+    assert torch.equal(*images)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
 def prompts_seen(pipe, monkeypatch):
-    """The prompts' text as the model gets it, and their pixels."""
+    """The texts and the pixels that the model receives."""
     seen = []
     generate = type(pipe.model).generate
 
@@ -91,8 +100,8 @@ class TestPrompts:
 
     def test_no_template_sends_the_caption_as_it_is(self, pipe, prompts_seen):
         pipe.register_to_config(instruction_template=None)
-        pipe("Draw an apple!")
-        assert prompts_seen[0][0] == ["Draw an apple!"]
+        pipe("Generate an apple!")
+        assert prompts_seen[0][0] == ["Generate an apple!"]
 
     def test_prompts_are_a_batch(self, pipe, prompts_seen):
         output = pipe(["a red apple", "a dog"])
@@ -130,9 +139,9 @@ class TestPrompts:
         assert prompts_seen[2] == prompts_seen[3]
 
     def test_template_with_other_braces(self, components, prompts_seen):
-        pipe = build(components, instruction_template='{"draw": "{}"}')
+        pipe = build(components, instruction_template='{"generate": "{}"}')
         pipe("a {cat}")
-        assert '{"draw": "a {cat}"}' in prompts_seen[0][0][0]
+        assert '{"generate": "a {cat}"}' in prompts_seen[0][0][0]
 
     def test_messages_are_one_conversation_or_several(self, pipe, prompts_seen, tiny_images):
         image = {"type": "image", "image": tiny_images[0]}
@@ -149,7 +158,7 @@ class TestPrompts:
 
 
 class TestAnswers:
-    def test_several_pictures_in_one_answer(self, pipe):
+    def test_several_images_in_one_answer(self, pipe):
         start = pipe.model.config.image_start_token_id
         again_and_again = {"sequence_bias": [[[start], 100.0]]}
         # An image takes 4 + 2 tokens, so the second one begins just in time.
@@ -159,7 +168,7 @@ class TestAnswers:
         assert len(output.images) == 4
 
     @pytest.mark.parametrize("output_type, empty", [("pil", []), ("np", (0, 8, 8, 3)), ("pt", (0, 3, 8, 8))])
-    def test_no_picture_warns_with_the_answer(self, components, warnings_of_pipeline, output_type, empty):
+    def test_no_image_warns_with_the_answer(self, components, warnings_of_pipeline, output_type, empty):
         pipe = build(components)
         start = components["model"].config.image_start_token_id
         kwargs = {"suppress_tokens": [start]}
@@ -168,10 +177,10 @@ class TestAnswers:
         assert output.image_counts == [0]
         assert (output.images if output_type == "pil" else output.images.shape) == empty
         (record,) = warnings_of_pipeline.records
-        assert record.getMessage() == f"Prompt 0 was answered without a picture: {output.text[0]!r}"
+        assert record.getMessage() == f"Prompt 0 was answered without an image: {output.text[0]!r}"
 
-    def test_no_picture_with_what_pictures_need(self, components):
-        """The text is not lost."""
+    def test_no_image_with_options_of_decoding(self, components):
+        """Options for images do not cost the text of an answer without images."""
         start = components["model"].config.image_start_token_id
         options = {"max_new_tokens": 3, "generation_kwargs": {"suppress_tokens": [start]}}
         output = build(components)("a dog", latents=torch.randn(1, 3, 8, 8), **options)
@@ -194,15 +203,15 @@ class TestAnswers:
         assert pipe("a dog", output_type="latent").images.shape == (1, 3, 4, 4)
 
 
-class TestPainting:
-    def test_paints_the_models_visual_tokens(self, pipe):
+class TestDecoding:
+    def test_decodes_the_visual_tokens_of_the_model(self, pipe):
         messages = [{"role": "user", "content": "Generate an image of a dog."}]
         conversation = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = pipe.processor(text=conversation, return_tensors="pt")
         answer = pipe.model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)
         tokens = torch.cat(answer.visual_tokens)
-        painted = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="np")
-        np.testing.assert_allclose(pipe("a dog", generator=seeded(), output_type="np").images, painted, atol=1e-6)
+        decoded = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="np")
+        np.testing.assert_allclose(pipe("a dog", generator=seeded(), output_type="np").images, decoded, atol=1e-6)
 
     def test_guidance_starts_from_zeros(self, pipe, components):
         """One step, written out: the negative embeddings are zeros, as in the released code."""
@@ -221,24 +230,28 @@ class TestPainting:
         expected = scheduler.step(prediction, scheduler.timesteps[0], noise).prev_sample
         torch.testing.assert_close(latents, expected)
 
-    def test_scale_one_does_not_run_the_unet_twice(self, pipe, monkeypatch):
-        batches = []
-        forward = pipe.unet.forward
-        monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: batches.append(len(x)) or forward(x, *a, **k))
-        pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=1.0)
-        pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=1.5)
-        assert batches == [3, 3, 6, 6]  # all images in one batch, two steps
+    def test_scale_one_does_not_double_the_batch(self, pipe):
+        sizes = []
+
+        def watch(call, step, timestep, tensors):
+            sizes.append(len(tensors["prompt_embeds"]))
+            return {}
+
+        options = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        for scale in (1.0, 1.5):
+            pipe.decode_visual_tokens(torch.randn(3, 4, 16), guidance_scale=scale, **options)
+        assert sizes == [3, 3, 6, 6]
 
     def test_scaling_factor_is_undone(self, pipe):
         tokens = torch.randn(1, 4, 16)
         latents = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="latent")
         with torch.no_grad():
             pixels = pipe.vae.decode(latents / 0.7).sample
-        painted = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="pt")
-        torch.testing.assert_close(painted, (pixels / 2 + 0.5).clamp(0, 1))
+        decoded = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="pt")
+        torch.testing.assert_close(decoded, (pixels / 2 + 0.5).clamp(0, 1))
 
     @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
-    def test_a_generator_per_prompt_makes_pictures_independent_of_the_batch(self, pipe, scheduler):
+    def test_generator_per_prompt_makes_images_independent_of_the_batch(self, pipe, scheduler):
         pipe.scheduler = scheduler(clip_sample=False)
         generators = [seeded(1), seeded(2)]
         together = pipe(["a dog", "a cat"], generator=generators, output_type="pt").images
@@ -246,13 +259,13 @@ class TestPainting:
         torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=0)
         assert not torch.allclose(together[0], together[1])
 
-    def test_a_generator_per_picture(self, pipe):
-        """diffusers' convention; with one per prompt, a prompt's pictures take theirs from it in turn."""
+    def test_generator_per_image(self, pipe):
+        """As in diffusers. A single generator of a prompt serves its images in turn."""
         prompts, options = ["a dog", "a cat"], {"num_images_per_prompt": 2, "output_type": "pt"}
         four = pipe(prompts, generator=[seeded(n) for n in range(4)], **options).images
-        for prompt, place in (("a dog", 0), ("a cat", 3)):
-            alone = pipe(prompt, generator=seeded(place), output_type="pt").images
-            torch.testing.assert_close(four[place : place + 1], alone, atol=1e-5, rtol=0)
+        for prompt, index in (("a dog", 0), ("a cat", 3)):
+            alone = pipe(prompt, generator=seeded(index), output_type="pt").images
+            torch.testing.assert_close(four[index : index + 1], alone, atol=1e-5, rtol=0)
         two = pipe(prompts, generator=[seeded(0), seeded(2)], **options).images
         torch.testing.assert_close(two[::2], four[::2], atol=1e-5, rtol=0)
 
@@ -263,38 +276,21 @@ class TestPainting:
         assert torch.equal(first.images, again.images)
         assert not torch.allclose(first.images[0], first.images[1])  # the same answer, other noise
 
-    def test_same_seed_same_picture(self, pipe):
+    def test_same_seed_same_image(self, pipe):
         first, second, other = (pipe("a dog", generator=seeded(s), output_type="np").images for s in (0, 0, 1))
         np.testing.assert_array_equal(first, second)
         assert not np.allclose(first, other)
 
-    def test_a_row_of_guidance_scales(self, pipe):
-        """Each picture of the row is the one that its scale alone gives, from the same noise."""
-        tokens = torch.randn(2, 4, 16)
-        row = pipe.decode_visual_tokens(tokens, guidance_scale=[1.0, 2.0, 5.0], generator=seeded(), output_type="pt")
-        for place, scale in enumerate((1.0, 2.0, 5.0)):
-            alone = pipe.decode_visual_tokens(tokens, guidance_scale=scale, generator=seeded(), output_type="pt")
-            torch.testing.assert_close(row[place::3], alone, rtol=1e-4, atol=1e-5)
-        output = pipe(["a cat", "a dog"], guidance_scale=[1.0, 3.0], num_images_per_prompt=2)
-        assert output.image_counts == [4, 4] and len(output.images) == 8
-
-    @pytest.mark.parametrize(
-        "scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler]
-    )
-    def test_several_pictures_and_chunks(self, pipe, scheduler):
-        """With a generator per image, neither the batch nor the chunks that are painted at once change a picture."""
+    @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+    def test_image_does_not_depend_on_the_batch(self, pipe, scheduler):
+        """With a generator per image, callers who lack memory can decode a few images at a time."""
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         tokens, options = torch.randn(3, 4, 16), {"num_images_per_prompt": 2, "output_type": "pt"}
         whole = pipe.decode_visual_tokens(tokens, generator=[seeded(n) for n in range(3)], **options)
         assert whole.shape == (6, 3, 8, 8)
         assert not torch.allclose(whole[0], whole[1])
-        if scheduler is not EulerAncestralDiscreteScheduler:  # it draws more noise as it goes, pictures taking turns
-            alone = [pipe.decode_visual_tokens(tokens[n : n + 1], generator=[seeded(n)], **options) for n in range(3)]
-            torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-4, atol=1e-5)
-            chunks = pipe.decode_visual_tokens(
-                tokens, generator=[seeded(n) for n in range(3)], batch_size=4, **options
-            )
-            torch.testing.assert_close(whole, chunks, rtol=1e-4, atol=1e-5)
+        alone = [pipe.decode_visual_tokens(tokens[n : n + 1], generator=[seeded(n)], **options) for n in range(3)]
+        torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
     def test_latents_and_sizes(self, pipe):
         tokens, noise = torch.randn(1, 4, 16), torch.randn(1, 3, 4, 4, generator=seeded(3))
@@ -313,11 +309,11 @@ class TestPainting:
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         pipe.decode_visual_tokens(tokens, timesteps=[900, 300, 10], callback_on_step_end=watch)
         assert seen == [900, 300, 10]
-        with pytest.raises(ValueError, match="DDPMScheduler takes no sigmas of yours"):
+        with pytest.raises(ValueError, match="does not support custom sigmas"):
             pipe.decode_visual_tokens(tokens, sigmas=[1.0, 0.5])
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
         assert len(pipe.decode_visual_tokens(tokens, sigmas=[10.0, 1.0, 0.0])) == 1
-        with pytest.raises(ValueError, match="`timesteps` and `sigmas` are given"):
+        with pytest.raises(ValueError, match="Only one of `timesteps` or `sigmas`"):
             pipe.decode_visual_tokens(tokens, timesteps=[1], sigmas=[1.0])
 
     def test_negative_visual_tokens(self, pipe):
@@ -329,7 +325,7 @@ class TestPainting:
         torch.testing.assert_close(away[1], same[1], rtol=1e-4, atol=1e-5)  # away from itself leads nowhere
 
     def test_learned_unconditional_states(self, pipe, components):
-        """Guidance goes away from them, as it would from negative tokens that the projector maps there."""
+        """Guidance leads away from them, as from negative tokens that the projector maps to the same states."""
         learned = VisualTokenProjector.from_config(components["projector"].config, learned_unconditional=True)
         weights = components["projector"].state_dict()
         tokens, away = torch.randn(2, 4, 16), torch.randn(4, 16)
@@ -362,7 +358,7 @@ class TestPainting:
         components |= {"safety_checker": checker, "feature_extractor": CLIPImageProcessorPil(**size)}
         checked = build(components)
         with torch.no_grad():
-            checker.concept_embeds_weights.fill_(2.0)  # no picture is this like a concept
+            checker.concept_embeds_weights.fill_(2.0)  # no image is this like a concept
             assert checked("a cat", generator=seeded()).nsfw_content_detected == [False]
             checker.concept_embeds_weights.fill_(-2.0)
             output = checked("a cat", generator=seeded(), output_type="np")
@@ -386,22 +382,25 @@ class TestPainting:
         ("options", "reason"),
         [
             ({"height": 7}, "`height` is 7, but must be a multiple of 2"),
-            ({"latents": torch.zeros(1, 3, 5, 5)}, r"shape \(1, 3, 5, 5\), expected \(2, 3, 4, 4\)"),
+            ({"latents": torch.zeros(1, 3, 5, 5)}, r"shape \(1, 3, 5, 5\), but must have shape \(2, 3, 4, 4\)"),
             ({"negative_visual_tokens": torch.zeros(3, 4, 16)}, "2 images but 3 negative ones"),
             ({"generator": [seeded()]}, "Got 2 images but 1 generators: pass one generator for each of the images."),
             (
                 {"generator": [seeded()] * 3, "num_images_per_prompt": 2},
-                "2 images but 3 generators: .* of the images, or one for each of their 2 pictures",
+                "2 images but 3 generators: .* of the images, or one for each of their 2 images",
             ),
             ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
             ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be at least 1"),
-            ({"batch_size": -1}, "`batch_size` is -1, but must be at least 1"),
-            ({"guidance_scale": []}, "`guidance_scale` is an empty list"),
+            ({"guidance_scale": [1.0, 2.0]}, "must be one finite number. To compare several scales"),
+            ({"guidance_scale": float("nan")}, "`guidance_scale` is nan, but must be one finite number"),
+            ({"eta": float("inf")}, "`eta` is inf, but must be a finite number"),
+            ({"latents": torch.full((2, 3, 4, 4), float("nan"))}, "`latents` contain NaN"),
+            ({"negative_visual_tokens": torch.full((4, 16), float("inf"))}, "`negative_visual_tokens` contain NaN"),
             ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
             ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
             ({"visual_tokens": torch.zeros(4, 16)}, r"\(images, 4, 16\), but got \(4, 16\)"),
-            ({"sigmas": [1.0, 0.5]}, "DDIMScheduler takes no sigmas of yours"),
+            ({"sigmas": [1.0, 0.5]}, "does not support custom sigmas"),
         ],
     )
     def test_bad_input(self, pipe, options, reason):
@@ -433,22 +432,66 @@ class TestPainting:
         cut = pipe.decode_visual_tokens(tokens, generator=seeded(), callback_on_step_end=cutoff, **settings)
         assert not torch.allclose(guided, cut)
 
-    def test_a_callback_may_end_guidance_in_each_chunk(self, pipe):
-        def end_guidance(pipe, step, timestep, tensors):
-            if step != 0:
-                return {}
-            pipe._guidance_scale = 0.0
-            return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
+    def test_callback_may_end_guidance(self, pipe):
+        """From then on, images are those of a scale of 1, and the next call is guided again."""
 
-        settings = {"num_inference_steps": 3, "output_type": "latent", "num_images_per_prompt": 2}
-        settings |= {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-        tokens = torch.randn(1, 4, 16)
-        together, alone = (
-            pipe.decode_visual_tokens(tokens, generator=seeded(), batch_size=size, **settings) for size in (2, 1)
+        def end_guidance(call, step, timestep, tensors):
+            call._guidance_scale = 1.0
+            return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]} if step == 0 else {}
+
+        tokens, options = torch.randn(2, 4, 16), {"output_type": "latent", "timesteps": [900, 300]}
+        pipe.scheduler = DDPMScheduler(clip_sample=False)
+        ended = pipe.decode_visual_tokens(
+            tokens,
+            generator=seeded(),
+            callback_on_step_end=end_guidance,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+            **options,
         )
-        torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
-        output = pipe("a dog", guidance_scale=[2.0, 3.0], **settings)
-        assert len(output.images) == 4 and output.image_counts == [4]
+        guided = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
+        unguided = pipe.decode_visual_tokens(tokens, generator=seeded(), guidance_scale=1.0, **options)
+        assert not torch.allclose(ended, guided) and not torch.allclose(ended, unguided)
+
+    @pytest.mark.parametrize("interrupted", ["the call", "the pipeline"])
+    def test_interrupt(self, pipe, interrupted):
+        steps = []
+
+        def stop(call, step, timestep, tensors):
+            steps.append(step)
+            (call if interrupted == "the call" else pipe)._interrupt = True
+            return {}
+
+        options = {"num_inference_steps": 5, "callback_on_step_end": stop}
+        for _ in range(2):  # the next call is not interrupted from the start
+            pipe.decode_visual_tokens(torch.randn(1, 4, 16), **options)
+        assert steps == [0, 0]
+
+    def test_threads_share_a_pipeline(self, pipe):
+        """Calls with settings of their own, whose steps take turns, give what each of them gives alone."""
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        tokens = torch.randn(2, 4, 16)
+        settings = [
+            {"guidance_scale": 1.0, "num_inference_steps": 4},
+            {"guidance_scale": 5.0, "num_inference_steps": 8, "height": 12},
+        ]
+
+        def decode(index, **options):
+            options |= {"generator": seeded(index), "output_type": "pt", **settings[index]}
+            return pipe.decode_visual_tokens(tokens, **options)
+
+        alone = [decode(0), decode(1)]
+        barrier = threading.Barrier(2)
+
+        def take_turns(call, step, timestep, tensors):
+            assert call.guidance_scale == settings[len(call.scheduler.timesteps) // 8]["guidance_scale"]
+            if step < 4:
+                barrier.wait(timeout=60)
+            return {}
+
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda index: decode(index, callback_on_step_end=take_turns), range(2)))
+        for expected, found in zip(alone, together):
+            torch.testing.assert_close(found, expected)
 
     def test_half_precision(self, pipe):
         pipe.unet.to(torch.bfloat16)
@@ -458,7 +501,7 @@ class TestPainting:
         assert np.isfinite(pipe("a dog", output_type="np").images).all()
 
     def test_lora(self, pipe, tmp_path):
-        """One of Stable Diffusion's, whose layers of the text encoder have no place here."""
+        """A LoRA of Stable Diffusion, whose layers of the text encoder are ignored."""
         tokens, options = torch.randn(1, 4, 16), {"output_type": "pt"}
         plain = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
         pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -476,12 +519,6 @@ class TestPainting:
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
         options["cross_attention_kwargs"] = {"scale": 0.0}
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), plain)
-
-    def test_decodes_in_the_same_chunks(self, pipe, monkeypatch):
-        batches, decode = [], pipe.vae.decode
-        monkeypatch.setattr(pipe.vae, "decode", lambda z, **kwargs: batches.append(len(z)) or decode(z, **kwargs))
-        assert len(pipe.decode_visual_tokens(torch.randn(5, 4, 16), batch_size=2)) == 5
-        assert batches == [2, 2, 1]
 
 
 class TestErrors:
@@ -525,7 +562,7 @@ class TestErrors:
             build(components)
 
     def test_from_a_stable_diffusion_pipeline(self, components, pipe):
-        """Its U-Net, VAE and scheduler, with a MetaMorph model in the place of the text encoder."""
+        """A MetaMorph model replaces the text encoder, and the other components are taken over."""
         names = ("unet", "vae", "scheduler")
         stable = StableDiffusionPipeline(
             **{name: components[name] for name in names},
@@ -540,18 +577,17 @@ class TestErrors:
         assert made.unet is components["unet"] and made.config.default_num_inference_steps == 2
         assert made("a cat").image_counts == [1]
 
-    def test_template_without_a_place(self, components):
+    def test_template_without_braces(self, components):
         with pytest.raises(ValueError, match="needs a {} where the caption goes"):
-            build(components, instruction_template="Draw it.")
+            build(components, instruction_template="Generate it.")
 
 
 class TestSaving:
-    @pytest.mark.parametrize("template", ["Draw {}!", None])
-    @pytest.mark.parametrize("loader", [MetaMorphPipeline, DiffusionPipeline])
-    def test_round_trip(self, components, tmp_path, loader, template):
+    @pytest.mark.parametrize("template", ["Generate {}!", None])
+    def test_round_trip(self, components, tmp_path, template):
         pipe = build(components, instruction_template=template)
         pipe.save_pretrained(tmp_path)
-        again = loader.from_pretrained(tmp_path)
+        again = MetaMorphPipeline.from_pretrained(tmp_path)
         assert type(again) is MetaMorphPipeline
         assert again.config.instruction_template == template
         assert again.config.default_num_inference_steps == 2
@@ -561,9 +597,21 @@ class TestSaving:
         for name in ("model", "projector", "unet", "vae"):
             saved = getattr(again, name).state_dict()
             assert all(torch.equal(saved[key], value) for key, value in getattr(pipe, name).state_dict().items())
-        tokens = torch.randn(1, 4, 16)
-        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
-        assert torch.equal(*images)
+        assert_same_images(pipe, again)
+
+    def test_diffusion_pipeline_needs_trust(self, components, tmp_path):
+        """diffusers runs the code that comes with a pipeline, even if the package is installed."""
+        pipe = build(components)
+        pipe.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            DiffusionPipeline.from_pretrained(tmp_path)
+        again = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+        assert type(again).__name__ == "MetaMorphPipeline"
+        assert_same_images(pipe, again)
+
+    def test_folder_without_an_index(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="not a pipeline folder: it has no model_index.json"):
+            MetaMorphPipeline.from_pretrained(tmp_path)
 
     def test_missing_component_folders(self, components, tmp_path):
         build(components).save_pretrained(tmp_path)
@@ -574,22 +622,19 @@ class TestSaving:
         given = {name: components[name] for name in ("unet", "scheduler")}
         assert MetaMorphPipeline.from_pretrained(tmp_path, **given).unet is components["unet"]
 
-    def test_from_the_hub(self, pipe, tmp_path):
-        """As it lies in the Hub's cache, with what ends an answer."""
+    def test_from_the_cache_of_the_hub(self, pipe, tmp_path):
         pipe.model.generation_config.eos_token_id = [5, 7]
         repository = tmp_path / "models--me--pipeline"
-        pipe.save_pretrained(repository / "snapshots" / "abc")
+        pipe.save_pretrained(repository / "snapshots" / COMMIT)
         (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("abc")
+        (repository / "refs" / "main").write_text(COMMIT)
         options = {"cache_dir": tmp_path, "local_files_only": True}
         again = MetaMorphPipeline.from_pretrained("me/pipeline", **options)
         assert again.model.generation_config.eos_token_id == [5, 7]
-        tokens = torch.randn(1, 4, 16)
-        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
-        assert torch.equal(*images)
+        assert_same_images(pipe, again)
 
-    def test_same_seed_same_picture_after_saving(self, pipe, tmp_path):
-        """In a batch or alone, before or after."""
+    def test_same_seed_same_image_after_saving(self, pipe, tmp_path):
+        """In a batch or alone, before saving or after loading."""
         pipe.save_pretrained(tmp_path)
         again = MetaMorphPipeline.from_pretrained(tmp_path)
         prompts, generators = ["a dog", "a cat"], [seeded(1), seeded(2)]
@@ -599,7 +644,7 @@ class TestSaving:
         assert torch.equal(pipe("a cat", generator=seeded(2), output_type="pt").images, alone)
 
     def test_small_visualizer(self, components, tmp_path):
-        """The parts of the emoji checkpoint: a linear VAE, and a U-Net that needs the tokens as an unpadded grid."""
+        """The emoji checkpoint has a linear VAE, and a U-Net that needs an unpadded grid of tokens."""
         components["vae"] = PatchVAE(latent_channels=3, patch_size=2, scaling_factor=0.5)
         projector = dict(components["projector"].config, sequence_length=None)
         components["projector"] = VisualTokenProjector.from_config(projector)
@@ -615,14 +660,15 @@ class TestSaving:
         )
         pipe = build(components)
         pipe.save_pretrained(tmp_path)
-        again = DiffusionPipeline.from_pretrained(tmp_path)
-        tokens = torch.randn(2, 4, 16)
-        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
-        assert images[0].shape == (2, 3, 8, 8)
-        assert torch.equal(*images)
+        assert_same_images(pipe, MetaMorphPipeline.from_pretrained(tmp_path))
+        # The names of the modules before they were merged
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        index |= {"unet": ["grid_unet", "GridUNet2DConditionModel"], "vae": ["patch_vae", "PatchVAE"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        assert_same_images(pipe, MetaMorphPipeline.from_pretrained(tmp_path))
 
     def test_optional_components_stay_absent(self, pipe, tmp_path):
-        """As in diffusers' own test: what a pipeline calls optional, it answers without."""
+        """As in the tests of diffusers, a pipeline answers without its optional components."""
         for name in pipe._optional_components:
             setattr(pipe, name, None)
         expected = pipe("a dog", generator=seeded(), output_type="pt").images
@@ -631,16 +677,17 @@ class TestSaving:
         assert again.safety_checker is None and again.feature_extractor is None
         assert torch.equal(again("a dog", generator=seeded(), output_type="pt").images, expected)
 
-    @pytest.mark.parametrize("loader", [MetaMorphPipeline, DiffusionPipeline])
-    def test_without_a_model_it_paints(self, components, tmp_path, loader):
+    def test_without_a_model_it_only_decodes(self, components, tmp_path, tiny_images):
         components |= {"model": None, "processor": None}
-        tokens, pipe = torch.randn(1, 4, 16), build(components)
+        pipe = build(components)
         pipe.save_pretrained(tmp_path)
-        again = loader.from_pretrained(tmp_path)
-        images = [p.decode_visual_tokens(tokens, generator=seeded(), output_type="pt") for p in (pipe, again)]
-        assert torch.equal(*images)
-        with pytest.raises(ValueError, match="it can only paint: use `decode_visual_tokens`"):
+        again = MetaMorphPipeline.from_pretrained(tmp_path)
+        assert_same_images(pipe, again)
+        with pytest.raises(ValueError, match="it can only decode visual tokens: use `decode_visual_tokens`"):
             again("a dog")
+        with pytest.raises(ValueError, match="it can only decode visual tokens"):
+            again.reconstruct(tiny_images[0])
+        assert "pipe.decode_visual_tokens(visual_tokens)" in again.create_model_card("me/visualizer").text
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_loads_in_half_precision(self, components, tmp_path, dtype):
@@ -671,30 +718,9 @@ class TestSaving:
             file.unlink()
         assert type(MetaMorphPipeline.from_pretrained(tmp_path).projector) is VisualTokenProjector
 
-    @pytest.mark.parametrize(
-        "imports",
-        [
-            "import metamorph_hf\nfrom diffusers import DiffusionPipeline",
-            "from diffusers import DiffusionPipeline\nimport metamorph_hf",
-            "from metamorph_hf.pipeline_metamorph import DiffusionPipeline",
-        ],
-        ids=["package first", "diffusers first", "pipeline's module"],
-    )
-    def test_fresh_process(self, components, tmp_path, imports):
-        build(components).save_pretrained(tmp_path)
-        code = (
-            f"{imports}\nimport diffusers\nassert diffusers.MetaMorphPipeline\n"
-            f"print(type(DiffusionPipeline.from_pretrained({str(tmp_path)!r})).__module__)"
-        )
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert run.stdout.strip() == "metamorph_hf.pipeline_metamorph", run.stderr
-
-    def test_class_is_known_to_diffusers(self):
-        assert diffusers.MetaMorphPipeline is MetaMorphPipeline
-
 
 def test_import_is_light():
-    """What takes seconds to import loads on first use, and is listed before."""
+    """Packages that take seconds to import are loaded on first use, and their names are listed before."""
     code = (
         "import sys, metamorph_hf\nprint(*{name.partition('.')[0] for name in sys.modules} & "
         "{'bitsandbytes', 'diffusers', 'peft', 'trl'})\n"
@@ -706,26 +732,89 @@ def test_import_is_light():
     assert run.stdout.strip() == ""
 
 
+def test_import_changes_nothing_in_diffusers():
+    code = """
+import sys
+from types import ModuleType
+import diffusers
+
+names = set(dir(diffusers))
+before = dict(vars(diffusers.DiffusionPipeline))
+import metamorph_hf
+metamorph_hf.MetaMorphPipeline
+assert dict(vars(diffusers.DiffusionPipeline)) == before
+assert not [finder for finder in sys.meta_path if "metamorph" in str(getattr(finder, '__module__', ''))]
+added = {name for name, value in vars(diffusers).items() if name not in names and not isinstance(value, ModuleType)}
+assert not added, added
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+class TestDownload:
+    """A folder stands in for the Hub."""
+
+    @pytest.fixture
+    def downloaded(self, pipe, tmp_path, monkeypatch):
+        """The folder of downloads from a repository with two variants of the pipeline and other files."""
+        hub, cache = tmp_path / "hub", tmp_path / "cache" / COMMIT
+        pipe.save_pretrained(hub)
+        pipe.save_pretrained(hub, variant="fp16")
+        for other in ("checkpoint-5/optimizer.bin", "grid.png", "model/pytorch_model.bin"):
+            (hub / other).parent.mkdir(exist_ok=True)
+            (hub / other).touch()
+        files = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
+
+        def snapshot_download(repo_id, allow_patterns=None, ignore_patterns=None, **kwargs):
+            for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+                (cache / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(hub / file, cache / file)
+            return str(cache)
+
+        diffusers_module = "diffusers.pipelines.pipeline_utils"
+        siblings = [SimpleNamespace(rfilename=file) for file in files]
+        monkeypatch.setattr(f"{diffusers_module}._resolve_revision", lambda *args, **kwargs: COMMIT)
+        monkeypatch.setattr(f"{diffusers_module}.model_info", lambda *args, **kw: SimpleNamespace(siblings=siblings))
+        monkeypatch.setattr(
+            f"{diffusers_module}.hf_hub_download",
+            lambda repo_id, name, **kwargs: Path(snapshot_download(repo_id, allow_patterns=[name])) / name,
+        )
+        for module in (diffusers_module, "metamorph_hf.pipeline_saving"):
+            monkeypatch.setattr(f"{module}.snapshot_download", snapshot_download)
+        return cache
+
+    def test_the_pipeline_and_its_code_arrive(self, pipe, downloaded):
+        assert_same_images(pipe, MetaMorphPipeline.from_pretrained("me/pipeline"))
+        for file in ("model/generation_config.json", "model/configuration_metamorph.py", "pipeline_metamorph.py"):
+            assert (downloaded / file).is_file()
+        found = {str(path.relative_to(downloaded)) for path in downloaded.rglob("*")}
+        assert not found & {"checkpoint-5", "grid.png", "model/pytorch_model.bin", "model/model.fp16.safetensors"}
+
+    def test_a_variant(self, pipe, downloaded):
+        assert_same_images(pipe, MetaMorphPipeline.from_pretrained("me/pipeline", variant="fp16"))
+        weights = {path.name for path in downloaded.rglob("*.safetensors")}
+        assert weights == {"model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
+
+    def test_components_that_the_caller_passes(self, pipe, downloaded):
+        again = MetaMorphPipeline.from_pretrained("me/pipeline", model=None, processor=None, unet=pipe.unet)
+        assert again.model is None and again.unet is pipe.unet
+        assert {path.parent.name for path in downloaded.rglob("*.safetensors")} == {"projector", "vae"}
+
+
 class TestModelCard:
     @pytest.fixture
     def hub(self, monkeypatch):
-        """What the Hub's API was given, file by file; `hub.card` is the one that lies there."""
+        """The files that are pushed; `hub.card` is a card that is already there."""
         hub = SimpleNamespace(card=None, files={})
 
-        def upload(folder_path, **kwargs):
-            hub.files = {str(p.relative_to(folder_path)): p for p in Path(folder_path).rglob("*") if p.is_file()}
-            hub.readme = (Path(folder_path) / "README.md").read_text()
+        def upload_folder(folder_path, **kwargs):
+            hub.files = {str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()}
+            hub.readme = (Path(folder_path) / "README.md").read_text() if "README.md" in hub.files else hub.card
 
-        def download(*args, **kwargs):
-            if hub.card is None:
-                raise EntryNotFoundError("no README.md")
-            return hub.card
-
-        for module in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
-            monkeypatch.setattr(f"{module}.create_repo", lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
-        monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
-        monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", download)
-        monkeypatch.setattr(HfApi, "file_exists", lambda api, *args, **kwargs: hub.card is not None)
+        module = "metamorph_hf.pipeline_saving"
+        monkeypatch.setattr(f"{module}.create_repo", lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+        monkeypatch.setattr(f"{module}.upload_folder", upload_folder)
+        monkeypatch.setattr(f"{module}.file_exists", lambda *args, **kwargs: hub.card is not None)
         return hub
 
     @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
@@ -734,10 +823,10 @@ class TestModelCard:
             pipe.push_to_hub("me/tiny-pipeline")
         else:
             pipe.save_pretrained(str(tmp_path / "tiny-pipeline"), push_to_hub=True, repo_id="me/tiny-pipeline")
-        assert {"model_index.json", "pipeline_metamorph.py", "unet/config.json"} <= hub.files.keys()
+        assert {"model_index.json", "pipeline_metamorph.py", "unet/config.json"} <= hub.files
         card = ModelCard(hub.readme)
         assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
-        assert "paints 4 visual\ntokens an image, 16 wide, in 8 x 8 pixels" in card.text
+        assert "4 per image, of width 16" in card.text and "images of 8x8 pixels" in card.text
 
     def test_its_code_runs(self, pipe, hub, tmp_path):
         pipe.save_pretrained(tmp_path)
@@ -746,23 +835,29 @@ class TestModelCard:
         exec(f"{code}\nimage = {code.splitlines()[-1]}", found)
         assert found["image"].size == (8, 8)
 
-    def test_card_and_pictures_of_the_folder_go_along(self, pipe, hub, tmp_path, tiny_images):
-        pipe.save_pretrained(tmp_path)
-        pipe.create_model_card("mine", "![grid](grid.png)").save(tmp_path / "README.md")
-        tiny_images[0].save(tmp_path / "grid.png")
-        MetaMorphPipeline.from_pretrained(tmp_path).push_to_hub("me/tiny-pipeline")
-        assert "![grid](grid.png)" in hub.readme and "grid.png" in hub.files
+    def test_card_travels_with_the_images_that_it_shows(self, pipe, hub, tmp_path, tiny_images):
+        """Other images of the folder, files outside of it and linked files that are not shown stay private."""
+        folder = tmp_path / "pipeline"
+        pipe.save_pretrained(folder)
+        (folder / "images").mkdir()
+        for name in ("grid.png", "private.png", "images/a cat.png", "../outside.png"):
+            tiny_images[0].save(folder / name)
+        links = "![grid](grid.png 'A grid')\n![](../outside.png) ![](https://example.com/private.png)"
+        links += f'\n<img width="8" src="images/a%20cat.png"> ![]({tmp_path}/outside.png) [file](private.png)'
+        pipe.create_model_card("mine", links).save(folder / "README.md")
+        MetaMorphPipeline.from_pretrained(folder).push_to_hub("me/tiny-pipeline")
+        assert links in hub.readme
+        assert {file for file in hub.files if file.endswith(".png")} == {"grid.png", "images/a cat.png"}
 
-    def test_card_on_the_hub_is_kept(self, pipe, hub, tmp_path):
-        hub.card = tmp_path / "card.md"
-        hub.card.write_text("---\nlicense: mit\n---\n# Mine\n")
+    def test_card_on_the_hub_is_kept(self, pipe, hub):
+        hub.card = "---\nlicense: mit\n---\n# Mine\n"
         pipe.push_to_hub("me/tiny-pipeline")
-        assert ModelCard(hub.readme).data.license == "mit" and "# Mine" in hub.readme
+        assert hub.readme == hub.card and "model_index.json" in hub.files
 
 
 class TestOffloading:
     def test_the_models_move_in_before_they_run(self, pipe):
-        """Hooks as `enable_model_cpu_offload` attaches them, with the CPU in the accelerator's place."""
+        """The hooks are those of `enable_model_cpu_offload`, but the CPU stands in for the accelerator."""
         from accelerate import cpu_offload_with_hook
 
         order, hook = [], None

@@ -59,12 +59,14 @@ class TestVisualTokenProjector:
             tiny_projector(projector_type="mixer")
 
     @pytest.mark.parametrize("kwargs", [{"num_queries": 3}, {"projector_type": "xattn"}])
-    def test_queries_belong_to_the_types_that_have_them(self, kwargs):
+    def test_number_of_queries_must_suit_the_type(self, kwargs):
         with pytest.raises(ValueError, match="`num_queries` is"):
             tiny_projector(**kwargs)
 
     def test_too_many_tokens_for_the_sequence(self):
-        with pytest.raises(ValueError, match="gives 4 states per image, which do not fit in a `sequence_length` of 3"):
+        with pytest.raises(
+            ValueError, match="gives 4 states per image, which do not fit into a `sequence_length` of 3"
+        ):
             tiny_projector(sequence_length=3)
 
     @pytest.mark.parametrize("shape", [(2, 5, 6), (2, 4, 7), (4, 6)])
@@ -78,10 +80,10 @@ class TestVisualTokenProjector:
         kept = torch.tensor([True, False, True])
         states = projector(tokens, kept)
         assert torch.equal(states[kept], projector(tokens)[kept])
-        assert not states[1].any()  # learned ones, too, begin as zeros
+        assert not states[1].any()  # learned states start as zeros, too
         if learned:
             states.sum().backward()
-            assert projector.unconditional.grad.unique().tolist() == [1.0]  # of the one that was not kept
+            assert projector.unconditional.grad.unique().tolist() == [1.0]  # from the image that was not kept
             torch.nn.init.normal_(projector.unconditional)
             assert torch.equal(projector(tokens, kept)[1], projector.unconditional)
         projector.save_pretrained(tmp_path)

@@ -1,9 +1,9 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
+    EMOJI_CHECKPOINT,
     IMAGE,
     arguments,
     build_trainer,
@@ -21,23 +21,20 @@ from metamorph_hf import (
 )
 
 
-EMOJI = Path(__file__).parents[1] / "examples" / "emoji" / "checkpoint"
-
-
 @pytest.fixture
 def model(tiny_model):
     return tiny_model()
 
 
 class TestLogSamples:
-    def test_prompts_are_answered_and_painted(self, tiny_processor, tiny_model, tmp_path):
-        """Texts and pictures in the folder and in TensorBoard, and the run is the one without them."""
-        pipe = MetaMorphPipeline.from_pretrained(EMOJI)
+    def test_answers_and_images_are_written(self, tiny_processor, tiny_model, tmp_path):
+        """They are in the folder and in TensorBoard, and training is the same as without the callback."""
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT)
         examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
         states = []
         for with_samples in (False, True):
             torch.manual_seed(0)
-            model = MetaMorphForConditionalGeneration.from_pretrained(EMOJI / "model", dtype="float32")
+            model = MetaMorphForConditionalGeneration.from_pretrained(EMOJI_CHECKPOINT / "model", dtype="float32")
             model.config.visual_token_noise = 1.0
             args = arguments(tmp_path / str(with_samples), max_steps=3, report_to="tensorboard")
             trainer = build_trainer(model, pipe.processor, args, examples)
@@ -48,7 +45,7 @@ class TestLogSamples:
                     2,
                     pipe,
                     max_new_tokens=24,
-                    paint_kwargs={"num_inference_steps": 2},
+                    decode_kwargs={"num_inference_steps": 2},
                 )
                 trainer.add_callback(callback)
             trainer.train()
@@ -66,7 +63,7 @@ class TestLogSamples:
                 assert [event.step for event in events.Images("samples/0-0")] == [2, 3]
                 break
         else:
-            pytest.fail("no picture in TensorBoard's files")
+            pytest.fail("TensorBoard's files hold no image")
         for name, weight in states[0].items():
             assert torch.equal(weight, states[1][name]), name
 
@@ -76,10 +73,10 @@ class TestLogSamples:
             monkeypatch.setenv(name, value or str(tmp_path / "tracked"))
         (tmp_path / "tracked").mkdir()
         pytest.importorskip(tracker)
-        pipe = MetaMorphPipeline.from_pretrained(EMOJI, dtype=torch.float32)
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, dtype=torch.float32)
         examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
         trainer = build_trainer(pipe.model, pipe.processor, arguments(tmp_path / "run", report_to=tracker), examples)
-        options = {"max_new_tokens": 24, "paint_kwargs": {"num_inference_steps": 1}}
+        options = {"max_new_tokens": 24, "decode_kwargs": {"num_inference_steps": 1}}
         trainer.add_callback(LogSamplesCallback(trainer, ["a red apple"], 1, pipe, **options))
         trainer.train()
         tracked = {path.resolve() for path in (tmp_path / "tracked").rglob("*.png")}

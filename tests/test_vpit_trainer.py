@@ -2,13 +2,12 @@ import copy
 import json
 import math
 import resource
+import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, List
-from datasets import Image as ImageFeature
+from datasets import Dataset
 from helpers import (
     EXAMPLES,
     arguments,
@@ -18,21 +17,12 @@ from helpers import (
     losses,
     train,
 )
-from PIL import Image
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from metamorph_hf import (
-    modeling_metamorph,
-)
-from metamorph_hf.data.formats import BadSample
-from metamorph_hf.data.mixture import load_mixture
-from metamorph_hf.data.precompute import precompute_visual_tokens
+from metamorph_hf import MetaMorphForConditionalGeneration, modeling_metamorph
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
-
-
-EMOJI = Path(__file__).parents[1] / "examples" / "emoji" / "checkpoint"
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def model(tiny_model):
 
 class TestTrainer:
     def test_accumulation_changes_nothing(self, tiny_processor, model, tmp_path):
-        """8x1, 2x4 and 1x8: batches without text, or without any image, among them."""
+        """Batches of 8, 2 and 1, some of them without text labels or without images, give the same update."""
         trained = []
         for batch_size in (8, 2, 1):
             copied = copy.deepcopy(model)
@@ -66,39 +56,26 @@ class TestTrainer:
                 )
 
     def test_visual_loss_does_not_vanish(self, tiny_processor, model, tmp_path):
-        """TRL's fused head bypasses the model's own forward, and with it the visual loss."""
+        """TRL's fused head would bypass the model's own forward and with it the visual loss."""
         before = copy.deepcopy(model.vision_head.state_dict())
-        drawing = [EXAMPLES[0], EXAMPLES[7]]
-        trainer = train(model, tiny_processor, arguments(tmp_path), drawing)
+        examples = [EXAMPLES[0], EXAMPLES[7]]
+        trainer = train(model, tiny_processor, arguments(tmp_path), examples)
         assert any(log.get("visual_loss", 0.0) != 0.0 for log in trainer.state.log_history)
         assert all(not torch.equal(w, before[name]) for name, w in model.vision_head.state_dict().items())
 
-    def test_text_only_batches(self, tiny_processor, model, tmp_path):
+    def test_batches_without_images(self, tiny_processor, model, tmp_path):
         trainer = train(model, tiny_processor, arguments(tmp_path), [EXAMPLES[2], EXAMPLES[4]])
         logs = trainer.state.log_history[0]
         assert torch.isfinite(torch.tensor(logs["loss"]))
         assert "visual_loss" not in logs
 
-    def test_unknown_stage(self, tmp_path):
-        with pytest.raises(ValueError, match="stage is 'both'"):
-            arguments(tmp_path, stage="both")
-
-    def test_evaluation_logs_both_losses(self, tiny_processor, model, tmp_path):
-        trainer = train(model, tiny_processor, arguments(tmp_path))
-        metrics = trainer.evaluate(trainer.train_dataset)
-        batches = [DataCollatorForVPiT(tiny_processor)(EXAMPLES)]
-        expected = model.eval()(**batches[0])
-        logged = trainer.state.log_history[-1]
-        assert metrics["eval_loss"] > 0
-        assert logged["eval_text_loss"] == pytest.approx(expected.text_loss.item(), rel=1e-4)
-        assert logged["eval_visual_loss"] == pytest.approx(expected.visual_loss.item(), rel=1e-4)
-
     def test_evaluation_is_a_mean_over_labels(self, tiny_processor, model, tmp_path):
-        """Batches of 3, 3 and 2 rows with different counts; Trainer's own eval_loss would be a mean over batches."""
+        """Batches of 3, 3 and 2 rows differ in their counts; Trainer's own eval_loss would be a mean over batches."""
         trainer = build_trainer(model, tiny_processor, arguments(tmp_path, per_device_eval_batch_size=3))
         metrics = trainer.evaluate(trainer.train_dataset)
         expected = model.eval()(**DataCollatorForVPiT(tiny_processor)(EXAMPLES))
         assert metrics["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+        assert metrics["eval_text_loss"] == pytest.approx(expected.text_loss.item(), rel=1e-5)
         assert metrics["eval_visual_cosine"] == pytest.approx(-expected.visual_loss.item(), rel=1e-5)
         assert metrics["eval_num_images"] == 10
 
@@ -110,6 +87,35 @@ class TestTrainer:
         assert logs["num_text_labels"] == (batch["labels"] != -100).sum().item() - visual
         assert logs["images_per_second"] > 0
         assert logs["visual_cosine"] == pytest.approx(-logs["visual_loss"], rel=1e-5)
+
+    def test_metrics_of_trl(self, tiny_processor, model, tmp_path):
+        """Under TRL's names, over text labels: training sees what the batch's logits say, evaluation the same."""
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        labels = batch["labels"][:, 1:]
+        is_text = (labels != -100) & (labels != tiny_processor.image_token_id)
+        logits = model.eval()(**batch).logits[:, :-1][is_text].float()
+        logits[:, tiny_processor.image_token_id] = -torch.inf  # is never predicted as text
+        accuracy = (logits.argmax(-1) == labels[is_text]).float().mean().item()
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path, per_device_eval_batch_size=3, **options))
+        evaluated = trainer.evaluate({"emoji": trainer.train_dataset})
+        trainer.train()
+        first, second = [log for log in trainer.state.log_history if "loss" in log]
+        assert first["mean_token_accuracy"] == pytest.approx(accuracy)
+        assert evaluated["eval_emoji_mean_token_accuracy"] == pytest.approx(accuracy)
+        assert first["entropy"] == pytest.approx(entropy, rel=1e-4)
+        assert evaluated["eval_emoji_entropy"] == pytest.approx(entropy, rel=1e-4)
+        tokens = batch["attention_mask"].sum().item()
+        assert [log["num_tokens"] for log in (first, second)] == [tokens, 2 * tokens]
+        assert trainer.evaluate(trainer.train_dataset)["eval_num_tokens"] == 2 * tokens
+
+    def test_best_model_by_token_accuracy(self, tiny_processor, model, tmp_path):
+        options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "max_steps": 2}
+        args = arguments(tmp_path, metric_for_best_model="mean_token_accuracy", **options)
+        trainer = train(model, tiny_processor, args, eval_dataset=dataset_of(EXAMPLES))
+        logged = [log["eval_mean_token_accuracy"] for log in trainer.state.log_history if "eval_loss" in log]
+        assert trainer.state.best_metric == max(logged)
 
     @pytest.mark.parametrize("loss_type", ["cosine", "l1", "mse"])
     @pytest.mark.parametrize("weight", [None, 0.25])
@@ -131,23 +137,6 @@ class TestTrainer:
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
-    def test_no_logits_where_nobody_needs_them(self, tiny_processor, model, tmp_path):
-        """lm_head runs at text labels and the vision head at visual ones, in training and in evaluation."""
-        rows = {"lm_head": 0, "vision_head": 0}
-
-        def count(name):
-            return lambda module, args: rows.update({name: rows[name] + args[0].shape[0]})
-
-        trainer = build_trainer(model, tiny_processor, arguments(tmp_path, per_device_train_batch_size=8))
-        model.lm_head.register_forward_pre_hook(count("lm_head"))
-        model.vision_head.register_forward_pre_hook(count("vision_head"))
-        trainer.train()
-        logs = trainer.state.log_history[0]
-        expected = {"lm_head": logs["num_text_labels"], "vision_head": logs["num_visual_labels"]}
-        assert rows == expected
-        trainer.evaluate(trainer.train_dataset)
-        assert rows == {name: 2 * count for name, count in expected.items()}
-
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_gradient_checkpointing_changes_nothing(self, tiny_processor, tiny_model, tmp_path, use_reentrant):
         states = []
@@ -161,84 +150,46 @@ class TestTrainer:
         for name, weight in states[0].items():
             torch.testing.assert_close(states[1][name], weight, rtol=1e-5, atol=1e-7)
 
+    def test_model_card(self, tiny_processor, model, tmp_path):
+        """It is the package's card, with the facts of training, in every checkpoint's run folder."""
+        args = arguments(tmp_path / "run", save_strategy="steps", save_steps=1, hub_model_id="user/model")
+        trainer = train(model, tiny_processor, args)
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert 'AutoModel.from_pretrained("user/model")' in card and "library_name: transformers" in card
+        assert "| steps | 1 |" in card and "| stage | full |" in card and "| data | not recorded |" in card
+        trainer.create_model_card(dataset_name="my-data", tags="mine")
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert "| data | my-data |" in card and "- vpit\n" in card and "- mine\n" in card
+
     def test_lengths_group_samples(self, tiny_processor, model, tmp_path):
         collate = DataCollatorForVPiT(tiny_processor)
         lengths = [collate([example])["input_ids"].shape[1] for example in EXAMPLES]
         args = arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=8)
         trainer = build_trainer(model, tiny_processor, args)
         trainer.train_dataset = Dataset.from_dict({"length": lengths})
-        order = [lengths[place] for place in trainer._get_train_sampler()]
+        order = [lengths[index] for index in trainer._get_train_sampler()]
         assert order == sorted(lengths, reverse=True)
 
-    def test_precomputed_visual_tokens(self, tiny_processor, tiny_model, tmp_path):
-        """The tower is left out, and nothing else changes."""
-        columns = {key: [example[key] for example in EXAMPLES] for key in ("messages", "images")}
-        columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
-        dataset = Dataset.from_dict(columns).cast_column("images", List(ImageFeature()))
-        states = []
-        for precomputed in (False, True):
-            model = tiny_model()
-            used = precompute_visual_tokens(dataset, model, tiny_processor, batch_size=3) if precomputed else dataset
-            rows = [{**row, "messages": json.loads(row["messages"])} for row in used]
-            if precomputed:
-                assert [row["visual_tokens"].shape for row in rows[:4]] == [
-                    (1, 4, 16),
-                    (1, 4, 16),
-                    (0, 4, 16),
-                    (3, 4, 16),
-                ]
-                model.model.vision_tower.forward = None  # calling it would fail
-            train(model, tiny_processor, arguments(tmp_path), rows)
-            states.append(model.state_dict())
-        for name, weight in states[0].items():
-            torch.testing.assert_close(states[1][name], weight, rtol=1e-5, atol=1e-7)
 
-    def test_precomputed_visual_tokens_of_a_mixture(self, tiny_processor, tiny_model, tmp_path):
-        """The same batches, in the mixture's order; what cannot be read is the collator's to refuse or skip."""
-        for number in range(5):
-            Image.new("RGB", (20, 16), (40 * number,) * 3).save(tmp_path / f"{number}.png")
-        (tmp_path / "3.png").write_bytes(b"broken")
-        captions = [{"caption": f"grey {n}", "image": str(tmp_path / f"{n}.png")} for n in range(5)]
-        chats = [{"messages": EXAMPLES[2]["messages"]}] * 3
-        sources = []
-        for task, rows in (("text_to_image", captions), ("chat", chats)):
-            path = tmp_path / f"{task}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
-            sources.append({"task": task, "path": str(path)})
-        mixture, model = load_mixture(sources), tiny_model().eval()
-        encoded = precompute_visual_tokens(mixture, model, tiny_processor, batch_size=4)
-        assert len(encoded) == len(mixture) == 10
-        skip, stop = (DataCollatorForVPiT(tiny_processor, on_bad_sample=how) for how in ("skip", "raise"))
-        pixels, tokens = skip(list(mixture)), skip(list(encoded.select(range(10))))
-        assert [r["sample"] for r in tokens["rejected"]] == [r["sample"] for r in pixels["rejected"]]
-        assert len(tokens["rejected"]) == 3 and any("3.png" in r["reason"] for r in tokens["rejected"])
-        assert tokens["sample_ids"] == pixels["sample_ids"]
-        assert torch.equal(tokens["input_ids"], pixels["input_ids"])
-        expected = model.get_visual_tokens(pixels["pixel_values"])
-        torch.testing.assert_close(tokens["visual_tokens"], expected)
-        with pytest.raises(BadSample, match=r"row 3 of .* has a bad image. The image cannot be read \(.*3.png\)"):
-            stop([record for record in encoded if (record["task"], record["id"]) == ("text_to_image", "row 3")])
+class TestRefused:
+    def test_other_losses(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match="compute_loss_func cannot replace"):
+            build_trainer(model, tiny_processor, arguments(tmp_path), compute_loss_func=lambda *args, **kwargs: None)
 
-    def test_a_stream_has_no_precomputed_visual_tokens(self, tiny_processor, tiny_model):
-        stream = Dataset.from_dict({"images": [[]]}).to_iterable_dataset()
-        with pytest.raises(ValueError, match="load it without streaming"):
-            precompute_visual_tokens(stream, tiny_model(), tiny_processor)
+    def test_processor_of_another_model(self, tiny_processor, tiny_model, tmp_path):
+        with pytest.raises(ValueError, match="model's num_image_tokens is 9, but the processor's is 4"):
+            build_trainer(tiny_model(num_image_tokens=9), tiny_processor, arguments(tmp_path))
 
-    @pytest.mark.parametrize(
-        ("option", "reason"),
-        [
-            ({"packing": True}, "packing=True is not supported by VPiT: TRL cannot pack"),
-            ({"padding_free": True}, "padding_free=True is not supported"),
-            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
-            ({"loss_type": "dft"}, "loss_type='dft' is not supported"),
-            ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False is not supported"),
-            ({"on_nonfinite_loss": "ignore"}, "expected 'raise' or 'skip'"),
-            ({"stage": "projector", "vision_head_learning_rate": 1e-3}, "stage 'projector' freezes"),
-        ],
-    )
-    def test_refused_options(self, tmp_path, option, reason):
-        with pytest.raises(ValueError, match=reason):
-            arguments(tmp_path, **option)
+    def test_tokenizer_larger_than_the_vocabulary(self, tiny_processor, tiny_config, tmp_path):
+        config = tiny_config()
+        config.text_config.vocab_size -= 1
+        with pytest.raises(ValueError, match="resize_token_embeddings"):
+            build_trainer(MetaMorphForConditionalGeneration(config), tiny_processor, arguments(tmp_path))
+
+    def test_trained_tower_with_visual_tokens(self, tiny_processor, model, tmp_path):
+        args = arguments(tmp_path, vision_tower_learning_rate=1e-3)
+        with pytest.raises(ValueError, match="the dataset has `visual_tokens`, for which the tower does not run"):
+            build_trainer(model, tiny_processor, args, examples_with_nan())
 
 
 class _StopAt(TrainerCallback):
@@ -263,13 +214,13 @@ class TestFaults:
 
     @pytest.mark.parametrize("stage", ["projector", "full"])
     def test_resumed_is_uninterrupted(self, tiny_processor, tiny_model, tmp_path, stage):
-        """Same data order and same noise: the loss curve goes on as if nothing had happened."""
+        """Data order and noise are the same, so the loss curve continues as if nothing had happened."""
         options = {"stage": stage, "gradient_accumulation_steps": 2}
         noise = {"visual_token_noise": 1.0}
         whole = train(tiny_model(**noise), tiny_processor, self.arguments(tmp_path / "whole", **options))
         args = self.arguments(tmp_path / "cut", **options)
         cut = train(tiny_model(**noise), tiny_processor, args, callbacks=[_StopAt(5)])
-        # The save of step 4 was interrupted: all but what Trainer writes last.
+        # The save of step 4 was interrupted in the file that Trainer writes last.
         (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1')
         assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-2")
         resumed = build_trainer(tiny_model(**noise), tiny_processor, args)
@@ -279,13 +230,52 @@ class TestFaults:
         for name, weight in resumed.model.state_dict().items():
             assert torch.equal(weight, whole.model.state_dict()[name]), name
 
+    @pytest.mark.parametrize(
+        "damaged", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    )
+    @pytest.mark.parametrize("damage", ["missing", "truncated"])
+    def test_damaged_checkpoints_are_passed_over(self, tiny_processor, model, tmp_path, caplog, damaged, damage):
+        train(model, tiny_processor, self.arguments(tmp_path, max_steps=4))
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+        path = tmp_path / "checkpoint-4" / damaged
+        content = path.read_bytes()
+        path.unlink()
+        if damage == "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        assert "checkpoint-4 was not saved completely and is passed over" in caplog.text
+        assert damage in caplog.text
+
+    def test_random_states_of_all_processes_are_needed(self, tiny_processor, model, tmp_path):
+        train(model, tiny_processor, self.arguments(tmp_path, max_steps=2))
+        folder = tmp_path / "checkpoint-2"
+        state = json.loads((folder / "trainer_state.json").read_text())
+        (recorded,) = [c for c in state["stateful_callbacks"].values() if "num_processes" in c["attributes"]]
+        recorded["attributes"]["num_processes"] = 2
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+        assert last_complete_checkpoint(tmp_path) is None
+        shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+        assert last_complete_checkpoint(tmp_path) == str(folder)
+
+    def test_resume_without_a_record_of_processes(self, tiny_processor, tiny_model, tmp_path):
+        """Checkpoints of earlier versions have none."""
+        train(tiny_model(), tiny_processor, self.arguments(tmp_path, max_steps=2))
+        path = tmp_path / "checkpoint-2" / "trainer_state.json"
+        state = json.loads(path.read_text())
+        state["stateful_callbacks"] = {"TrainerControl": state["stateful_callbacks"]["TrainerControl"]}
+        path.write_text(json.dumps(state))
+        resumed = build_trainer(tiny_model(), tiny_processor, self.arguments(tmp_path, max_steps=4))
+        resumed.train(resume_from_checkpoint=True)
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
     def test_nothing_to_resume_from(self, tiny_processor, model, tmp_path):
         trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path))
         with pytest.raises(ValueError, match="no complete checkpoint"):
             trainer.train(resume_from_checkpoint=True)
 
     def test_full_disk_keeps_the_last_checkpoint(self, tiny_processor, model, tmp_path):
-        """Files may grow to less than the optimizer's: the operating system refuses the rest, as a full disk would."""
+        """The operating system refuses files as large as the optimizer's, as a full disk would."""
 
         class Fill(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
@@ -310,7 +300,7 @@ class TestFaults:
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
     def test_bad_samples_are_skipped_and_listed(self, tiny_processor, tiny_model, tmp_path, capsys):
-        """The run is the one of the others: counted, listed and told apart by task."""
+        """They are counted and listed by task, and the losses are those of the other samples."""
         options = {"max_steps": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
         bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
         examples = [*EXAMPLES[:2], bad, EXAMPLES[2], *EXAMPLES[3:7]]
@@ -334,14 +324,14 @@ class TestFaults:
         with pytest.raises(ValueError, match="1 of 4 samples were skipped, a larger share than max_bad_share=0.01"):
             train(model, tiny_processor, args, [bad, *EXAMPLES[:3]])
 
-    def test_one_bad_sample_early_on_is_no_large_share(self, tiny_processor, model, tmp_path):
+    def test_one_bad_sample_early_on_does_not_stop_the_run(self, tiny_processor, model, tmp_path):
         bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
         args = self.arguments(tmp_path, on_bad_sample="skip", max_bad_share=0.15, max_steps=2, logging_steps=1)
         trainer = train(model, tiny_processor, args, [bad, *EXAMPLES[:7]])  # 1 of 2 in the first step, 1 of 8 in all
         assert trainer.totals["skipped_samples"] == 1
         for _ in range(2):
             assert trainer.evaluate(dataset_of([bad, EXAMPLES[0]]))["eval_skipped_samples"] == 1
-        assert trainer.totals["skipped_samples"] == 1  # the share is training's
+        assert trainer.totals["skipped_samples"] == 1  # evaluation does not count
 
     def test_bad_samples_are_counted_after_the_last_log(self, tiny_processor, model, tmp_path):
         bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
@@ -359,7 +349,7 @@ class TestFaults:
             assert again[name] == first[name]
 
     def test_nan_in_evaluation(self, tiny_processor, model, tmp_path, caplog):
-        """The means are those of the other batches."""
+        """The means are taken over the other batches."""
         examples, options = examples_with_nan(), {"on_nonfinite_loss": "skip", "per_device_eval_batch_size": 1}
         trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path, **options), examples)
         found = trainer.evaluate(dataset_of(examples))
@@ -368,18 +358,21 @@ class TestFaults:
             assert found[name] == pytest.approx(expected[name], rel=1e-5)
         assert "sample-5. This batch is left out of the evaluation" in caplog.text
 
-    def test_nan_is_named(self, tiny_processor, model, tmp_path):
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_nan_is_named(self, tiny_processor, tiny_model, tmp_path, accumulation):
+        """The error names step and batch, and the step does not change the weights."""
+        options = {"train_sampling_strategy": "sequential", "save_strategy": "no", "lr_scheduler_type": "constant"}
+        options |= {"per_device_train_batch_size": 2 // accumulation, "gradient_accumulation_steps": accumulation}
+        model, twin = tiny_model(), tiny_model()
         with pytest.raises(ValueError, match=r"Step 3, process 0: text_loss is nan") as error:
-            train(
-                model,
-                tiny_processor,
-                self.arguments(tmp_path, train_sampling_strategy="sequential"),
-                examples_with_nan(),
-            )
-        assert "sample-4" in str(error.value) and "sample-5" in str(error.value)
+            train(model, tiny_processor, self.arguments(tmp_path, **options), examples_with_nan())
+        assert "sample-5" in str(error.value) and ("sample-4" in str(error.value)) == (accumulation == 1)
+        train(twin, tiny_processor, self.arguments(tmp_path, max_steps=2, **options), examples_with_nan())
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, twin.state_dict()[name]), name
 
     def test_nan_is_skipped_and_counted(self, tiny_processor, tiny_model, tmp_path, caplog):
-        """The run is the one that never saw the step, and its logs are finite."""
+        """The run equals one that never saw the step, and its logs are finite."""
         options = {
             "train_sampling_strategy": "sequential",
             "optim": "sgd",

@@ -1,4 +1,4 @@
-"""A small visualizer for small images: a U-Net that lays the visual tokens on their grid, and a closed-form VAE."""
+"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and a VAE in closed form."""
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +11,15 @@ from torch import nn
 
 class GridUNet2DConditionModel(UNet2DConditionModel):
     r"""
-    [`UNet2DConditionModel`] that attends to the visual tokens and also lays them on their grid, under the sample.
+    [`UNet2DConditionModel`] that attends to the visual tokens, and also receives their grid beside the sample.
 
-    Cross-attention alone does not know where in the picture a token belongs, which a large U-Net learns in time and a
-    small one does not. The grid, enlarged to the sample's size, enters as further channels of `conv_in`.
+    Cross-attention alone does not tell where in the image a token belongs. A large U-Net learns this in time, but a
+    small one does not. The grid, resized to the sample's size, adds input channels to `conv_in`.
 
     Args:
-        grid_channels (`int`, *optional*, defaults to 64): Channels that the grid adds.
+        grid_channels (`int`, defaults to 64): Number of channels that the grid adds.
 
-    All other arguments are those of [`UNet2DConditionModel`], of which only the ones named here are supported.
+    The other arguments are those of [`UNet2DConditionModel`]; its arguments that are not listed are not supported.
     """
 
     @register_to_config
@@ -54,7 +54,7 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs):
-        # The saved configuration holds all of the parent's arguments, which diffusers would warn of one by one.
+        # The saved configuration has all arguments of the parent class, and diffusers would warn about each of them.
         inherited = cls._get_init_keys(UNet2DConditionModel) - cls._get_init_keys(cls)
         own = {name: value for name, value in config_dict.items() if name not in inherited}
         return super().extract_init_dict(own, **kwargs)
@@ -63,35 +63,35 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
         """
         Args:
             sample (`torch.Tensor` of shape (I, in_channels, height, width)): Noisy latents.
-            encoder_hidden_states (`torch.Tensor` of shape (I, N, cross_attention_dim)): N must be a square number.
+            encoder_hidden_states (`torch.Tensor` of shape (I, N, cross_attention_dim)): Projected visual tokens.
 
         Raises:
-            ValueError: if N is no square number, as after padding.
+            ValueError: If N is not a square number, for example after padding.
         """
         count = encoder_hidden_states.shape[1]
         side = round(count**0.5)
         if side**2 != count:
             raise ValueError(
-                f"`encoder_hidden_states` have {count} positions, which is no square grid. Build the "
-                "VisualTokenProjector with sequence_length=None, so that it pads nothing."
+                f"`encoder_hidden_states` have {count} positions, which do not form a square grid. Create the "
+                "VisualTokenProjector with `sequence_length=None`, so that it does not pad them."
             )
         grid = self.grid_proj(encoder_hidden_states).transpose(1, 2).unflatten(2, (side, side))
-        grid = F.interpolate(F.pixel_shuffle(grid, 2), size=sample.shape[2:])  # a token has a say in its four quarters
+        grid = F.interpolate(F.pixel_shuffle(grid, 2), size=sample.shape[2:])  # each token fills 2x2 cells of its own
         return super().forward(torch.cat([sample, grid], dim=1), timestep, encoder_hidden_states, **kwargs)
 
 
 class PatchVAE(ModelMixin, ConfigMixin):
     r"""
-    Each patch of pixels becomes one latent vector, by a linear map. It stands in for `AutoencoderKL` in a pipeline.
+    Linear VAE that maps each patch of pixels to one latent vector. It takes the place of `AutoencoderKL`.
 
-    Its optimum is known in closed form: probabilistic principal components (Tipping and Bishop, 1999), which is where
-    the ELBO of a linear VAE is largest (Lucas et al., 2019, arXiv 1911.02469). [`PatchVAE.fit`] computes it.
+    The optimum of a linear VAE's ELBO (Lucas et al., 2019, arXiv 1911.02469) is known in closed form: probabilistic
+    principal components (Tipping and Bishop, 1999). [`PatchVAE.fit`] computes them.
 
     Args:
-        in_channels (`int`, *optional*, defaults to 3): Channels of a picture.
-        latent_channels (`int`, *optional*, defaults to 32): Principal components kept.
-        patch_size (`int`, *optional*, defaults to 8): Side of a patch in pixels.
-        scaling_factor (`float`, *optional*, defaults to 1.0): Latents times this have unit variance.
+        in_channels (`int`, defaults to 3): Number of image channels.
+        latent_channels (`int`, defaults to 32): Number of principal components.
+        patch_size (`int`, defaults to 8): Side of a patch in pixels.
+        scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
     """
 
     @register_to_config
@@ -107,40 +107,40 @@ class PatchVAE(ModelMixin, ConfigMixin):
     @classmethod
     def fit(cls, images: torch.Tensor, latent_channels: int = 32, patch_size: int = 8) -> "PatchVAE":
         """
-        Fit to pictures.
+        Fit a VAE to images.
 
         Args:
-            images (`torch.Tensor` of shape (I, C, height, width)): In [-1, 1].
+            images (`torch.Tensor` of shape (I, C, height, width)): Pixels in [-1, 1].
 
         Raises:
-            ValueError: if the pictures' sides are no multiple of `patch_size`, or a patch has too few numbers.
+            ValueError: If the images cannot be divided into patches, or a patch has too few values.
         """
         channels, height, width = images.shape[1:]
         size = channels * patch_size**2
         if height % patch_size or width % patch_size or latent_channels >= size:
             raise ValueError(
-                f"Pictures of {height}x{width} with patches of {patch_size}x{patch_size} and {latent_channels} latent "
+                f"Images of {height}x{width} with patches of {patch_size}x{patch_size} and {latent_channels} latent "
                 f"channels: the sides must be multiples of the patch, and the channels fewer than {size}."
             )
         patches = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2).reshape(-1, size).double()
         mean = patches.mean(0)
         variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         variances, directions = variances.flip(0).clamp(min=1e-8), directions.flip(1)[:, :latent_channels]
-        noise = variances[latent_channels:].mean()  # of the pixels, given the latent
-        # Between equal weight for all components and weight by their variance: details must neither drown in the
-        # diffusion's noise nor count as much as the colours.
+        noise = variances[latent_channels:].mean()  # variance of a pixel, given the latent
+        # A compromise between equal weights and weights by variance: details must neither drown in the noise of the
+        # diffusion nor count as much as the colors.
         scale = variances[:latent_channels] ** -0.25
         encoding = (directions * scale).T
         decoding = directions / scale
         variance = (encoding @ (patches - mean).T).square().mean().item()
         vae = cls(channels, latent_channels, patch_size, scaling_factor=variance**-0.5)
         shape = (latent_channels, channels, patch_size, patch_size)
-        # What the kept directions miss of the mean patch; nearly one value per channel, so a bias can hold it.
-        missed = (mean - decoding @ (encoding @ mean)).reshape(channels, -1).mean(1)
+        # The part of the mean patch outside of the components is nearly one value per channel, which a bias can hold.
+        bias = (mean - decoding @ (encoding @ mean)).reshape(channels, -1).mean(1)
         weights = {
             "encoder.weight": encoding.reshape(shape),
             "decoder.weight": decoding.T.reshape(shape),
-            "decoder.bias": missed,
+            "decoder.bias": bias,
             "latent_mean": (encoding @ mean)[:, None, None],
             "log_variance": (scale**2 * noise).log()[:, None, None],
         }
@@ -148,15 +148,15 @@ class PatchVAE(ModelMixin, ConfigMixin):
         return vae.eval()
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
-        """Pictures (I, C, height, width) in [-1, 1] to a distribution of latents."""
+        """Encode images (I, C, height, width) in [-1, 1] into a distribution of latents."""
         mean = self.encoder(x) - self.latent_mean
         posterior = DiagonalGaussianDistribution(torch.cat([mean, self.log_variance.expand_as(mean)], dim=1))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
-        """Latents (I, latent_channels, height, width) to pictures."""
-        pictures = self.decoder(z + self.latent_mean)
-        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
+        """Decode latents (I, latent_channels, height, width) into images."""
+        images = self.decoder(z + self.latent_mean)
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
 
 __all__ = ["GridUNet2DConditionModel", "PatchVAE"]

@@ -1,7 +1,6 @@
-"""What a U-Net made for text embeddings needs to be conditioned on visual tokens instead.
+"""The projector that conditions a U-Net made for text embeddings on visual tokens.
 
-Shapes: B images, N visual tokens per image, V vision width, T states and C width of the cross-attention, L length that
-the states are padded to.
+Shapes: B images, N visual tokens per image, V vision width, T cross-attention states of width C, L padded length.
 """
 
 import torch
@@ -15,7 +14,7 @@ PROJECTOR_TYPES = ("mlp", "xattn", "xattnffn", "transformer")
 
 
 class MLPProjection(nn.Module):
-    """Linear layers, each with a layer norm, and a ReLU between them. (B, N, V) to (B, N, C)."""
+    """Linear layers, each with a layer norm, and ReLU in between. Maps (B, N, V) to (B, N, C)."""
 
     def __init__(self, widths: list[int]):
         super().__init__()
@@ -29,7 +28,7 @@ class MLPProjection(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """Queries attend to the visual tokens; post-norm, with or without a feed-forward part."""
+    """Cross-attention from queries to visual tokens, with post-norm and an optional feed-forward network."""
 
     def __init__(self, width: int, num_heads: int, feed_forward: bool):
         super().__init__()
@@ -46,7 +45,7 @@ class CrossAttentionLayer(nn.Module):
 
 
 class CrossAttentionProjection(nn.Module):
-    """Learned queries read the visual tokens, layer by layer. (B, N, V) to (B, T, C)."""
+    """Learned queries that attend to the visual tokens in every layer. Maps (B, N, V) to (B, T, C)."""
 
     def __init__(self, visual_dim: int, width: int, num_queries: int, num_layers: int, num_heads: int, ffn: bool):
         super().__init__()
@@ -64,7 +63,7 @@ class CrossAttentionProjection(nn.Module):
 
 
 class TransformerProjection(nn.Module):
-    """A pre-norm encoder over the visual tokens and a decoder of learned queries. (B, N, V) to (B, T, C)."""
+    """Pre-norm encoder of the visual tokens, and decoder of learned queries. Maps (B, N, V) to (B, T, C)."""
 
     def __init__(self, visual_dim: int, hidden: int, width: int, num_queries: int, num_layers: int, num_heads: int):
         super().__init__()
@@ -81,31 +80,31 @@ class TransformerProjection(nn.Module):
 
 
 class VisualTokenProjector(ModelMixin, ConfigMixin):
-    """Maps the visual tokens of an image to the states a U-Net attends to: the released visualizer's adapters.
+    """
+    Maps the visual tokens of an image to the states that a U-Net attends to, as the adapters of the released
+    visualizer do.
 
     Args:
         visual_token_dim (`int`, defaults to 1152): Width V of a visual token.
         cross_attention_dim (`int`, defaults to 768): Width C of the states, `unet.config.cross_attention_dim`.
         projector_type (`str`, defaults to `"mlp"`):
-            `"mlp"` maps each visual token by itself (linear layers with layer norms; what the authors used);
-            `"xattn"` and `"xattnffn"` let learned queries attend to them (the second with feed-forward parts);
-            `"transformer"` is an encoder and decoder with learned queries.
+            `"mlp"`, which the authors used, maps each visual token by itself; in `"xattn"` and `"xattnffn"` (with
+            feed-forward networks) learned queries attend to them; `"transformer"` is an encoder-decoder.
         num_layers (`int`, defaults to 2): Number of linear, cross-attention, or encoder and decoder layers.
-        hidden_dim (`int`, defaults to 2048): Width between the layers of `"mlp"`, width of `"transformer"`.
-        num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N; `None` takes any number.
+        hidden_dim (`int`, defaults to 2048): Width between the layers of `"mlp"`, or width of `"transformer"`.
+        num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N; `None` allows any number.
         sequence_length (`int`, *optional*, defaults to 77):
-            The states are padded on the right with zeros to this length, that of the text embeddings a pretrained
-            U-Net has seen. `None` leaves them T long.
-        num_queries (`int`, *optional*):
-            Learned queries, T; needed by all types but `"mlp"`, which has one state per visual token.
-        num_heads (`int`, defaults to 4): Attention heads of all types but `"mlp"`.
+            Length L to which the states are padded on the right with zeros. The default is the length of the text
+            embeddings that a pretrained U-Net has seen. `None` disables padding.
+        num_queries (`int`, *optional*): Number T of learned queries, required by all types except `"mlp"`.
+        num_heads (`int`, defaults to 4): Number of attention heads of all types except `"mlp"`.
         learned_unconditional (`bool`, defaults to `False`):
-            The states of no image, which guidance goes away from, are learned (from zeros) instead of being zeros as
-            in the released code.
+            Whether the states without an image, which guidance leads away from, are learned. They start as zeros,
+            which they are in the released code.
 
     Raises:
-        ValueError: If `projector_type` is unknown, `num_queries` is missing or not wanted, the states do not fit in
-            `sequence_length`, or the unconditional ones are to be learned but their number is not fixed.
+        ValueError: If `projector_type` is unknown, `num_queries` does not suit the type, the states do not fit into
+            `sequence_length`, or unconditional states of unknown number are to be learned.
     """
 
     @register_to_config
@@ -130,11 +129,9 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         if num_layers < 1:
             raise ValueError(f"`num_layers` must be at least 1, but is {num_layers}.")
         if (num_queries is None) != (projector_type == "mlp"):
-            raise ValueError(
-                f"`num_queries` is {num_queries}, but a projector of type {projector_type!r} "
-                + ("has one state per visual token." if projector_type == "mlp" else "needs a number of queries.")
-            )
-        self._check_length((num_image_tokens or 0) if projector_type == "mlp" else num_queries)
+            rule = "has one state per visual token" if projector_type == "mlp" else "needs a number of queries"
+            raise ValueError(f"`num_queries` is {num_queries}, but a projector of type {projector_type!r} {rule}.")
+        self._check_length(num_queries or num_image_tokens or 0)
         shape = (num_queries, num_layers, num_heads)
         if projector_type == "mlp":
             self.projection = MLPProjection([visual_token_dim, *[hidden_dim] * (num_layers - 1), cross_attention_dim])
@@ -157,19 +154,22 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         length = self.config.sequence_length
         if length is not None and num_states > length:
             raise ValueError(
-                f"The projector gives {num_states} states per image, which do not fit in a `sequence_length` of "
-                f"{length}. Set `sequence_length=None` for no padding."
+                f"The projector gives {num_states} states per image, which do not fit into a `sequence_length` of "
+                f"{length}. Set `sequence_length=None` to disable padding."
             )
 
     def forward(self, visual_tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            visual_tokens (`torch.Tensor` of shape `(B, N, V)`): As `model.generate` returns them (L2-normalised).
+            visual_tokens (`torch.Tensor` of shape `(B, N, V)`): From `model.generate` (L2-normalized).
             kept (`torch.Tensor` of shape `(B,)`, bool, *optional*):
-                False where the unconditional states take the place of an image's; all are kept if not given.
+                `False` replaces the states of an image by the unconditional ones. Defaults to `True` for all.
 
         Returns:
-            `torch.Tensor` of shape `(B, L, C)`, where L is `sequence_length`, or T if that is `None`.
+            `torch.Tensor` of shape `(B, L, C)`, where L is `sequence_length`, or T without padding.
+
+        Raises:
+            ValueError: If the visual tokens have another shape, or too many of them are given.
         """
         count, width = self.config.num_image_tokens, self.config.visual_token_dim
         if visual_tokens.ndim != 3 or visual_tokens.shape[1:] != (count or visual_tokens.shape[1], width):

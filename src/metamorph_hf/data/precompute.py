@@ -1,6 +1,7 @@
-"""Visual tokens of a stored dataset, computed once so that training need not run the vision tower."""
+"""Visual tokens of a stored dataset, computed once so that training does not run the vision tower."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -12,18 +13,6 @@ from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
 
 
-class _WithVisualTokens:
-    """A mixture's records with the visual tokens of `encoded` in the place of their images."""
-
-    def __init__(self, transform: Callable[[dict[str, list]], dict[str, list]], encoded: Dataset):
-        self.transform, self.encoded = transform, encoded
-
-    def __call__(self, columns: dict[str, list]) -> dict[str, list]:
-        encoded = self.encoded[columns.pop("place")]
-        records = {**self.transform(columns), **encoded}
-        return {name: values for name, values in records.items() if name != "images"}
-
-
 def precompute_visual_tokens(
     dataset: Dataset,
     model: MetaMorphForConditionalGeneration,
@@ -32,19 +21,20 @@ def precompute_visual_tokens(
     dtype: Literal["float32", "float16"] = "float32",
 ) -> Dataset:
     """
-    The dataset with a column `visual_tokens` in the place of `images`, so that training need not run the vision tower.
+    Replace the images of a dataset by their visual tokens.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            With a column `images`, lists of anything that [`read_image`] reads, or a mixture of [`load_mixture`].
-        model ([`MetaMorphForConditionalGeneration`]): Encodes on the device and in the dtype it is in.
-        processor ([`MetaMorphProcessor`]): The model's.
-        batch_size (`int`, *optional*, defaults to 32): Rows whose images are encoded together.
-        dtype (`str`, *optional*, defaults to `"float32"`): What is stored; float16 takes half and rounds to 3 digits.
+            A mixture from [`load_mixture`], or a dataset with a column `images`, lists of anything that [`read_image`]
+            accepts.
+        model ([`MetaMorphForConditionalGeneration`]): Encodes the images, on its device and in its dtype.
+        processor ([`MetaMorphProcessor`]): The model's processor.
+        batch_size (`int`, *optional*, defaults to 32): Number of rows whose images are encoded together.
+        dtype (`str`, *optional*, defaults to `"float32"`): Stored dtype. `"float16"` halves the size, with 3 digits.
 
     Returns:
-        [`~datasets.Dataset`] whose `visual_tokens` are arrays of shape (images of the row, N, V). A row with an image
-        that cannot be read has the reason in a column `bad`, and is the collator's to refuse or skip.
+        [`~datasets.Dataset`] with `visual_tokens`, arrays of shape (images of the row, N, V), instead of `images`. If
+        an image cannot be read, the row's `bad` gives the reason, and the collator treats it as a bad sample.
 
     Raises:
         ValueError: if the dataset is a stream.
@@ -52,42 +42,43 @@ def precompute_visual_tokens(
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"Visual tokens are computed once for a stored dataset, but this is {type(dataset).__name__}: load it "
-            "without streaming, or train on its pixels."
+            "without streaming, or train on images."
         )
     shape = (model.config.num_image_tokens, model.config.visual_token_dim)
 
     @torch.no_grad()
     def encode(rows: dict[str, list]) -> dict[str, list]:
         images, counts, bad = [], [], list(rows.get("bad") or [None] * len(rows["images"]))
-        for place, row in enumerate(rows["images"]):
-            before = len(images)
+        for index, row in enumerate(rows["images"]):
             try:
-                images += [read_image(image) for image in row or []]
+                read = [read_image(image) for image in row or []]
             except ImageReadError as error:
-                bad[place] = f"has a bad image. {error}"
-            counts.append(len(images) - before)
+                read, bad[index] = [], f"has a bad image. {error}"
+            images += read
+            counts.append(len(read))
         tokens = torch.zeros(0, *shape)
         if images:
             pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
             tokens = model.get_visual_tokens(pixels.to(model.device)).float().cpu()
         return {"visual_tokens": [part.numpy() for part in tokens.split(counts)], "bad": bad}
 
-    columns = {"visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}
-    transform = dataset.format["format_kwargs"].get("transform")
-    removed = {"images", "bad"} & set(dataset.column_names) if transform is None else dataset.column_names
-    kept = {name: feature for name, feature in dataset.features.items() if name not in removed}
-    encoded = dataset.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=list(removed),
-        features=Features({**kept, **columns}),
-        desc="Visual tokens",
-    ).with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
+    transform = dataset.format["format_kwargs"].get("transform")  # reads the records of a mixture
+    removed = {"images", "bad"} & set(dataset.column_names) if transform is None else set(dataset.column_names)
+    features = {name: feature for name, feature in dataset.features.items() if name not in removed}
+    features |= {"visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}
+    options = {"remove_columns": list(removed), "features": Features(features), "desc": "Visual tokens"}
+    encoded = dataset.map(encode, batched=True, batch_size=batch_size, **options)
+    encoded = encoded.with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
     if transform is None:
         return encoded
-    places = dataset.with_format(None).add_column("place", np.arange(len(dataset)))
-    return places.with_transform(_WithVisualTokens(transform, encoded))
+    indexed = dataset.with_format(None).add_column("index", np.arange(len(dataset)))
+    return indexed.with_transform(partial(_replace_images, transform=transform, encoded=encoded))
+
+
+def _replace_images(columns: dict[str, list], transform: Callable, encoded: Dataset) -> dict[str, list]:
+    replaced = encoded[columns.pop("index")]
+    records = {**transform(columns), **replaced}
+    return {name: values for name, values in records.items() if name != "images"}
 
 
 __all__ = ["precompute_visual_tokens"]

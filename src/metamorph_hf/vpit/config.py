@@ -2,151 +2,128 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from trl import SFTConfig
 
 
-# The released implementation's stage 2: 6.93e-5 for a batch of 1536. Its stage 1 obeys the same square-root rule.
+# Stage 2 of the released implementation. Its stage 1 follows from it by the square-root rule.
 PAPER_LEARNING_RATE, PAPER_BATCH_SIZE = 6.93e-5, 1536
+MODULE_LEARNING_RATES = ("projector_learning_rate", "vision_head_learning_rate", "vision_tower_learning_rate")
 
 
 @dataclass
 class VPiTConfig(SFTConfig):
     r"""
-    Configuration of [`VPiTTrainer`]. Parameters that [`~trl.SFTConfig`] has keep their meaning; defaults that differ
-    are the paper's (section 3 and appendix A) for both stages.
+    Configuration of [`VPiTTrainer`]: [`~trl.SFTConfig`] with the paper's defaults (section 3 and appendix A).
+
+    Learning rates are resolved here: after initialization `learning_rate` and the three module learning rates are the
+    rates that are used and logged. Copying a configuration, for example by `dataclasses.replace`, does not scale them
+    again unless the batch size or `base_batch_size` changes.
 
     Args:
         stage (`str`, *optional*, defaults to `"full"`):
-            What is trained (paper, section 3.3): `"projector"` for stage 1, the projector and the embeddings of
-            `<image_start>` and `<image_end>`, or `"full"` for stage 2, everything but the vision tower.
+            `"projector"` for stage 1 (paper, section 3.3), which trains the projector and the embeddings of
+            `<image_start>` and `<image_end>`; `"full"` for stage 2, which trains all but the vision tower.
         learning_rate (`float`, *optional*):
-            Of the language model and of what has none of its own. Defaults to the paper's, 6.93e-5 for a batch of
-            1,536 conversations, scaled to the batch at hand (see `base_batch_size`).
+            Learning rate of all modules without a setting of their own. Defaults to the paper's 6.93e-5 for a batch of
+            1,536 conversations, scaled to the actual batch size.
         base_batch_size (`int`, *optional*):
-            Batch size that the learning rates are meant for: they are multiplied by the square root of the batch
-            (over all devices and accumulation steps) divided by this. Without it they are used as given, unless
-            `learning_rate` is left to its default.
+            Batch size that the given learning rates are meant for. They are multiplied by `sqrt(batch size /
+            base_batch_size)`, where the batch size counts all devices and accumulation steps.
+        learning_rate_scale (`float`, *optional*): Factor that the learning rates contain. Set by this class.
         projector_learning_rate, vision_head_learning_rate (`float`, *optional*): Default to `learning_rate`.
-        vision_tower_learning_rate (`float`, *optional*): Without it the vision tower stays frozen, as in the paper.
+        vision_tower_learning_rate (`float`, *optional*): Defaults to None, which freezes the vision tower.
         visual_loss_weight (`float`, *optional*):
-            Weight of the visual loss beside the text loss. Defaults to 0 in stage `"projector"`, whose vision head is
-            not trained yet (the released stage 1 has the text loss alone), else to the model configuration's.
+            Weight of the visual loss. Defaults to 0 in stage `"projector"`, which trains no vision head, and to the
+            model configuration's `visual_loss_weight` in stage `"full"`.
         on_nonfinite_loss (`str`, *optional*, defaults to `"raise"`):
-            What to do when a loss is NaN or infinite: `"raise"` stops and names step, batch and samples; `"skip"`
-            names them in a warning, makes no update from the whole optimisation step, and counts it. Evaluation
-            leaves such a batch out.
-        max_length (`int`, *optional*, defaults to 4096):
-            Longest conversation in tokens, visual tokens included. None is ever cut through an image.
+            `"raise"` stops at a NaN or infinite loss and names step and samples. `"skip"` warns, skips the update of
+            the optimization step and counts it; evaluation leaves the batch out.
+        max_length (`int`, *optional*, defaults to 4096): Maximum length of a conversation, visual tokens included.
         on_too_long (`str`, *optional*, defaults to `"refuse"`):
-            What to do with a longer one: `"refuse"`, it is a bad sample, or `"drop_turns"`, whole turns from its end.
+            `"refuse"` treats a longer conversation as a bad sample, `"drop_turns"` drops whole turns from its end.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
-            What to do with a sample that cannot be used: `"raise"` stops and names it; `"skip"` leaves it out, counts
-            it, and lists it in `rejected_samples-<process>.jsonl` in `output_dir`.
+            `"raise"` stops at a sample that cannot be used. `"skip"` leaves it out, counts it and lists it in
+            `rejected_samples-<process>.jsonl` in `output_dir`.
         max_bad_share (`float`, *optional*, defaults to 0.01):
-            The run stops when more than this share of an epoch's samples was skipped; of a stream, which does not say
-            how many it has, of those so far and of a thousand at least.
-        lr_scheduler_type (`str`, *optional*, defaults to `"cosine"`), warmup_steps (`float`, defaults to 0.03): The
-            share of all steps that warm up.
-        num_train_epochs (`float`, *optional*, defaults to 1.0).
-        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`): A loss that is NaN is never hidden.
-        remove_unused_columns (`bool`, *optional*, defaults to `False`): The collator reads messages and images itself.
+            Stop when more than this share of an epoch's samples (of a stream: of the samples so far, and at least of
+            1,000) was skipped.
 
     Raises:
-        ValueError: if a choice is unknown, a learning rate is given for what the stage freezes,
-            or an option of [`~trl.SFTConfig`] is set that cannot be kept with visual tokens.
+        ValueError: if a choice is unknown, a learning rate is given for a module that the stage freezes, or an option
+            of [`~trl.SFTConfig`] is set that VPiT does not support.
     """
 
-    stage: Literal["projector", "full"] = field(
-        default="full", metadata={"help": "What is trained: 'projector' (stage 1) or 'full' (stage 2)."}
-    )
+    stage: Literal["projector", "full"] = field(default="full", metadata={"help": "Stage 1 or stage 2 of the paper."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the language model. Default: the paper's, scaled to the batch size."}
+        default=None, metadata={"help": "Learning rate. Default: the paper's, scaled to the batch size."}
     )
     base_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Batch size that learning rates are meant for: scaled by sqrt(batch / base_batch_size)."},
+        default=None, metadata={"help": "Scale learning rates by sqrt(batch size / base_batch_size)."}
     )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the projector. Default: learning_rate."}
-    )
-    vision_head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the vision head. Default: learning_rate."}
-    )
-    vision_tower_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the vision tower. Default: the tower is frozen."}
-    )
+    learning_rate_scale: float | None = field(default=None, metadata={"help": "Set automatically; do not pass it."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    vision_head_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Default: the tower is frozen."})
     visual_loss_weight: float | None = field(
         default=None,
-        metadata={"help": "Weight of the visual loss. Default: 0 in stage 'projector', else the model's."},
+        metadata={"help": "Weight of the visual loss. Default: 0 in stage 'projector', or the model's."},
     )
     on_nonfinite_loss: Literal["raise", "skip"] = field(
-        default="raise",
-        metadata={"help": "On a NaN or infinite loss: 'raise', or 'skip' the optimisation step and count it."},
+        default="raise", metadata={"help": "What to do at a NaN or infinite loss: stop, or skip the update."}
     )
-    max_length: int | None = field(
-        default=4096, metadata={"help": "Longest conversation in tokens, visual tokens included."}
-    )
+    max_length: int | None = field(default=4096, metadata={"help": "Maximum tokens of a conversation and its images."})
     on_too_long: Literal["refuse", "drop_turns"] = field(
-        default="refuse", metadata={"help": "On a longer one: 'refuse', or 'drop_turns' from its end."}
+        default="refuse", metadata={"help": "What to do with longer conversations: refuse them, or drop last turns."}
     )
     on_bad_sample: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "On a sample that cannot be used: 'raise', or 'skip' and count it."}
+        default="raise",
+        metadata={"help": "What to do with samples that cannot be used: stop, or skip and count."},
     )
-    max_bad_share: float = field(
-        default=0.01, metadata={"help": "Stop when more than this share of the samples was skipped."}
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
+    max_bad_share: float = field(default=0.01, metadata={"help": "Stop when a larger share of samples was skipped."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps, or below 1 their share of all steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are NaN or infinite."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "The collator reads messages and images itself."}
-    )
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, their share of all steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses in logs."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator needs all columns."})
 
     def __post_init__(self):
-        if self.stage not in ("projector", "full"):
-            raise ValueError(f"stage is {self.stage!r}, expected 'projector' (stage 1) or 'full' (stage 2).")
-        choices = {"on_nonfinite_loss": ("raise", "skip"), "on_bad_sample": ("raise", "skip")}
-        choices["on_too_long"] = ("refuse", "drop_turns")
-        for name, (one, other) in choices.items():
-            if getattr(self, name) not in (one, other):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {one!r} or {other!r}.")
-        if self.stage == "projector":
-            for name in ("vision_head_learning_rate", "vision_tower_learning_rate"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is set, but stage 'projector' freezes that module: use stage 'full'.")
-        unsupported = {
-            "packing": (self.packing, "TRL cannot pack conversations with images"),
-            "padding_free": (self.padding_free, "TRL has no padding-free batches with images"),
-            "label_smoothing_factor": (self.label_smoothing_factor, "it would smooth over visual tokens"),
-            "loss_type": (self.loss_type != "nll", "the text loss is the paper's cross-entropy"),
-            "average_tokens_across_devices": (
-                not self.average_tokens_across_devices,
-                "each loss is a mean over the labels of all devices",
-            ),
-        }
-        for name, (is_set, reason) in unsupported.items():
-            if is_set:
+        for name in ("stage", "on_nonfinite_loss", "on_too_long", "on_bad_sample"):
+            choices = get_args(VPiTConfig.__annotations__[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, choices))}.")
+        for name in MODULE_LEARNING_RATES[1:]:
+            if self.stage == "projector" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is set, but stage 'projector' freezes that module: use stage 'full'.")
+        for name, supported, reason in (
+            ("packing", False, "TRL cannot pack conversations with images"),
+            ("padding_free", False, "TRL has no padding-free batches with images"),
+            ("label_smoothing_factor", 0, "it would also smooth the labels of visual tokens"),
+            ("loss_type", "nll", "the text loss is the paper's cross-entropy"),
+            ("average_tokens_across_devices", True, "each loss is a mean over the labels of all devices"),
+        ):
+            if getattr(self, name) != supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by VPiT: {reason}.")
         if self.learning_rate is None:
-            self.learning_rate = PAPER_LEARNING_RATE
+            self.learning_rate = PAPER_LEARNING_RATE * (self.learning_rate_scale or 1)
             self.base_batch_size = self.base_batch_size or PAPER_BATCH_SIZE
         # TRL's own dataset preparation would tokenize the text without its images.
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
-            # accelerate's default for streams joins batches of all processes, and cannot join the names in them.
+            # By default accelerate concatenates a stream's batches of all processes, which fails for sample names.
             self.accelerator_config.dispatch_batches = False
+        scale = math.sqrt(self.total_train_batch_size / self.base_batch_size) if self.base_batch_size else 1.0
+        for name in ("learning_rate", *MODULE_LEARNING_RATES):
+            if (rate := getattr(self, name)) is not None:
+                setattr(self, name, rate * (scale / (self.learning_rate_scale or 1)))
+        self.learning_rate_scale = scale
 
     @property
-    def learning_rate_scale(self) -> float:
-        """What learning rates are multiplied by: the square-root rule of the released scripts, or 1."""
-        if self.base_batch_size is None:
-            return 1.0
-        batch_size = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return math.sqrt(batch_size / self.base_batch_size)
+    def total_train_batch_size(self) -> int:
+        """Conversations per optimization step, over all devices and accumulation steps."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 __all__ = ["VPiTConfig"]

@@ -1,43 +1,80 @@
-"""What each stage of VPiT trains: frozen modules, the rows of the image tokens, adapters."""
+"""What each stage of VPiT trains: whole modules, the embeddings of the image tokens, adapters."""
 
 import contextlib
 import copy
-import re
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers.trainer_pt_utils import get_model_param_count
 
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
+from .config import VPiTConfig
+
+
+def set_trainable(model: MetaMorphForConditionalGeneration | PeftModel, args: VPiTConfig) -> None:
+    """Freeze what `args.stage` does not train. See [`only_image_token_embeddings`] for the rest of stage 1."""
+    if isinstance(model, PeftModel):
+        wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+        for parameter in (parameter for wrapper in wrappers for parameter in wrapper.parameters()):
+            if parameter.requires_grad:  # In bfloat16, in which TRL leaves them, weights would lose updates of 1e-4.
+                parameter.data = parameter.data.float()
+        return
+    model.requires_grad_(args.stage == "full")
+    model.model.vision_tower.requires_grad_(args.vision_tower_learning_rate is not None)
+    model.model.projector.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(True)
+
+
+@contextlib.contextmanager
+def only_image_token_embeddings(model: MetaMorphForConditionalGeneration) -> Iterator[None]:
+    """
+    Restrict gradients of the embedding matrix to the rows of `<image_start>` and `<image_end>`. The released stage 1
+    trains the whole matrix, but its stage 2 takes over these two rows only.
+    """
+    embeddings, lm_head = model.get_input_embeddings(), model.lm_head
+    image_ids = torch.tensor([model.config.image_start_token_id, model.config.image_end_token_id])
+
+    def detach_others(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        is_trained = torch.isin(args[0], image_ids.to(args[0].device)).unsqueeze(-1)
+        return torch.where(is_trained, output, output.detach())
+
+    handle = embeddings.register_forward_hook(detach_others)
+    if lm_head.weight is embeddings.weight:  # Without this, a tied lm_head would pass gradients to all rows.
+        lm_head.forward = lambda hidden_states: F.linear(hidden_states, lm_head.weight.detach())
+    try:
+        yield
+    finally:
+        handle.remove()
+        lm_head.__dict__.pop("forward", None)
 
 
 def complete_peft_config(
     peft_config: PeftConfig, model: MetaMorphForConditionalGeneration, train_vision_tower: bool = False
 ) -> PeftConfig:
     """
-    What a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) leaves open, filled in for VPiT: adapters on all linear layers of
-    the language model, projector and vision head trained whole, and the rows of `<image_start>` and `<image_end>`.
+    Fill in the settings that a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) leaves open: adapters on all linear layers of
+    the language model, whole projector and vision head, and the rows of `<image_start>` and `<image_end>`.
 
     Args:
         peft_config ([`~peft.PeftConfig`]): Only `target_modules`, `exclude_modules`, `modules_to_save` and
-            `trainable_token_indices` that are None are filled in. Another kind than LoRA is returned as it is.
-        model ([`MetaMorphForConditionalGeneration`]): Whose modules are looked through; it may be on the meta device.
+            `trainable_token_indices` that are None are filled in. Configurations other than LoRA's are not changed.
+        model ([`MetaMorphForConditionalGeneration`]): Model to adapt; it may be on the meta device.
         train_vision_tower (`bool`, *optional*, defaults to `False`): Train the vision tower whole, too.
+
+    Returns:
+        A copy of `peft_config`.
     """
     if not isinstance(peft_config, LoraConfig):
         return peft_config
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
-        language_model = model.model.language_model
-        linear = (nn.Linear, Conv1D)
-        found = {name.rsplit(".")[-1] for name, module in language_model.named_modules() if isinstance(module, linear)}
-        peft_config.target_modules = rf".*\blanguage_model\..*\b({'|'.join(map(re.escape, sorted(found)))})"
+        peft_config.target_modules = "all-linear"  # PEFT leaves out lm_head and what is excluded below.
     if peft_config.exclude_modules is None:
-        # Its layers are named as the language model's, but it gives the visual tokens: trained whole or not at all.
-        peft_config.exclude_modules = r"(.*\.)?vision_tower\..*"
+        peft_config.exclude_modules = r"(model\.)?(vision_tower|projector|vision_head)\..*"
     if peft_config.modules_to_save is None:
         peft_config.modules_to_save = ["projector", "vision_head"] + ["vision_tower"] * train_vision_tower
     if peft_config.trainable_token_indices is None:
@@ -50,32 +87,47 @@ def complete_peft_config(
     return peft_config
 
 
-@contextlib.contextmanager
-def only_image_token_embeddings(model: MetaMorphForConditionalGeneration) -> Iterator[None]:
-    """
-    Lets gradients reach the embeddings of `<image_start>` and `<image_end>` alone. The released stage 1 trains the
-    whole matrix, of which these two rows are all that its stage 2 takes over.
-    """
-    embeddings, lm_head = model.get_input_embeddings(), model.lm_head
-    image_ids = torch.tensor([model.config.image_start_token_id, model.config.image_end_token_id])
-
-    def detach_others(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        is_trained = torch.isin(args[0], image_ids.to(args[0].device)).unsqueeze(-1)
-        return torch.where(is_trained, output, output.detach())
-
-    handle = embeddings.register_forward_hook(detach_others)
-    if lm_head.weight is embeddings.weight:  # tied: as lm_head, too, the other rows must stay
-        lm_head.forward = lambda hidden_states: F.linear(hidden_states, lm_head.weight.detach())
-    try:
-        yield
-    finally:
-        handle.remove()
-        lm_head.__dict__.pop("forward", None)
+def group_parameters(model: MetaMorphForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each module, adapters included. Tied weights belong to the embeddings."""
+    modules = {
+        "vision_tower": model.model.vision_tower,
+        "projector": model.model.projector,
+        "embeddings": model.get_input_embeddings(),
+        "language_model": model.model.language_model,
+        "vision_head": model.vision_head,
+        "lm_head": model.lm_head,
+    }
+    wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    seen = {parameter for wrapper in wrappers for parameter in wrapper.original_module.parameters()}  # frozen copies
+    groups = {}
+    for name, module in modules.items():
+        if parameters := [parameter for parameter in module.parameters() if parameter not in seen]:
+            groups[name] = parameters
+            seen.update(parameters)
+    return groups
 
 
-def module_of(parameter_name: str) -> str:
-    modules = ("vision_tower", "projector", "vision_head", "lm_head")
-    return next((module for module in modules if module in parameter_name.split(".")), "language_model")
+def get_learning_rate(module: str, args: VPiTConfig) -> float:
+    """Return the peak learning rate of a module named as in [`group_parameters`]."""
+    own = {
+        "projector": args.projector_learning_rate,
+        "vision_head": args.vision_head_learning_rate,
+        "vision_tower": args.vision_tower_learning_rate,
+    }.get(module)
+    return args.learning_rate if own is None else own
+
+
+def format_trainable_table(model: MetaMorphForConditionalGeneration, args: VPiTConfig) -> str:
+    """Return a table of the modules with their parameters, trainable parameters and peak learning rates."""
+    lines = [f"{'module':<16}{'parameters':>16}{'trainable':>16}{'learning rate':>16}"]
+    for module, parameters in group_parameters(model).items():
+        counted = nn.ParameterList(parameters)
+        total, trainable = get_model_param_count(counted), get_model_param_count(counted, trainable_only=True)
+        if trainable and module == "embeddings" and args.stage == "projector":
+            trainable = 2 * model.get_input_embeddings().embedding_dim
+        rate = f"{get_learning_rate(module, args):.3g}" if trainable else "frozen"
+        lines.append(f"{module:<16}{total:>16,}{trainable:>16,}{rate:>16}")
+    return "\n".join(lines)
 
 
 __all__ = ["complete_peft_config"]

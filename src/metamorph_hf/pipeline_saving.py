@@ -1,0 +1,218 @@
+"""Loading, saving and publishing of a pipeline whose code travels with its weights."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from urllib.parse import unquote
+
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, snapshot_download, upload_folder
+from transformers.dynamic_module_utils import custom_object_save
+
+
+# The modules of this package whose classes a saved pipeline may name, and former names of them.
+OWN_MODULES = (
+    "modeling_metamorph",
+    "pipeline_metamorph",
+    "processing_metamorph",
+    "small_visualizer",
+    "visual_token_projector",
+)
+RENAMED_MODULES = {"grid_unet": "small_visualizer", "patch_vae": "small_visualizer"}
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: {generator} generates visual tokens
+({tokens} per image, of width {width}), and a latent diffusion U-Net decodes them into images of {size} pixels.
+
+{description}
+
+## How to use it
+
+Install the package `metamorph_hf`:
+
+```python
+from metamorph_hf import MetaMorphPipeline
+
+pipe = MetaMorphPipeline.from_pretrained("{name}")
+{call}
+```
+"""
+
+
+class PipelineSavingMixin:
+    """The part of [`MetaMorphPipeline`] that loads, saves and publishes it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "PipelineSavingMixin":
+        """
+        Load a saved pipeline. See [`DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            FileNotFoundError: If a folder has no `model_index.json` or lacks one of the components named there.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / cls.config_name).is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a pipeline folder: it has no {cls.config_name}. Pass a folder that "
+                "`pipeline.save_pretrained` has written, with the model and the other components in subfolders."
+            )
+        if folder.is_dir():
+            components = cls._get_signature_keys(cls)[0] - kwargs.keys()
+            index = json.loads((folder / cls.config_name).read_text())
+            named = [name for name in sorted(components & index.keys()) if index[name][0] is not None]
+            missing = [name for name in named if not (folder / name).is_dir()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: copy the folder "
+                    f"again, or pass the missing components ({missing[0]}=...)."
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict:
+        # `load_config` and `download` read the index here. A class name that comes with the name of a code file makes
+        # diffusers run that file, which is not needed to load this class.
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][1]
+        return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """Read `model_index.json`, and resolve the modules of this package that it names. See [`ConfigMixin`]."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if __package__ != "metamorph_hf":  # this file was copied with a checkpoint, whose code is in its subfolders
+            return loaded
+        for name, value in config.items():
+            module = str(value[0]).removeprefix("metamorph_hf.") if isinstance(value, list) else None
+            module = RENAMED_MODULES.get(module, module)
+            if module in OWN_MODULES:
+                # diffusers only finds modules that have been imported.
+                config[name] = [importlib.import_module(f".{module}", __package__).__name__, value[1]]
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> Path:
+        """
+        Download a pipeline from the Hub. See [`DiffusionPipeline.download`], which leaves out the language model's
+        `generation_config.json`, where its end-of-answer tokens are, and all code but the files that it would run.
+        """
+        folder = Path(super().download(pretrained_model_name, **kwargs))
+        names = ("cache_dir", "force_download", "local_files_only", "token")
+        options = {name: kwargs[name] for name in names if name in kwargs}
+        patterns = ["*/generation_config.json", "*.py"]
+        snapshot_download(pretrained_model_name, revision=folder.name, allow_patterns=patterns, **options)
+        return folder
+
+    def save_config(self, save_directory: str | Path, **kwargs) -> None:
+        """Write `model_index.json`, and the code that `trust_remote_code=True` needs beside it and the components."""
+        super().save_config(save_directory, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        for name, component in {"_class_name": self, **self.components}.items():
+            module = type(component).__module__.rpartition(".")[2]
+            if module in OWN_MODULES:
+                custom_object_save(component, folder if component is self else folder / name)
+                index[name] = [module, type(component).__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        Save the pipeline. See [`DiffusionPipeline.save_pretrained`]. With `push_to_hub=True`, the pipeline is also
+        pushed as by [`~PipelineSavingMixin.push_to_hub`]; other files in `save_directory` are not.
+        """
+        options = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub_options = {name: kwargs.pop(name) for name in options if name in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            repo_id = hub_options.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, **hub_options, **kwargs)
+
+    def create_model_card(self, name: str, description: str = "", base_model: str | None = None) -> ModelCard:
+        """
+        Create a model card, as [`~PipelineSavingMixin.push_to_hub`] does where there is none.
+
+        Args:
+            name (`str`): The name to load the pipeline by, such as `"user/pipeline"`.
+            description (`str`, *optional*): Markdown text, such as facts about the training and sample images.
+            base_model (`str`, *optional*): Hub id of the pipeline that the U-Net was trained from.
+        """
+        tags = ["metamorph", "text-to-image", "diffusers"]
+        metadata = ModelCardData(
+            library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model
+        )
+        generator, call = "a language model", 'pipe("a red apple").images[0]'
+        if self.model is None:
+            generator = "a MetaMorph model of your own"
+            call = "pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate"
+        text = CARD.format(
+            metadata=metadata.to_yaml(),
+            title=Path(name).name,
+            generator=generator,
+            tokens=self.projector.config.num_image_tokens or "any number",
+            width=self.projector.config.visual_token_dim,
+            size="x".join(map(str, self.default_size)),
+            description=description,
+            name=name,
+            call=call,
+        )
+        return ModelCard(text)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+        **save_kwargs,
+    ) -> str:
+        """
+        Upload the pipeline to the Hub. See [`~utils.PushToHubMixin.push_to_hub`].
+
+        A repository without a `README.md` gets the card of the folder that the pipeline was loaded from, with the
+        images of that folder that it shows, or else a card by [`~PipelineSavingMixin.create_model_card`].
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_kwargs)
+            source = self.config.get("_name_or_path")
+            if subfolder is None and not file_exists(repo_id, "README.md", token=token):
+                if source is not None and (Path(source) / "README.md").is_file():
+                    _copy_model_card(Path(source), Path(folder))
+                else:
+                    self.create_model_card(repo_id).save(Path(folder) / "README.md")
+            return upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder,
+                token=token,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                create_pr=create_pr,
+            )
+
+
+def _copy_model_card(source: Path, target: Path) -> None:
+    """Copy the `README.md` of a folder and the images in that folder that it shows, and no other file."""
+    source = Path(os.path.abspath(source))
+    text = (source / "README.md").read_text()
+    links = re.findall(r"!\[[^\]]*\]\(<?([^)\s>]+)", text) + re.findall(r"<img[^>]*\ssrc=[\"']([^\"']+)", text)
+    for link in ["README.md", *map(unquote, links)]:
+        file = Path(os.path.normpath(source / link))
+        if file.is_file() and file.is_relative_to(source):  # a link may be an address, or lead out of the folder
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+
+
+__all__ = ["PipelineSavingMixin"]

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
+from helpers import EXAMPLES, arguments, train
+from PIL import Image
+
+from metamorph_hf.data.formats import BadSample
+from metamorph_hf.data.mixture import load_mixture
+from metamorph_hf.data.precompute import precompute_visual_tokens
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
+
+
+class TestPrecomputeVisualTokens:
+    def test_training_is_the_same(self, tiny_processor, tiny_model, tmp_path):
+        """With precomputed visual tokens the weights end up the same, although no image is read."""
+        columns = {key: [example[key] for example in EXAMPLES] for key in ("messages", "images")}
+        columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
+        dataset = Dataset.from_dict(columns).cast_column("images", List(ImageFeature()))
+        states = []
+        for precomputed in (False, True):
+            model = tiny_model()
+            used = precompute_visual_tokens(dataset, model, tiny_processor, batch_size=3) if precomputed else dataset
+            rows = [{**row, "messages": json.loads(row["messages"])} for row in used]
+            if precomputed:
+                assert [row["visual_tokens"].shape for row in rows[:4]] == [
+                    (1, 4, 16),
+                    (1, 4, 16),
+                    (0, 4, 16),
+                    (3, 4, 16),
+                ]
+                assert not any("images" in row or "pixel_values" in row for row in rows)
+            train(model, tiny_processor, arguments(tmp_path), rows)
+            states.append(model.state_dict())
+        for name, weight in states[0].items():
+            torch.testing.assert_close(states[1][name], weight, rtol=1e-5, atol=1e-7)
+
+    def test_mixture(self, tiny_processor, tiny_model, tmp_path):
+        """Batches are the same and in the same order; the collator skips or refuses unreadable samples."""
+        for number in range(5):
+            Image.new("RGB", (20, 16), (40 * number,) * 3).save(tmp_path / f"{number}.png")
+        (tmp_path / "3.png").write_bytes(b"broken")
+        captions = [{"caption": f"gray {n}", "image": str(tmp_path / f"{n}.png")} for n in range(5)]
+        chats = [{"messages": EXAMPLES[2]["messages"]}] * 3
+        sources = []
+        for task, rows in (("text_to_image", captions), ("chat", chats)):
+            path = tmp_path / f"{task}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+            sources.append({"task": task, "path": str(path)})
+        mixture, model = load_mixture(sources), tiny_model().eval()
+        encoded = precompute_visual_tokens(mixture, model, tiny_processor, batch_size=4)
+        assert len(encoded) == len(mixture) == 10
+        skip, stop = (DataCollatorForVPiT(tiny_processor, on_bad_sample=how) for how in ("skip", "raise"))
+        pixels, tokens = skip(list(mixture)), skip(list(encoded.select(range(10))))
+        assert [r["sample"] for r in tokens["rejected"]] == [r["sample"] for r in pixels["rejected"]]
+        assert len(tokens["rejected"]) == 3 and any("3.png" in r["reason"] for r in tokens["rejected"])
+        assert tokens["sample_ids"] == pixels["sample_ids"]
+        assert torch.equal(tokens["input_ids"], pixels["input_ids"])
+        expected = model.get_visual_tokens(pixels["pixel_values"])
+        torch.testing.assert_close(tokens["visual_tokens"], expected)
+        with pytest.raises(BadSample, match=r"row 3 of .* has an image that cannot be read \(.*3.png\)"):
+            stop([record for record in encoded if (record["task"], record["id"]) == ("text_to_image", "row 3")])
+
+    def test_stream(self, tiny_processor, tiny_model):
+        stream = Dataset.from_dict({"images": [[]]}).to_iterable_dataset()
+        with pytest.raises(ValueError, match="load it without streaming"):
+            precompute_visual_tokens(stream, tiny_model(), tiny_processor)
+
+    def test_half_precision(self, tiny_processor, tiny_model):
+        model, images = tiny_model(), [image for example in EXAMPLES[:2] for image in example["images"]]
+        dataset = Dataset.from_dict({"images": [images, []]}).cast_column("images", List(ImageFeature()))
+        rows = precompute_visual_tokens(dataset, model, tiny_processor, dtype="float16")[:]
+        pixels = tiny_processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        expected = model.get_visual_tokens(pixels).detach()
+        torch.testing.assert_close(torch.tensor(rows["visual_tokens"][0]).float(), expected, rtol=1e-3, atol=1e-3)
+        assert rows["visual_tokens"][1].shape == (0, 4, 16)

@@ -1,0 +1,197 @@
+"""The training of a visualizer: its parts, and the script as a user runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from helpers import EMOJI_CHECKPOINT as CHECKPOINT
+from helpers import ROOT
+from PIL import Image
+
+from metamorph_hf import MetaMorphPipeline
+from metamorph_hf.visualizer_training import averaged_weights, diffusion_loss, save_ema_with
+
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(*arguments, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / "train_visualizer.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+class TestDiffusionLoss:
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+    @pytest.mark.parametrize("snr_gamma", [None, 5.0])
+    def test_perfect_prediction_has_no_loss(self, prediction_type, snr_gamma):
+        """The clean latents are known, so that noise and velocity follow from the noisy latents."""
+        scheduler = DDPMScheduler(prediction_type=prediction_type)
+        clean = torch.randn(4, 2, 3, 3)
+
+        def predict(noisy, timesteps):
+            alpha = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+            velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+            return {"epsilon": noise, "sample": clean, "v_prediction": velocity}[prediction_type]
+
+        loss = diffusion_loss(predict, scheduler, clean, torch.Generator().manual_seed(0), snr_gamma=snr_gamma)
+        assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+    def test_min_snr_weights_are_those_of_the_paper(self):
+        """For epsilon, the weight of an image is min(SNR, gamma) / SNR."""
+        scheduler, seen = DDPMScheduler(), []
+
+        def predict(noisy, timesteps):
+            seen.append((noisy, timesteps))
+            return torch.zeros_like(noisy)
+
+        clean = torch.zeros(4, 2, 3, 3)
+        loss = diffusion_loss(predict, scheduler, clean, torch.Generator().manual_seed(0), snr_gamma=5.0)
+        ((noisy, timesteps),) = seen
+        alpha = scheduler.alphas_cumprod[timesteps]
+        snr = alpha / (1 - alpha)
+        squares = noisy.square().mean((1, 2, 3)) / (1 - alpha)  # of the noise, as the clean latents are zeros
+        torch.testing.assert_close(loss, (squares * snr.clamp(max=5.0) / snr).mean())
+
+
+class TestMovingAverage:
+    @staticmethod
+    def build(value: float) -> tuple[Accelerator, torch.nn.Linear, EMAModel]:
+        accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(model.weight, value)
+        ema = EMAModel(list(model.parameters()), decay=0.5)
+        save_ema_with(accelerator, ema)
+        return accelerator, model, ema
+
+    def test_travels_as_safetensors(self, tmp_path):
+        accelerator, model, ema = self.build(1.0)
+        torch.nn.init.zeros_(model.weight)
+        for _ in range(3):
+            ema.step(model.parameters())
+        accelerator.save_state(str(tmp_path))
+        assert (tmp_path / "ema.safetensors").is_file() and not list(tmp_path.glob("custom_checkpoint_*"))
+        accelerator, _, again = self.build(5.0)
+        accelerator.load_state(str(tmp_path))
+        assert again.optimization_step == 3
+        assert all(torch.equal(a, b) for a, b in zip(again.shadow_params, ema.shadow_params))
+
+    def test_pickle_of_a_stranger_is_not_read(self, tmp_path):
+        accelerator, _, _ = self.build(1.0)
+        accelerator.save_state(str(tmp_path))
+        (tmp_path / "custom_checkpoint_0.pkl").write_bytes(b"cos\nsystem\n(S'touch read'\ntR.")
+        with pytest.raises(RuntimeError, match="custom checkpoints"):
+            accelerator.load_state(str(tmp_path))
+
+    def test_averaged_weights_are_lent(self):
+        _, model, ema = self.build(1.0)
+        torch.nn.init.zeros_(model.weight)
+        with averaged_weights(ema, list(model.parameters())):
+            assert model.weight.unique().tolist() == [1.0]
+        assert model.weight.unique().tolist() == [0.0]
+
+
+@pytest.mark.slow
+class TestTrainVisualizer:
+    FLAGS = ("--model", CHECKPOINT, "--base", CHECKPOINT, "--cpu", "--batch-size", 3, "--schedule", "constant")
+    FLAGS += ("--learning-rate", 1e-3, "--accumulation", 2, "--checkpoint-every", 2, "--ema")
+    FLAGS += ("--validation-steps", 2, "--validation-images", 2)
+
+    def train(self, cwd, *flags):
+        return run(EXAMPLES / "emoji" / "emoji.parquet", *self.FLAGS, *flags, cwd=cwd)
+
+    def test_resumed_is_uninterrupted(self, tmp_path):
+        """A resumed run sees the same images with the same noise and has the same moving average."""
+        self.train(tmp_path, "--output", "whole", "--steps", 4, "--validation-every", 4)
+        self.train(tmp_path, "--output", "cut", "--steps", 2)
+        shutil.rmtree(tmp_path / "cut" / "unet")
+        (tmp_path / "cut" / "checkpoint-3").mkdir()  # a save that was interrupted
+        again = self.train(tmp_path, "--output", "cut", "--steps", 4)
+        assert "continuing from cut/checkpoint-2" in again.stdout
+        whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
+        before = MetaMorphPipeline.from_pretrained(CHECKPOINT)
+        for part in ("unet", "projector"):
+            weights = getattr(whole, part).state_dict()
+            assert any((weights[n].float() != w.float()).any() for n, w in getattr(before, part).state_dict().items())
+            for name, weight in getattr(cut, part).state_dict().items():
+                assert torch.equal(weight, weights[name]), name
+        grid = Image.open(tmp_path / "whole" / "validation" / "step-000004.png")
+        assert grid.size == (5 * 64, 2 * 64)  # an original and four guidance scales, of two images
+        card = (tmp_path / "whole" / "README.md").read_text()
+        assert "| learning rate | 0.001 |" in card and "![reconstructions](reconstructions.png)" in card
+        # The weights of the last step differ from the averaged ones, which are validated and saved.
+        assert list(Image.open(tmp_path / "whole" / "reconstructions.png").getdata()) == list(grid.getdata())
+        assert "nothing left to train" in self.train(tmp_path, "--output", "cut", "--steps", 4).stdout
+
+    def test_accumulation_continues_over_the_ends_of_epochs(self, tmp_path):
+        """With three batches per epoch and two per step, a run that is resumed within an epoch is the same."""
+        (tmp_path / "images").mkdir()
+        for index in range(9):
+            Image.new("RGB", (64, 64), (25 * index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+        shutil.copytree(CHECKPOINT, tmp_path / "base")
+        index_file = tmp_path / "base" / "model_index.json"
+        index_file.write_text(
+            json.dumps({**json.loads(index_file.read_text()), "instruction_template": "Generate {}!"})
+        )
+        flags = ["--model", tmp_path / "base", *self.FLAGS[2:]]
+        for output, steps in (("whole", 4), ("cut", 1), ("cut", 4)):
+            chosen = [*flags, "--output", output, "--steps", steps, "--checkpoint-every", 1]
+            run(tmp_path / "images", *chosen, cwd=tmp_path)
+        whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
+        for name, weight in cut.unet.state_dict().items():
+            assert torch.equal(weight, whole.unet.state_dict()[name]), name
+        assert whole.config.instruction_template == "Generate {}!"
+        states = [torch.load(tmp_path / name / "checkpoint-4" / "optimizer.bin") for name in ("whole", "cut")]
+        assert [int(state["state"][0]["step"]) for state in states] == [4, 4]
+
+    def test_two_processes_see_disjoint_data(self, tmp_path):
+        """Together they see all of a webdataset in each epoch. The unconditional states are learned."""
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for index in range(8):
+                Image.new("RGB", (64, 64), (30 * index, 0, 0)).save(tmp_path / f"{index}.png")
+                tar.add(tmp_path / f"{index}.png", f"{index}.png")
+        (tmp_path / "watched.py").write_text(
+            "import json, os, sys\n"
+            f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+            "import train_visualizer\n"
+            "seen, collate = [], train_visualizer.Collate.__call__\n"
+            "def watched(self, rows):\n"
+            "    seen.append([row['image'].convert('RGB').getpixel((0, 0))[0] // 30 for row in rows])\n"
+            "    return collate(self, rows)\n"
+            "train_visualizer.Collate.__call__ = watched\n"
+            "train_visualizer.main()\n"
+            "open(f'seen-{os.environ[\"RANK\"]}.json', 'w').write(json.dumps(seen))\n"
+        )
+        flags = [*self.FLAGS[:5], "--batch-size", 2, "--output", "out", "--steps", 4, "--validation-images", 0]
+        flags += ["--learned-unconditional", "--conditioning-dropout", 0.5, "--warmup", 0, "--learning-rate", 1e-3]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [*launcher, "watched.py", "shard.tar", *map(str, flags)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        one, other = (json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1))
+        epochs = [sum(one[start : start + 2] + other[start : start + 2], []) for start in (0, 2)]
+        assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
+        assert epochs[0] != epochs[1]
+        assert MetaMorphPipeline.from_pretrained(tmp_path / "out").projector.unconditional.any()
+
+    def test_lora(self, tmp_path):
+        self.train(tmp_path, "--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)
+        assert (tmp_path / "out" / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
+        made, before = (MetaMorphPipeline.from_pretrained(folder).unet for folder in (tmp_path / "out", CHECKPOINT))
+        adapted = MetaMorphPipeline.from_pretrained(CHECKPOINT).unet
+        adapted.load_lora_adapter(str(tmp_path / "out" / "unet_lora"), prefix=None, use_safetensors=True)
+        inputs = (torch.randn(1, 32, 8, 8), 500, torch.randn(1, 16, 192))
+        with torch.no_grad():
+            expected, found = adapted(*inputs).sample, made(*inputs).sample
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert made.state_dict().keys() == before.state_dict().keys()
+        moved = {n for n, w in made.state_dict().items() if not torch.allclose(w, before.state_dict()[n].float())}
+        assert moved and all(any(f".{part}." in name for part in ("to_q", "to_k", "to_v", "to_out")) for name in moved)

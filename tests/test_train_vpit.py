@@ -1,0 +1,187 @@
+"""`examples/train_vpit.py`, run as a user runs it, on the images and the model in the repository."""
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import EMOJI_CHECKPOINT, EXAMPLES_FOLDER, import_example, run_example, write_jsonl
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModel
+from trl import ModelConfig, TrlParser
+
+from metamorph_hf import VPiTConfig
+from metamorph_hf.vpit.trainer import last_complete_checkpoint
+
+
+SMOKE = EXAMPLES_FOLDER / "configs" / "cpu_smoke.yaml"
+
+
+def train(*flags, cwd: Path) -> None:
+    done = run_example("train_vpit.py", *flags, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def script():
+    return import_example("train_vpit.py")
+
+
+@pytest.mark.slow
+class TestTraining:
+    def test_lora_merge_and_resume(self, tmp_path):
+        flags = ["--config", SMOKE, "--sample_steps", 4, "--eval_samples", 4, "--use_peft", "--lora_r", 4, "--merge"]
+        flags += ["--model_name_or_path", EMOJI_CHECKPOINT, "--visualizer", EMOJI_CHECKPOINT]
+        flags += ["--eval_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2]
+        train(*flags, "--max_steps", 4, cwd=tmp_path)
+        out = tmp_path / "runs" / "smoke"
+        (sample,) = json.loads((out / "samples" / "step-000004.json").read_text())
+        assert sample["answer"].count("<image>") == len(sample["images"])
+        facts = json.loads((out / "training_facts.json").read_text())
+        assert (facts["steps"], facts["adapter"], facts["base model"]) == (4, "LORA, rank 4, alpha 32", "model")
+        for folder in (out, out / "merged"):
+            assert "| adapter | LORA, rank 4, alpha 32 |" in (folder / "README.md").read_text()
+        logs = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        assert any("eval_visual_loss" in log or "eval_text_loss" in log for log in logs)
+        adapted = PeftModel.from_pretrained(
+            AutoModel.from_pretrained(EMOJI_CHECKPOINT / "model", dtype="float32"), out
+        )
+        merged = AutoModel.from_pretrained(out / "merged")
+        ids = torch.arange(7, 27).unsqueeze(0)
+        with torch.no_grad():
+            expected, found = adapted.eval()(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
+        # The merged model is saved in the base's float16.
+        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+        refused = run_example("train_vpit.py", *flags, "--max_steps", 6, cwd=tmp_path)
+        assert refused.returncode == 1 and "already holds a run" in refused.stderr
+        train(*flags, "--max_steps", 6, "--resume", cwd=tmp_path)
+        resumed = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+        assert [log["loss"] for log in resumed if "loss" in log][:4] == [log["loss"] for log in logs if "loss" in log]
+
+    @pytest.mark.parametrize("precompute", [False, True])
+    def test_webdataset(self, tmp_path, precompute):
+        """Images and captions of a tar, one image broken; as a stream, and with precomputed visual tokens."""
+        with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+            for number in range(8):
+                pixels = io.BytesIO()
+                Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(pixels, "png")
+                data = b"broken" if number == 5 else pixels.getvalue()
+                for ending, content in (("png", data), ("txt", b"a red square")):
+                    member = tarfile.TarInfo(f"{number:04}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        source = {"task": "text_to_image", "path": "webdataset", "data_files": "shard.tar"}
+        config = {
+            **yaml.safe_load(SMOKE.read_text()),
+            "mixture": [{**source, "streaming": not precompute}],
+            "output_dir": "out",
+            "on_bad_sample": "skip",
+            "max_bad_share": 0.5,
+            "max_steps": 4,
+            "precompute": precompute,
+            "sample_steps": 0,
+        }
+        (tmp_path / "tar.yaml").write_text(yaml.safe_dump(config))
+        flags = ["--config", "tar.yaml", "--model_name_or_path", EMOJI_CHECKPOINT]
+        train(*flags, "--per_device_train_batch_size", 2, cwd=tmp_path)
+        facts = json.loads((tmp_path / "out" / "training_facts.json").read_text())
+        assert facts["steps"] == 4 and float(facts["last visual_loss"]) < 0
+        (rejected,) = (tmp_path / "out").glob("rejected*")
+        assert "0005" in rejected.read_text()
+        assert not (tmp_path / "out" / "merged").exists()
+
+    def test_revision(self, tmp_path, monkeypatch, tiny_model, tiny_processor):
+        """Processor, configuration, precomputation and merge all take `--model_revision` of a Hub model, in whose
+        main revision images have another number of tokens and weights differ."""
+        cache = tmp_path / "cache" / "models--user--model"
+        (cache / "refs").mkdir(parents=True)
+        for index, (revision, num_image_tokens) in enumerate((("main", 9), ("v2", 4))):
+            commit = str(index) * 40
+            (cache / "refs" / revision).write_text(commit)
+            model = tiny_model(num_image_tokens=num_image_tokens)
+            for parameter in model.parameters():
+                parameter.data += index
+            model.save_pretrained(cache / "snapshots" / commit)
+            tiny_processor.save_pretrained(cache / "snapshots" / commit)
+            saved = cache / "snapshots" / commit / "processor_config.json"
+            saved.write_text(json.dumps({**json.loads(saved.read_text()), "num_image_tokens": num_image_tokens}))
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+        rows = [{"caption": "a red square", "image": str(tmp_path / "red.png")}] * 4
+        path = write_jsonl(tmp_path / "data.jsonl", rows)
+        config = {**yaml.safe_load(SMOKE.read_text()), "mixture": [{"task": "text_to_image", "path": path}]}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**config, "sample_steps": 0, "max_steps": 1}))
+        flags = ["--config", "mine.yaml", "--model_name_or_path", "user/model", "--model_revision", "v2"]
+        train(*flags, "--precompute", "--use_peft", "--merge", "--output_dir", "out", cwd=tmp_path)
+        merged = AutoModel.from_pretrained(tmp_path / "out" / "merged", dtype="float32")
+        assert merged.config.num_image_tokens == 4
+        tower = model.model.vision_tower.state_dict()
+        for name, weight in merged.model.vision_tower.state_dict().items():
+            assert torch.equal(weight, tower[name]), name
+
+
+class TestOutputFolder:
+    def find_checkpoint(self, script, output_dir, *flags) -> str | None:
+        flags = [*flags, "--output_dir", str(output_dir), "--use_cpu", "--bf16", "false"]
+        arguments, training_arguments = TrlParser((script.ScriptArguments, VPiTConfig)).parse_args_and_config(flags)
+        return script.find_checkpoint(arguments, training_arguments)
+
+    @pytest.fixture
+    def run(self, tmp_path, tiny_processor, tiny_model) -> Path:
+        """The output folder of a finished run."""
+        from helpers import arguments
+        from helpers import train as train_tiny
+
+        args = arguments(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
+        train_tiny(tiny_model(), tiny_processor, args).save_model()
+        (tmp_path / "run" / "rejected_samples-0.jsonl").write_text("{}\n")
+        return tmp_path / "run"
+
+    def test_new_folder(self, script, tmp_path):
+        assert self.find_checkpoint(script, tmp_path / "new") is None
+        assert self.find_checkpoint(script, tmp_path / "new", "--resume") is None
+
+    def test_folder_with_a_run_is_refused(self, script, run):
+        with pytest.raises(SystemExit, match="already holds a run .*--resume, .*--overwrite_output_dir"):
+            self.find_checkpoint(script, run)
+        assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
+
+    def test_resume(self, script, run):
+        assert self.find_checkpoint(script, run, "--resume") == str(run / "checkpoint-2")
+        explicit = str(run / "checkpoint-1")
+        assert self.find_checkpoint(script, run, "--resume_from_checkpoint", explicit) == explicit
+
+    def test_overwrite(self, script, run):
+        assert self.find_checkpoint(script, run, "--overwrite_output_dir") is None
+        assert not list(run.glob("checkpoint-*")) and not list(run.glob("rejected_samples-*"))
+
+    def test_both_flags(self, script, run):
+        with pytest.raises(SystemExit, match="pass one of the two"):
+            self.find_checkpoint(script, run, "--resume", "--overwrite_output_dir")
+
+
+@pytest.mark.parametrize("config", sorted((EXAMPLES_FOLDER / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_read(script, tmp_path, config):
+    flags = ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    parsed = TrlParser((script.ScriptArguments, VPiTConfig, ModelConfig)).parse_args_and_config(flags)
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    written = yaml.safe_load(config.read_text())
+    for name, value in written.items():
+        if name not in ("output_dir", "bf16", "mixture", "report_to"):
+            assert values[name] == pytest.approx(value), name
+    assert (values["mixture"] is None) == ("mixture" not in written)
+
+
+def test_without_a_model(script, tmp_path, monkeypatch, capsys):
+    flags = ["train_vpit.py", "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "name a model to start from" in capsys.readouterr().err
