@@ -71,8 +71,8 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
 
 class ImageLogitsProcessor(LogitsProcessor):
     """
-    Force exactly N image tokens after `<image_start>`, then `<image_end>`. Forbid images beyond `max_images`, and where
-    `<image_end>` would come after `max_length`.
+    Force exactly N image tokens after `<image_start>`, then `<image_end>`. Forbid images beyond `max_images`, and
+    images that would end after `max_length`.
     """
 
     def __init__(

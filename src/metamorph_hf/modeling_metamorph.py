@@ -48,17 +48,17 @@ class MetaMorphImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     """
-    [`MultimodalCausalLMOutputWithPast`] with `image_outputs` ([`MetaMorphImageFeatures`]), the losses and the vision
-    head's prediction. All tensors without a shape are scalars; means over no labels are 0.
+    [`MultimodalCausalLMOutputWithPast`] with `image_outputs` ([`MetaMorphImageFeatures`]) and, if `labels` are given,
+    scalar losses and measures; means over no labels are 0.
 
     Args:
-        loss (`torch.Tensor`): `text_loss + visual_loss_weight * visual_loss`, if `labels` are given.
-        text_loss (`torch.Tensor`): Mean cross-entropy over text labels.
-        visual_loss (`torch.Tensor`): Mean regression loss over visual labels.
-        text_accuracy (`torch.Tensor`): Share of text labels that have the largest logit.
-        text_entropy (`torch.Tensor`): Mean entropy, in nats, of the distributions that predict text labels.
-        visual_cosine (`torch.Tensor`): Mean cosine of predicted and true visual tokens, whatever the loss.
-        num_text_labels, num_visual_labels (`torch.Tensor`, int64): Number of labels of each kind.
+        loss: `text_loss + visual_loss_weight * visual_loss`.
+        text_loss: Mean cross-entropy over text labels.
+        visual_loss: Mean regression loss over visual labels.
+        text_accuracy: Share of text labels that have the largest logit.
+        text_entropy: Mean entropy, in nats, of the distributions that predict text labels.
+        visual_cosine: Mean cosine of predicted and true visual tokens, whatever the loss.
+        num_text_labels, num_visual_labels: Number of labels of each kind.
         logits (`torch.Tensor` of shape (B, S, vocabulary)):
             None when `labels` are given in training mode, where only text labels need logits.
         next_visual_token (`torch.Tensor` of shape (B, 1 or G, V)):
@@ -114,10 +114,7 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
         return self.base_model.language_model.dtype
 
     def initialize_weights(self) -> None:
-        """
-        Initialize missing weights, those of sub-models by their own rules. transformers skips the rules for modules
-        without parameters of their own, such as SigLIP's attention, below a class that is not part of it.
-        """
+        """Initialize missing weights, those of sub-models by their own rules, which transformers skips in part."""
         for child in self.children():
             if isinstance(child, PreTrainedModel):
                 child.initialize_weights()
@@ -145,12 +142,6 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         is_parallel = config.visual_decoding == "parallel"
         self.visual_queries = nn.Embedding(config.num_image_tokens, width) if is_parallel else None
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "MetaMorphModel":
         """See [`torch.nn.Module.train`]. A frozen vision tower stays in eval mode."""
@@ -439,18 +430,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def get_image_features(self, *args, **kwargs) -> MetaMorphImageFeatures:
         """See [`MetaMorphModel.get_image_features`]."""
