@@ -1,9 +1,12 @@
 """`visual_decoding="parallel"`: one forward pass per image, against a query per step and a plain loop."""
 
+import sys
 from types import SimpleNamespace
 
+import enable_parallel_decoding
 import pytest
 import torch
+from common import ConversionError
 from helpers import PLACEHOLDER
 from transformers import AutoModel, CompileConfig, DynamicCache, LogitsProcessor, StoppingCriteria
 
@@ -339,16 +342,36 @@ def test_saved_and_loaded(tiny_model, tmp_path):
     assert torch.equal(loaded.generate(**prompt), model.generate(**prompt))
 
 
-def test_autoregressive_checkpoint_becomes_parallel(tiny_model, tmp_path):
-    """Only the queries are new; they start where images are."""
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='has no visual queries: load it with.*visual_decoding="parallel"'):
-        model.initialize_visual_queries(torch.zeros(1, 4, 16))
-    parallel, info = AutoModel.from_pretrained(tmp_path, visual_decoding="parallel", output_loading_info=True)
-    assert info["missing_keys"] == {"model.visual_queries.weight"}
-    torch.manual_seed(0)
+@torch.no_grad()
+def test_autoregressive_model_becomes_parallel(tiny_model, tmp_path):
+    """Only the queries are new, which start at the mean of images; text and image understanding stay."""
+    model, expected = tiny_model(), tiny_model()
     visual_tokens = model.get_visual_tokens(torch.randn(5, 3, 16, 16))
-    parallel.initialize_visual_queries(visual_tokens)
-    expected = torch.stack([model.model.projector(tokens) for tokens in visual_tokens]).mean(0)
-    torch.testing.assert_close(parallel.model.visual_queries.weight, expected)
+    model.enable_parallel_decoding(visual_tokens)
+    queries = torch.stack([expected.model.projector(tokens) for tokens in visual_tokens]).mean(0)
+    torch.testing.assert_close(model.model.visual_queries.weight, queries)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    inputs = {"input_ids": torch.tensor([[40, 5, 4, 4, 4, 4, 6, 41]]), "visual_tokens": visual_tokens[:1]}
+    assert torch.equal(loaded(**inputs).logits, expected(**inputs).logits)
+    prompt = {"input_ids": torch.tensor([[40]]), "force_image": True, "max_new_tokens": 6}
+    assert torch.equal(loaded.generate(**prompt), model.generate(**prompt))
+
+
+def test_command(tiny_model, tiny_processor, tiny_images, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    arguments = [str(tmp_path / "model"), str(tmp_path / "parallel"), "--images", str(tmp_path / "images")]
+    monkeypatch.setattr(sys, "argv", ["enable_parallel_decoding.py", *arguments])
+    with pytest.raises(ConversionError, match="holds no png, jpg or webp images"):
+        enable_parallel_decoding.main()
+    for index, image in enumerate(tiny_images):
+        image.save(tmp_path / "images" / f"{index}.png")
+    enable_parallel_decoding.main()
+    model = AutoModel.from_pretrained(tmp_path / "parallel")
+    pixels = tiny_processor.image_processor(tiny_images, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        queries = model.model.projector(model.get_visual_tokens(pixels)).mean(0)
+    torch.testing.assert_close(model.model.visual_queries.weight, queries)

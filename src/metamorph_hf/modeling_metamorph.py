@@ -440,17 +440,17 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         return self.model.get_visual_tokens(pixel_values)
 
     @torch.no_grad()
-    def initialize_visual_queries(self, visual_tokens: torch.Tensor) -> None:
+    def enable_parallel_decoding(self, visual_tokens: torch.Tensor) -> None:
         """
-        Set the visual queries to the mean of projected visual tokens (I, N, V) of some images: a start for training an
-        autoregressive checkpoint on, loaded by `from_pretrained(path, visual_decoding="parallel")`.
+        Switch an autoregressive model to `visual_decoding="parallel"`; it must be trained on to generate images again.
+
+        Args:
+            visual_tokens (`torch.Tensor` of shape (I, N, V)):
+                Visual tokens of some images; the visual queries start as the mean of their projections.
         """
-        if self.model.visual_queries is None:
-            raise ValueError(
-                'This model has no visual queries: load it with `from_pretrained(path, visual_decoding="parallel")`.'
-            )
-        features = self.get_image_features(visual_tokens=visual_tokens, return_dict=True)
-        self.model.visual_queries.weight.copy_(features.pooler_output.mean(0))
+        queries = self.get_image_features(visual_tokens=visual_tokens, return_dict=True).pooler_output.mean(0)
+        self.model.visual_queries = nn.Embedding(*queries.shape, _weight=queries.to(self.dtype))
+        self.config.visual_decoding = "parallel"
 
     def visual_loss_function(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the float32 loss (M,) of each predicted visual token (M, V)."""
