@@ -132,6 +132,9 @@ class MetaMorphConfig(PreTrainedConfig):
             raise ValueError(
                 f'projector_type is "{self.projector_type}", but must be "linear", or "mlp2x_gelu" or the like.'
             )
+        for name in ("visual_loss_weight", "visual_token_noise"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or a larger finite number.")
         ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
         if len(set(ids)) != 3 or min(ids) < 0:
             raise ValueError(

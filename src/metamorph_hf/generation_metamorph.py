@@ -144,6 +144,12 @@ class MetaMorphStreamer(TextIteratorStreamer):
         self.visual_token_steps = visual_token_steps
         self.num_new_tokens = self.num_visual_tokens = 0
 
+    def __next__(self) -> str | torch.Tensor:
+        piece = super().__next__()
+        if isinstance(piece, BaseException):  # `generate()` failed in its thread
+            raise piece
+        return piece
+
     def put(self, value: torch.LongTensor) -> None:
         """See [`TextIteratorStreamer.put`]."""
         if self.next_tokens_are_prompt:
@@ -255,7 +261,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 given = [kwargs["mm_encoder_outputs"]["image"].pooler_output]
             num_features = len(given[0]) * self.config.num_image_tokens if given else 0
             self.model.check_image_count(ids == self.config.image_token_id, num_features)
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        try:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        except BaseException as error:
+            if isinstance(kwargs.get("streamer"), MetaMorphStreamer):  # whose reader would wait forever
+                kwargs["streamer"].text_queue.put(error)
+            raise
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refuse continuous batching, which passes on token ids but no visual tokens."""
