@@ -196,6 +196,31 @@ class TestImages:
             encode(tiny_processor, [turn("user", picture_part(__file__))])
 
 
+class TestParts:
+    @pytest.mark.parametrize(
+        "part",
+        [
+            lambda url: {"type": "image_url", "image_url": {"url": url}},
+            lambda url: {"type": "image_url", "image_url": url},
+            lambda url: {"type": "input_image", "image_url": url},
+            lambda url: {"type": "image", "url": url},
+        ],
+    )
+    @pytest.mark.parametrize("text", ["text", "input_text"])
+    def test_forms_of_other_apis(self, tiny_processor, tiny_images, tmp_path, part, text):
+        tiny_images[0].save(tmp_path / "image.png")
+        expected = encode(tiny_processor, [turn("user", picture_part(tiny_images[0]), text_part("What?"))])
+        given = part(str(tmp_path / "image.png"))
+        inputs = encode(tiny_processor, [turn("user", given, {"type": text, "text": "What?"})])
+        assert torch.equal(inputs.input_ids, expected.input_ids)
+        assert torch.equal(inputs.pixel_values, expected.pixel_values)
+
+    @pytest.mark.parametrize("part", [{"type": "audio", "audio": "a.wav"}, {"type": "text"}, "words", {"text": "hi"}])
+    def test_unknown_parts_are_refused(self, tiny_processor, part):
+        with pytest.raises(ValueError, match="A content part is neither text nor an image"):
+            encode(tiny_processor, [turn("user", part)])
+
+
 class TestPadding:
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_left_whatever_the_tokenizer_says(self, tiny_processor, side):

@@ -1,5 +1,6 @@
 """Processor of MetaMorph: chat messages with images to model inputs, and generated ids back to text."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,30 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
+
+
+IMAGE_TYPES, TEXT_TYPES = ("image", "image_url", "input_image"), ("text", "input_text", "output_text")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+
+
+def normalize_part(part: Any) -> dict[str, Any]:
+    """
+    Return a content part in the form of transformers. OpenAI's chat and responses APIs are known, too.
+
+    Raises:
+        ValueError: if the part is neither text nor an image: a template would leave it out silently.
+    """
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in IMAGE_TYPES:
+        image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
+        image = image["url"] if isinstance(image, Mapping) and "url" in image else image
+        return {"type": "image"} if image is None else {"type": "image", "image": image}
+    if kind in TEXT_TYPES and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise ValueError(
+        f"A content part is neither text nor an image: {str(part)[:100]}. Its type must be one of "
+        f"{', '.join(TEXT_TYPES + IMAGE_TYPES)}."
+    )
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -88,6 +113,20 @@ class MetaMorphProcessor(ProcessorMixin):
         if "padding_side" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("padding_side", "left")
         return super().__call__(images, text, **kwargs)
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """See [`~transformers.ProcessorMixin.apply_chat_template`]. Content parts may have OpenAI's forms."""
+        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = [
+            [
+                {**message, "content": [normalize_part(part) for part in message["content"]]}
+                if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple))
+                else message
+                for message in one
+            ]
+            for one in (conversation if is_batch else [conversation])
+        ]
+        return super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """See [`~transformers.ProcessorMixin.prepare_inputs_layout`]. Reads all images with [`read_image`]."""
