@@ -265,7 +265,7 @@ def video_prediction(
     name, length = describe_image(video), video_seconds(video)
     longest = min(max_seconds, (length or 0) / 2)
     if longest < min_seconds:
-        raise BadSample(f"has a video of {length} s, which must have two intervals of {min_seconds} s ({name}).")
+        raise BadSample(f"has a video of unknown length, or too short for two intervals of {min_seconds} s ({name}).")
     seconds = round(rng.uniform(min_seconds, longest), 1)
     frames = video_frames(video, max(seconds, min_seconds), limit=max_frames)
     if len(frames) < 3:

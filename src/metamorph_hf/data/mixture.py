@@ -1,8 +1,8 @@
 """
-Mixtures: datasets of conversations from one or more sources, read lazily whatever their size.
+Mixtures: datasets of records from one or more sources, read lazily whatever their size.
 
-A mixture holds records: `messages` and `images` that a family of `formats` makes of a row, and `task`, `source` and
-`id` to name it. For a row that cannot become a record, `bad` says why, so that the collator can raise or skip it.
+A record has the `messages`, `images` and `tools` that a family of `formats` makes of a row, `task`, `source` and `id`
+to name it, and `bad`, which says why a row could not become one, so that the collator can raise or skip it.
 """
 
 import json
@@ -36,10 +36,7 @@ STREAM_FEATURES = Features({"record": Value("string"), "images": List(Image(deco
 class JsonLines(Sequence):
     """
     A JSONL file as a sequence of rows, of which only the lines' positions are kept in memory. Empty lines at the end
-    are ignored.
-
-    Raises:
-        BadSample: On access, if a line is not a JSON object.
+    are ignored. A line that is not JSON raises [`BadSample`] on access.
     """
 
     def __init__(self, path: str | Path):
@@ -59,12 +56,9 @@ class JsonLines(Sequence):
             file.seek(self.starts[index])
             line = file.readline()
         try:
-            row = json.loads(line)
+            return json.loads(line)
         except (ValueError, RecursionError) as error:  # also other encodings, and numbers of too many digits
             raise BadSample(f"is line {index + 1} of {self.path}, which is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BadSample(f"is line {index + 1} of {self.path}, which holds {type(row).__name__}, not an object.")
-        return row
 
 
 def disable_decoding(feature: Any) -> Any:
@@ -81,11 +75,9 @@ class Source:
 
     Args:
         task (`str`): The family of its rows, a key of `FAMILIES`.
-        path (`str`): A `.jsonl` or `.json` file, or anything that [`~datasets.load_dataset`] takes: a Hub repository,
-            or a builder (`"parquet"`, `"webdataset"`, `"imagefolder"`...) with `data_files`.
+        path (`str`): A `.jsonl` or `.json` file, or a Hub repository or builder that [`~datasets.load_dataset`] takes.
         name, data_dir, data_files, split (*optional*): Passed to `load_dataset`. The split defaults to `"train"`.
         columns (`dict`, *optional*): Maps the family's column names to the source's, such as `{"caption": "title"}`.
-            A webdataset's columns are the endings of its members and the keys of its `.json` members.
         image_root (`str`, *optional*): Folder of its images and videos. Paths that lead out of it are refused.
         allow_remote (`bool`, *optional*, defaults to `False`): Whether to download images and videos from addresses.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read it while training.
@@ -186,10 +178,8 @@ def load_mixture(
     """
     Load a dataset of records from several sources, shuffled by `seed`, to train on with [`DataCollatorForVPiT`].
 
-    By default it holds every sample once. With `num_samples` a source gives that many, as in the paper's figure 4: all
-    understanding data beside 1,000 to 200,000 generation samples. With fractions, which all sources must have then, it
-    holds `size` samples, or as many as use up the first source.
-
+    By default it holds every sample once. With `num_samples` a source gives that many, as in the paper's figure 4.
+    With fractions, which all sources must have then, it holds `size` samples, or as many as use up the first source.
     If any source streams, the mixture does, and fractions are the probabilities of [`~datasets.interleave_datasets`].
 
     Args:
@@ -216,17 +206,13 @@ def load_mixture(
     if any(fractions):
         size = size or int(min(len(table) / share for table, share in zip(tables, fractions)) * sum(fractions))
         counts = [round(size * share / sum(fractions)) for share in fractions]
-    generator = np.random.default_rng(seed)
-    rows = [draw_rows(len(table), count, generator) for table, count in zip(tables, counts)]
+    generator, rows = np.random.default_rng(seed), []
+    for table, count in zip(tables, counts):  # all rows as often as they fit, and a random part of them for the rest
+        repeats, rest = divmod(count, len(table))
+        rows += [np.tile(np.arange(len(table)), repeats), generator.permutation(len(table))[:rest]]
     order = generator.permutation(sum(counts))
-    columns = {"source": np.repeat(np.arange(len(rows)), counts)[order], "row": np.concatenate(rows)[order]}
+    columns = {"source": np.repeat(np.arange(len(tables)), counts)[order], "row": np.concatenate(rows)[order]}
     return Dataset.from_dict(columns).with_transform(partial(_read_rows, sources=sources, tables=tables, seed=seed))
-
-
-def draw_rows(available: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw `count` row numbers: all rows as often as they fit, and a random part of them for the rest."""
-    repeats, rest = divmod(count, available)
-    return np.concatenate([np.tile(np.arange(available), repeats), generator.permutation(available)[:rest]])
 
 
 def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: list, seed: int) -> dict[str, list]:
@@ -236,6 +222,7 @@ def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: lis
 
 
 def _interleave_streams(sources: list[Source], tables: list, seed: int, size: int | None) -> IterableDataset:
+    """Return the mixture of sources of which at least one is a stream."""
     streams = [_stream_records(source, table, seed) for source, table in zip(sources, tables)]
     fractions = [source.fraction for source in sources]
     probabilities = [share / sum(fractions) for share in fractions] if all(fractions) else None
@@ -246,8 +233,7 @@ def _interleave_streams(sources: list[Source], tables: list, seed: int, size: in
     if 1 < processes <= mixture.num_shards:  # accelerate's prepare_data_loader gives each process whole shards then
         logger.warning(
             f"Each of the {processes} processes reads whole shards of the stream's {mixture.num_shards}, and if they "
-            "are uneven, some processes finish early. Write equal shards, as many as a multiple of the number of "
-            "processes, or do not stream."
+            "are uneven, some processes finish early. Write equal shards, as many as a multiple of the processes."
         )
     return mixture if size is None else mixture.take(size)
 
