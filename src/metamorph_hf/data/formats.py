@@ -62,9 +62,7 @@ def require_text(row: Row, *names: str) -> str:
 def resolve_path(file: Any, image_root: str | None = None, allow_remote: bool = False) -> Any:
     """
     Prepend `image_root` to the path of an image or a video. Bytes, data URIs and PIL images are returned as they are.
-
-    Raises:
-        BadSample: If the path leads out of `image_root`, or is an address although `allow_remote` is False.
+    A path that leads out of `image_root`, or an address without `allow_remote`, raises [`BadSample`].
     """
     if isinstance(file, Mapping) and not isinstance(file.get("bytes"), bytes):
         file = file.get("path")
@@ -77,10 +75,10 @@ def resolve_path(file: Any, image_root: str | None = None, allow_remote: bool = 
         raise BadSample(f"has a file at {str(file)[:200]}: set allow_remote for its source to download files.")
     if is_remote or image_root is None:
         return str(file)
-    path, root = os.path.abspath(os.path.join(image_root, file)), os.path.abspath(image_root)
-    if os.path.commonpath([path, root]) != root:
+    path = os.path.join(image_root, file)
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(image_root)):
         raise BadSample(f"has the path {str(file)[:200]}, which leads out of image_root={image_root}.")
-    return os.path.join(image_root, file)
+    return path
 
 
 def as_list(value: Any) -> list:
@@ -205,8 +203,8 @@ def visual_thinking(row: Row, rng: random.Random, resolve: Callable = resolve_pa
         names = as_list(row.get("names") or [""] * len(boxes))
         if len(names) != len(boxes):
             raise BadSample(f"has {len(boxes)} boxes, but {len(names)} names.")
-        shown = image.copy()
-        draw, width = PIL.ImageDraw.Draw(shown), max(1, min(image.size) // 100)
+        shown, width = image.copy(), max(1, min(image.size) // 100)
+        draw = PIL.ImageDraw.Draw(shown)
         for box, name in zip(boxes, names):
             draw.rectangle(box, outline="red", width=width)
             draw.text((box[0] + 2 * width, box[1] + 2 * width), str(name), fill="red")
@@ -224,7 +222,7 @@ def video_qa(
     Read LLaVA's form with a `video` (VideoStar, ShareVideo). Its frames replace the one `<video>` or `<image>`.
 
     Args:
-        fps (`float`): Frames per second of the video, fewer in one so long that they would exceed `max_frames`.
+        fps (`float`): Frames per second of the video, fewer if they would be more than `max_frames`.
         max_frames (`int`): Largest number of frames.
     """
     video = resolve(require_column(row, "video", "mp4", "webm"))
