@@ -13,12 +13,14 @@ import html
 import io
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 import yaml
+from common import resolve_model
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -53,32 +55,24 @@ def format_histogram(lengths: list[int]) -> str:
     return "\n".join([f"tokens per sample: median {np.median(lengths):g}, longest {max(lengths)}", *bars])
 
 
-def format_title(record: dict) -> str:
-    return f"{record['task']}: {record['id']} of {record['source']}"
-
-
-def embed_thumbnail(image) -> str:
-    buffer, thumbnail = io.BytesIO(), read_image(image)
-    thumbnail.thumbnail((160, 160))
-    thumbnail.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
 def build_page(records: list[dict], spans: list[list[tuple[str, str]]], table: str) -> str:
     """Build an HTML page of the samples, each with its images in reading order."""
     legend = " ".join(f'<span style="{style}">{kind}</span>' for kind, style in STYLES.items())
     page = f"<!doctype html><meta charset='utf-8'><title>Training data</title><pre>{html.escape(table)}</pre>{legend}"
     for record, parts in zip(records, spans):
-        text = "".join(f'<span style="{STYLES[kind]}">{html.escape(part)}</span>' for kind, part in parts)
-        images = "".join(embed_thumbnail(image) for image in record["images"])
-        page += f"<h3>{html.escape(format_title(record))}</h3><p>{text}</p><p>{images}</p>"
+        page += f"<h3>{html.escape('{task}: {id} of {source}'.format(**record))}</h3><p>"
+        page += "".join(f'<span style="{STYLES[kind]}">{html.escape(text)}</span>' for kind, text in parts) + "</p>"
+        for image in record["images"]:
+            buffer, thumbnail = io.BytesIO(), read_image(image)
+            thumbnail.thumbnail((160, 160))
+            thumbnail.save(buffer, "PNG")
+            page += f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
     return page
 
 
 def measure_seconds(iterable: Iterable) -> float:
     start = time.perf_counter()
-    for _ in iterable:
-        pass
+    deque(iterable, maxlen=0)
     return time.perf_counter() - start
 
 
@@ -113,17 +107,17 @@ def main() -> None:
     config = yaml.safe_load(args.config.read_text())
     if "mixture" not in config:
         sys.exit(f"{args.config} has no mixture: a list of sources, see examples/configs/mixture.yaml.")
-    folders = ("model", "processor") if (Path(args.model) / "model_index.json").is_file() else ("", "")
-    processor = MetaMorphProcessor.from_pretrained(args.model, subfolder=folders[1])
+    model, processor = resolve_model(args.model)
+    processor = MetaMorphProcessor.from_pretrained(processor)
     dataset = load_mixture(config["mixture"], config.get("seed", 42), config.get("mixture_size"))
     table = mixture_table(dataset, args.read)
     print(table, "\n")
 
-    text_config = MetaMorphConfig.from_pretrained(args.model, subfolder=folders[0]).text_config
+    text_config = MetaMorphConfig.from_pretrained(model).text_config
     context = getattr(text_config, "max_position_embeddings", None)  # some language models have no limit
     limits = [limit for limit in (config.get("max_length", VPiTConfig.max_length), context) if limit is not None]
-    max_length = min(limits, default=None)
-    collate = DataCollatorForVPiT(processor, max_length, on_too_long=config.get("on_too_long", "refuse"))
+    on_too_long = config.get("on_too_long", "refuse")
+    collate = DataCollatorForVPiT(processor, min(limits, default=None), on_too_long=on_too_long)
     records, lengths, spans = [], [], []
     for record in tqdm(islice(dataset, args.read), total=args.read, desc="samples", leave=False):
         try:
@@ -139,13 +133,13 @@ def main() -> None:
         sys.exit("None of the samples can be trained on.")
     print(format_histogram(lengths), "\n")
     for record, parts in zip(records, spans):
-        print(format_title(record))
+        print("{task}: {id} of {source}".format(**record))
         print("".join(BRACKETS[kind].format(text) for kind, text in parts), "\n")
     if args.html is not None:
         args.html.write_text(build_page(records, spans, table))
         print(f"saved {args.html}")
     if args.throughput:
-        model = MetaMorphForConditionalGeneration.from_pretrained(args.model, subfolder=folders[0], dtype="float32")
+        model = MetaMorphForConditionalGeneration.from_pretrained(model, dtype="float32")
         print_throughput(records, collate, model)
 
 

@@ -117,7 +117,7 @@ def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset
     else:
         options = {"name": args.dataset_config, "split": args.dataset_split, "streaming": args.streaming}
         task = "llava" if args.dataset.endswith((".json", ".jsonl")) else "chat"
-        source = Source(task, args.dataset, **options, options={"image_root": args.image_root})
+        source = Source(task, args.dataset, **options, image_root=args.image_root)
         dataset = load_mixture([source], training_args.seed)
     if not args.eval_samples:
         return dataset, None

@@ -194,6 +194,7 @@ ROWS = {
     "llava": LLAVA,
     "text_to_image": {"caption": "a grey square.", "image": "2.png"},
     "image_to_image": {"source": "3.png", "instruction": "Make it brighter.", "target": "4.png"},
+    "reconstruction": {"image": "6.png"},
     "visual_thinking": {"image": "5.png", "question": "Which?", "answer": "This.", "boxes": [2, 2, 10, 12]},
     "video_qa": {"conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Light."}]},
     "video_prediction": {},

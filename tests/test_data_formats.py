@@ -1,5 +1,6 @@
 import json
 import random
+from functools import partial
 
 import av
 import numpy as np
@@ -8,7 +9,7 @@ from helpers import GOLDEN, ROWS, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metamorph_hf.data.formats import FAMILIES, WORDINGS, BadSample, resolve_path
+from metamorph_hf.data.formats import FAMILIES, VIDEO_KINDS, BadSample, resolve_path
 from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.data.video import video_frames
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
@@ -65,6 +66,17 @@ class TestFamilies:
         batch = DataCollatorForVPiT(llama3_processor)([record])
         assert self.answer(batch, llama3_processor) == self.words(llama3_processor, expected)
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_reconstruction(self, llama3_processor, row, seed):
+        """The same image is asked about and is the answer."""
+        record = FAMILIES["reconstruction"](row("reconstruction"), random.Random(seed))
+        image, request = record["messages"][0]["content"]
+        assert image == {"type": "image"} and request["text"] and record["images"][0] == record["images"][1]
+        batch = DataCollatorForVPiT(llama3_processor)([record])
+        expected = ["<image_start>", "IMAGE", "<image_end>", "<|eot_id|>"]
+        assert self.answer(batch, llama3_processor) == self.words(llama3_processor, expected)
+        assert batch["image_indices"].tolist() == [0, 0]
+
     @pytest.mark.parametrize("show", ["crop", "boxes"])
     @pytest.mark.parametrize("seed", range(4))
     def test_visual_thinking(self, llama3_processor, row, show, seed):
@@ -78,7 +90,7 @@ class TestFamilies:
         batch = DataCollatorForVPiT(llama3_processor)([record])
         assert self.answer(batch, llama3_processor) == self.words(llama3_processor, expected)
 
-    @pytest.mark.parametrize("kind", WORDINGS)
+    @pytest.mark.parametrize("kind", VIDEO_KINDS)
     @pytest.mark.parametrize("seed", range(3))
     def test_video_prediction(self, llama3_processor, row, kind, seed):
         options = {"kinds": [kind], "min_seconds": 0.5, "max_seconds": 1.5}
@@ -164,12 +176,12 @@ class TestFamilies:
             ("chat", {"messages": None}, "has none of the columns messages"),
             ("chat", {"messages": "hello"}, "has messages of type str"),
             ("llava", {"conversations": [{"from": "robot", "value": "hi"}]}, "LLaVA's form does not know"),
-            ("llava", {"conversations": 3}, "not a list of turns"),
+            ("llava", {"conversations": 3}, "LLaVA's form does not know: 3"),
             ("text_to_image", {"caption": " "}, "has ' ' as its caption, expected a text"),
             ("image_to_image", {"instruction": None}, "none of the columns instruction"),
-            ("visual_thinking", {"boxes": [2, 2, 30, 12]}, "not inside its 20x16 image"),
-            ("visual_thinking", {"boxes": [10, 2, 2, 12]}, "not inside"),
-            ("visual_thinking", {"boxes": ["a", 2, 3, 4]}, "expected \\[left, top, right, bottom\\]"),
+            ("visual_thinking", {"boxes": [2, 2, 30, 12]}, "expected pixels .* inside its 20x16 image"),
+            ("visual_thinking", {"boxes": [10, 2, 2, 12]}, "inside its"),
+            ("visual_thinking", {"boxes": ["a", 2, 3, 4]}, "expected pixels \\[left, top, right, bottom\\]"),
             ("visual_thinking", {"image": "/no/such.png"}, "bad image. The image cannot be read \\(/no/such.png\\)"),
             ("video_qa", {"video": "/no/such.mp4"}, "video that cannot be read \\(/no/such.mp4\\)"),
             ("video_qa", {"conversations": [{"from": "human", "value": "What?"}]}, "0 places for its video"),
@@ -185,7 +197,11 @@ class TestFamilies:
         [
             ("visual_thinking", {"show": "all"}, "show is 'all', expected 'crop' or 'boxes'"),
             ("video_prediction", {"kinds": ["next"]}, r"kinds has \['next'\], expected some of next_frames"),
-            ("video_prediction", {"min_seconds": 8.0}, "has a video too short for two intervals of 8.0 s"),
+            (
+                "video_prediction",
+                {"min_seconds": 8.0},
+                "has a video of unknown length, or too short for two intervals of 8.0 s",
+            ),
             ("video_prediction", {"max_frames": 2}, "has 2 frames .* apart, too few to predict any"),
         ],
     )
@@ -221,7 +237,7 @@ class TestFamilies:
         part = {"type": "image_url", "image_url": {"url": file}}
         messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]
         with pytest.raises(BadSample, match=reason):
-            FAMILIES["chat"]({"messages": messages}, random.Random(0), **options)
+            FAMILIES["chat"]({"messages": messages}, random.Random(0), partial(resolve_path, **options))
 
     def test_files_that_are_allowed(self):
         assert resolve_path("a/../1.png", "data") == "data/a/../1.png"
@@ -238,7 +254,8 @@ class TestFamilies:
     def test_chat_keeps_tools_and_finds_images_in_parts(self):
         parts = [{"type": "image", "image": "1.png"}, {"type": "input_image", "image_url": "2.png"}]
         messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}]
-        record = FAMILIES["chat"]({"messages": messages, "tools": [{"name": "x"}]}, random.Random(0), image_root="r")
+        row = {"messages": messages, "tools": [{"name": "x"}]}
+        record = FAMILIES["chat"](row, random.Random(0), partial(resolve_path, image_root="r"))
         assert record["images"] == ["r/1.png", "r/2.png"] and record["tools"] == [{"name": "x"}]
         assert record["messages"][0]["content"] == [{"type": "image"}] * 2
 
@@ -252,10 +269,9 @@ class TestFamilies:
         family = data.draw(st.sampled_from(list(FAMILIES)))
         columns = [*ROWS[family], "video", "images", "names", "tools"]
         changes = data.draw(st.dictionaries(st.sampled_from(columns), st.sampled_from(odd), max_size=3))
-        row = data.draw(st.sampled_from([{**ROWS[family], **changes}] * 9 + [None, [], "x"]))
         show = {"show": "boxes"} if family == "visual_thinking" else {}
         try:
-            record = FAMILIES[family](row, random.Random(0), **show)
+            record = FAMILIES[family]({**ROWS[family], **changes}, random.Random(0), **show)
         except BadSample as refusal:
             assert str(refusal)
         else:

@@ -34,12 +34,9 @@ class TestReading:
         assert list(JsonLines(path)) == rows
 
     def test_broken_lines_are_named(self, tmp_path):
-        path = write_jsonl(tmp_path / "rows.jsonl", [{"n": 0}, '{"n": ', [1]])
-        lines = JsonLines(path)
+        path = write_jsonl(tmp_path / "rows.jsonl", [{"n": 0}, '{"n": '])
         with pytest.raises(BadSample, match="is line 2 of .*rows.jsonl, which is not JSON"):
-            lines[1]
-        with pytest.raises(BadSample, match="is line 3 of .*rows.jsonl, which holds list"):
-            lines[2]
+            JsonLines(path)[1]
 
     def test_a_million_lines_in_little_memory(self, tmp_path):
         path = tmp_path / "many.jsonl"
@@ -77,7 +74,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("content", "reason"),
         [
-            (b'[{"id": 0}, {"id"', "rows.json is not JSON, or it is cut off: .*line 1 column"),
+            (b'[{"id": 0}, {"id"', "rows.json is not JSON in UTF-8, or it is cut off: .*line 1 column"),
             ('[{"id": "\xe9"}]'.encode("latin-1"), "rows.json is not JSON in UTF-8"),
             (b'{"a": [1]}', "rows.json holds dict, expected a list"),
             (None, "rows.json"),
@@ -191,10 +188,10 @@ class TestMixture:
         bad = [record["bad"] for record in records if record["bad"] is not None]
         assert sorted(bad) == [
             "has messages that are not JSON: Object of type datetime is not JSON serializable",
-            f"is line 2 of {tmp_path}/rows.jsonl, which holds list, not an object.",
+            "is list, expected an object with columns.",
         ]
         assert messages in [record["messages"] for record in records]
-        assert [record["images"] for record in records if record["task"] == "text_to_image"][0][0]["path"] == "1.png"
+        assert [record["images"] for record in records if record["task"] == "text_to_image"][0] == ["1.png"]
 
     MEMBERS = {
         "text_to_image": ({"jpg": "2.png", "txt": b"a gray square."}, {}),
@@ -206,6 +203,7 @@ class TestMixture:
             {"png": "1.png", "json": json.dumps({"conversations": LLAVA["conversations"]}).encode()},
             {"image": "png"},
         ),
+        "reconstruction": ({"webp": "6.png"}, {}),
         "video_prediction": ({"mp4": None}, {}),
         "video_qa": ({"mp4": None, "json": json.dumps(ROWS["video_qa"]).encode()}, {}),
         "visual_thinking": ({"jpg": "5.png", "json": json.dumps(ROWS["visual_thinking"]).encode()}, {"image": "jpg"}),

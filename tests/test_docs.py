@@ -258,7 +258,7 @@ def test_jsonl(block, workplace):
     if block.page == "docs/data.md":
         processor = MetaMorphProcessor.from_pretrained(EMOJI_CHECKPOINT / "processor")
         source = Source(block.heading.strip("`"), block.comments["file"])
-        records = [source.build_record(row, index, seed=0) for index, row in enumerate(rows)]
+        records = [source.read(rows, index, seed=0) for index in range(len(rows))]
         batch = DataCollatorForVPiT(processor)(records)
         assert len(batch["labels"]) == len(rows) and (batch["labels"] != -100).any()
 

@@ -1,11 +1,10 @@
 """examples/inspect_data.py."""
 
-import runpy
 import sys
 
 import pytest
 import yaml
-from helpers import EMOJI_CHECKPOINT, ROOT, ROWS, write_jsonl
+from helpers import EMOJI_CHECKPOINT, ROOT, ROWS, import_example, write_jsonl
 
 
 @pytest.fixture
@@ -17,7 +16,7 @@ def run(tmp_path, monkeypatch, capsys):
         (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(config))
         flags = ["mixture.yaml", "--model", EMOJI_CHECKPOINT, *flags]
         monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, flags)])
-        runpy.run_path(str(ROOT / "examples" / "inspect_data.py"), run_name="__main__")
+        import_example("inspect_data.py").main()
         return capsys.readouterr().out
 
     return run

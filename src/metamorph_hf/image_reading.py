@@ -25,13 +25,12 @@ def read_image(image: Any) -> PIL.Image.Image:
 
     Args:
         image:
-            `PIL.Image.Image`, path, URL, data URI, base64 text, encoded bytes, a mapping of `bytes` and `path` as an
-            undecoded [`~datasets.Image`] column holds it, or pixels as a NumPy array or torch tensor of shape (H, W),
-            (H, W, C) or (C, H, W) with C in 1, 3, 4 and dtype uint8, uint16 or float (0 to 1).
+            `PIL.Image.Image`, path, URL, data URI, base64 text, encoded bytes, a mapping of `bytes` and `path`, or
+            pixels as a NumPy array or torch tensor of shape (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4 and dtype
+            uint8, uint16 or float (0 to 1).
 
     Raises:
-        ImageReadError: If it is missing, broken, empty or a decompression bomb by PIL's limit, or has values of
-            unknown range: 32-bit integers (PIL's mode "I"), or floats (mode "F", too) outside 0 to 1.
+        ImageReadError: If it is missing, broken, empty, too large for PIL's limit, or has values of unknown range.
     """
     name = describe_image(image)
     try:
@@ -41,20 +40,20 @@ def read_image(image: Any) -> PIL.Image.Image:
         image = PIL.ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             image = _from_array(np.asarray(image, np.float32 if image.mode == "F" else np.uint16))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if not image.width or not image.height:
+        if 0 in image.size:
             raise ValueError(f"it has {image.width}x{image.height} pixels")
+        if image.has_transparency_data:
+            white = PIL.Image.new("RGBA", image.size, "white")
+            image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
     except Exception as error:  # decoders and networks raise anything for broken headers and addresses
         known = {FileNotFoundError: "the file does not exist", PIL.UnidentifiedImageError: "its format is unknown"}
         reason = str(known.get(type(error), error)).rstrip(".")
         raise ImageReadError(f"The image cannot be read ({name}): {reason}.") from error
-    return image
 
 
 def _open(image: Any) -> PIL.Image.Image:
+    """Open an image in any form, without decoding it."""
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
@@ -65,25 +64,23 @@ def _open(image: Any) -> PIL.Image.Image:
             return PIL.Image.open(io.BytesIO(base64.b64decode(image)))
         except (ValueError, PIL.UnidentifiedImageError) as error:
             raise FileNotFoundError(image) from error
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        return _from_array(image)
     if isinstance(image, (bytes, str, Path)):
         return PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-    if not isinstance(image, PIL.Image.Image):
-        raise TypeError(f"it is {type(image).__name__}, expected a path, URL, bytes, PIL image, array or tensor")
-    return image
+    return image if isinstance(image, PIL.Image.Image) else _from_array(image)
 
 
 def _from_array(pixels: np.ndarray | torch.Tensor) -> PIL.Image.Image:
-    sizes = (1, 3, 4)
-    channels_first = pixels.ndim == 3 and pixels.shape[0] in sizes
-    if isinstance(pixels, torch.Tensor):  # both layouts are possible in a 3x64x3 tensor: torch's own wins
-        pixels = (pixels.float() if pixels.is_floating_point() else pixels).detach().cpu().numpy()
-    else:
-        channels_first = channels_first and pixels.shape[-1] not in sizes
-    pixels = np.moveaxis(pixels, 0, -1) if channels_first else pixels
-    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[-1] not in sizes):
+    """Convert pixels in one of the layouts and value ranges that [`read_image`] takes."""
+    is_tensor = isinstance(pixels, torch.Tensor)
+    if not is_tensor and not isinstance(pixels, np.ndarray):
+        raise TypeError(f"it is {type(pixels).__name__}, expected a path, URL, bytes, PIL image, array or tensor")
+    if is_tensor:
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy(force=True)
+    first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if pixels.ndim != 2 and not first and not last:
         raise ValueError(f"its shape is {pixels.shape}, expected (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4")
+    if first and (is_tensor or not last):  # both layouts are possible in a 3x64x3 tensor: torch's own wins
+        pixels = np.moveaxis(pixels, 0, -1)
     if pixels.dtype.kind == "f" and ((pixels >= 0) & (pixels <= 1)).all():
         pixels = (pixels * 255).round().astype(np.uint8)
     elif pixels.dtype == np.uint16:
@@ -91,7 +88,7 @@ def _from_array(pixels: np.ndarray | torch.Tensor) -> PIL.Image.Image:
     elif pixels.dtype != np.uint8:
         values = f"{pixels.dtype} values from {pixels.min():g} to {pixels.max():g}"
         raise ValueError(f"it has {values}, expected uint8, uint16 or floats from 0 to 1")
-    return PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 and pixels.ndim == 3 else pixels)
+    return PIL.Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
 
 
 def describe_image(image: Any) -> str:

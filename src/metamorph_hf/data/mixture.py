@@ -1,8 +1,8 @@
 """
-Mixtures: datasets of conversations from one or more sources, read lazily whatever their size.
+Mixtures: datasets of records from one or more sources, read lazily whatever their size.
 
-A mixture holds records: `messages` and `images` that a family of `formats` makes of a row, and `task`, `source` and
-`id` to name it. For a row that cannot become a record, `bad` says why, so that the collator can raise or skip it.
+A record has the `messages`, `images` and `tools` that a family of `formats` makes of a row, `task`, `source` and `id`
+to name it, and `bad`, which says why a row could not become one, so that the collator can raise or skip it.
 """
 
 import json
@@ -10,11 +10,12 @@ import logging
 import os
 import random
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, Video, interleave_datasets, load_dataset
 
 from . import BadSample
-from .formats import FAMILIES, Record, Row
+from .formats import FAMILIES, Record, Row, count_images, resolve_path
 
 
 logger = logging.getLogger(__name__)
@@ -34,40 +35,30 @@ STREAM_FEATURES = Features({"record": Value("string"), "images": List(Image(deco
 
 class JsonLines(Sequence):
     """
-    A JSONL file as a sequence of rows. Only the lines' positions are kept in memory (8 bytes per line); a line is read
-    and parsed when it is asked for. Empty lines at the end are ignored.
-
-    Args:
-        path (`str` or `Path`): The file.
-
-    Raises:
-        BadSample: On access, if a line is not a JSON object.
+    A JSONL file as a sequence of rows, of which only the lines' positions are kept in memory. Empty lines at the end
+    are ignored. A line that is not JSON raises [`BadSample`] on access.
     """
 
     def __init__(self, path: str | Path):
-        self.path = str(path)
+        self.path, starts, start, count = str(path), array("q"), 0, 0
         with open(self.path, "rb") as file:
-            self.offsets = np.fromiter(accumulate(map(len, file), initial=0), dtype=np.int64)
-        while len(self) and not self._read_line(len(self) - 1).strip():
-            self.offsets = self.offsets[:-1]
+            for line in file:
+                starts.append(start)
+                start += len(line)
+                count = len(starts) if line.strip() else count
+        self.starts = starts[:count]
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> Row:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            line = file.readline()
         try:
-            row = json.loads(self._read_line(index))
+            return json.loads(line)
         except (ValueError, RecursionError) as error:  # also other encodings, and numbers of too many digits
             raise BadSample(f"is line {index + 1} of {self.path}, which is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BadSample(f"is line {index + 1} of {self.path}, which holds {type(row).__name__}, not an object.")
-        return row
-
-    def _read_line(self, index: int) -> bytes:
-        start, end = self.offsets[index], self.offsets[index + 1]
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
 
 
 def disable_decoding(feature: Any) -> Any:
@@ -84,17 +75,15 @@ class Source:
 
     Args:
         task (`str`): The family of its rows, a key of `FAMILIES`.
-        path (`str`):
-            A `.jsonl` or `.json` file, or anything that [`~datasets.load_dataset`] takes: a Hub repository, or a
-            builder (`"parquet"`, `"webdataset"`, `"imagefolder"`...) with `data_files`.
+        path (`str`): A `.jsonl` or `.json` file, or a Hub repository or builder that [`~datasets.load_dataset`] takes.
         name, data_dir, data_files, split (*optional*): Passed to `load_dataset`. The split defaults to `"train"`.
-        columns (`dict`, *optional*):
-            Maps the family's column names to the source's, such as `{"caption": "title"}`. A webdataset's columns are
-            the endings of its members (`"jpg"`, `"source.jpg"`) and the keys of its `.json` members.
+        columns (`dict`, *optional*): Maps the family's column names to the source's, such as `{"caption": "title"}`.
+        image_root (`str`, *optional*): Folder of its images and videos. Paths that lead out of it are refused.
+        allow_remote (`bool`, *optional*, defaults to `False`): Whether to download images and videos from addresses.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read it while training.
         fraction (`float`, *optional*): Its share of the mixture, relative to the fractions of the others.
         num_samples (`int`, *optional*): How many samples to draw from it. It is repeated if it has fewer.
-        options (`dict`, *optional*): Options of the family, such as `image_root`.
+        options (`dict`, *optional*): Options of the family.
 
     Raises:
         ValueError: If the task is unknown, a number is not positive, or both `fraction` and `num_samples` are given.
@@ -107,6 +96,8 @@ class Source:
     data_files: str | list[str] | dict[str, Any] | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
+    image_root: str | None = None
+    allow_remote: bool = False
     streaming: bool = False
     fraction: float | None = None
     num_samples: int | None = None
@@ -148,52 +139,37 @@ class Source:
         if self.path.endswith(".json"):  # LLaVA's `image` is a text or a list, which datasets' tables cannot hold
             try:
                 rows = json.loads(Path(self.path).read_bytes())
-            except json.JSONDecodeError as error:
-                if error.msg == "Extra data":  # one object per line
-                    return JsonLines(self.path)
-                raise ValueError(f"{self.path} is not JSON, or it is cut off: {error}.") from error
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path} is not JSON in UTF-8: {error}.") from error
+                if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # one object per line
+                    return JsonLines(self.path)
+                raise ValueError(f"{self.path} is not JSON in UTF-8, or it is cut off: {error}.") from error
             if not isinstance(rows, list):
                 raise ValueError(f"{self.path} holds {type(rows).__name__}, expected a list of samples.")
             return rows
-        dataset = load_dataset(
-            self.path,
-            self.name,
-            data_dir=self.data_dir,
-            data_files=self.data_files,
-            split=self.split,
-            streaming=self.streaming,
-        )
+        files = {"data_dir": self.data_dir, "data_files": self.data_files}
+        dataset = load_dataset(self.path, self.name, **files, split=self.split, streaming=self.streaming)
         if self.streaming:
             return dataset if dataset.features is None else dataset.decode(False)  # CSV has no images to decode
         return dataset.cast(Features({name: disable_decoding(feature) for name, feature in dataset.features.items()}))
 
-    def read(self, table: Sequence[Row], index: int, seed: int) -> Record:
-        """Return the record of a row of a loaded table."""
+    def read(self, table: Sequence[Row] | Mapping[int, Row], index: int, seed: int) -> Record:
+        """Return the record of a row, or one whose `bad` says why there is none. Random choices depend on `index`."""
+        record = {"task": self.task, "source": self.label, "id": f"row {index}", "bad": None}
+        record |= {"messages": None, "images": None, "tools": None}
         try:
-            return self.build_record(table[index], index, seed)
-        except BadSample as error:  # a row that is not even one
-            return self._record(index, None, bad=str(error))
-
-    def build_record(self, row: Row, index: int, seed: int) -> Record:
-        """Return the record of a row, or one with the reason why there is none. Random choices depend on `index`."""
-        if not isinstance(row, Mapping):
-            return self._record(index, None, bad=f"is {type(row).__name__}, expected an object with columns.")
-        if isinstance(row.get("json"), Mapping):  # a webdataset sample's .json member
-            row = {**row, **row["json"]}
-        name = row.get("id", row.get("__key__"))
-        row = {**row, **{name: row.get(column) for name, column in self.columns.items()}}
-        rng = random.Random(f"{seed} {self.path} {index}")
-        try:
-            return self._record(index, name, **FAMILIES[self.task](row, rng, **self.options))
+            row = table[index]
+            if not isinstance(row, Mapping):
+                raise BadSample(f"is {type(row).__name__}, expected an object with columns.")
+            if isinstance(row.get("json"), Mapping):  # a webdataset sample's .json member
+                row = {**row, **row["json"]}
+            name = row.get("id", row.get("__key__"))
+            record["id"] = f"row {index}" if name is None else f"{name} (row {index})"
+            row = {**row, **{column: row.get(given) for column, given in self.columns.items()}}
+            resolve = partial(resolve_path, image_root=self.image_root, allow_remote=self.allow_remote)
+            rng = random.Random(f"{seed} {self.path} {index}")
+            return record | FAMILIES[self.task](row, rng, resolve, **self.options)
         except BadSample as error:
-            return self._record(index, name, bad=str(error))
-
-    def _record(self, index: int, name: Any, **content) -> Record:
-        label = f"row {index}" if name is None else f"{name} (row {index})"
-        empty = {"bad": None, "messages": None, "images": None, "tools": None}
-        return {"task": self.task, "source": self.label, "id": label, **empty, **content}
+            return record | {"bad": str(error)}
 
 
 def load_mixture(
@@ -202,10 +178,8 @@ def load_mixture(
     """
     Load a dataset of records from several sources, shuffled by `seed`, to train on with [`DataCollatorForVPiT`].
 
-    By default it holds every sample once. With `num_samples` a source gives that many, as in the paper's figure 4: all
-    understanding data beside 1,000 to 200,000 generation samples. With fractions, which all sources must have then, it
-    holds `size` samples, or as many as use up the first source.
-
+    By default it holds every sample once. With `num_samples` a source gives that many, as in the paper's figure 4.
+    With fractions, which all sources must have then, it holds `size` samples, or as many as use up the first source.
     If any source streams, the mixture does, and fractions are the probabilities of [`~datasets.interleave_datasets`].
 
     Args:
@@ -232,17 +206,13 @@ def load_mixture(
     if any(fractions):
         size = size or int(min(len(table) / share for table, share in zip(tables, fractions)) * sum(fractions))
         counts = [round(size * share / sum(fractions)) for share in fractions]
-    generator = np.random.default_rng(seed)
-    rows = [draw_rows(len(table), count, generator) for table, count in zip(tables, counts)]
+    generator, rows = np.random.default_rng(seed), []
+    for table, count in zip(tables, counts):  # all rows as often as they fit, and a random part of them for the rest
+        repeats, rest = divmod(count, len(table))
+        rows += [np.tile(np.arange(len(table)), repeats), generator.permutation(len(table))[:rest]]
     order = generator.permutation(sum(counts))
-    columns = {"source": np.repeat(np.arange(len(rows)), counts)[order], "row": np.concatenate(rows)[order]}
+    columns = {"source": np.repeat(np.arange(len(tables)), counts)[order], "row": np.concatenate(rows)[order]}
     return Dataset.from_dict(columns).with_transform(partial(_read_rows, sources=sources, tables=tables, seed=seed))
-
-
-def draw_rows(available: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw `count` row numbers: all rows as often as they fit, and a random part of them for the rest."""
-    repeats, rest = divmod(count, available)
-    return np.concatenate([np.tile(np.arange(available), repeats), generator.permutation(available)[:rest]])
 
 
 def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: list, seed: int) -> dict[str, list]:
@@ -252,17 +222,8 @@ def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: lis
 
 
 def _interleave_streams(sources: list[Source], tables: list, seed: int, size: int | None) -> IterableDataset:
-    streams = []
-    for source, table in zip(sources, tables):
-        if isinstance(table, IterableDataset):
-            columns = table.column_names or list(next(iter(table), {}))  # a CSV file's are not known before
-            table = table.map(_shuffle_rows, True, batched=True, batch_size=256, fn_kwargs={"seed": seed})
-            options = {"remove_columns": [*columns, "row_index"], "features": STREAM_FEATURES}
-            table = table.map(_build_stream_record, fn_kwargs={"source": source, "seed": seed}, **options)
-        else:
-            options = {"source": source, "table": table, "seed": seed}
-            table = IterableDataset.from_generator(_read_stream, features=STREAM_FEATURES, gen_kwargs=options)
-        streams.append(table if source.num_samples is None else table.repeat(None).take(source.num_samples))
+    """Return the mixture of sources of which at least one is a stream."""
+    streams = [_stream_records(source, table, seed) for source, table in zip(sources, tables)]
     fractions = [source.fraction for source in sources]
     probabilities = [share / sum(fractions) for share in fractions] if all(fractions) else None
     strategy = "first_exhausted" if probabilities else "all_exhausted_without_replacement"
@@ -271,16 +232,25 @@ def _interleave_streams(sources: list[Source], tables: list, seed: int, size: in
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun and accelerate launch
     if 1 < processes <= mixture.num_shards:  # accelerate's prepare_data_loader gives each process whole shards then
         logger.warning(
-            f"Each of the {processes} processes reads whole shards of the stream's {mixture.num_shards}. If they are "
-            "uneven, some processes finish early. Write shards of equal length, as many as a multiple of the number "
-            "of processes, or do not stream: then samples are distributed evenly."
+            f"Each of the {processes} processes reads whole shards of the stream's {mixture.num_shards}, and if they "
+            "are uneven, some processes finish early. Write equal shards, as many as a multiple of the processes."
         )
     return mixture if size is None else mixture.take(size)
 
 
-def _read_stream(source: Source, table: Sequence[Row], seed: int) -> Iterator[dict[str, Any]]:
-    for index in np.random.default_rng(seed).permutation(len(table)):
-        yield _split_record(source.read(table, int(index), seed))
+def _stream_records(source: Source, table: Sequence[Row] | IterableDataset, seed: int) -> IterableDataset:
+    """Return a stream of records, as JSON, and their images."""
+    options = {"source": source, "table": table, "seed": seed}
+    if isinstance(table, IterableDataset):
+        columns = table.column_names or list(next(iter(table), {}))  # a CSV file's are not known before
+        stream = table.map(_shuffle_rows, True, batched=True, batch_size=256, fn_kwargs={"seed": seed})
+        options["table"] = None
+    else:
+        order = np.random.default_rng(seed).permutation(len(table))
+        columns, stream = [], Dataset.from_dict({"row_index": order}).to_iterable_dataset()
+    removed = [*columns, "row_index"]
+    stream = stream.map(_build_stream_record, fn_kwargs=options, remove_columns=removed, features=STREAM_FEATURES)
+    return stream if source.num_samples is None else stream.repeat(None).take(source.num_samples)
 
 
 def _shuffle_rows(rows: dict[str, list], indices: list[int], seed: int) -> dict[str, list]:
@@ -289,18 +259,16 @@ def _shuffle_rows(rows: dict[str, list], indices: list[int], seed: int) -> dict[
     return {name: [values[index] for index in order] for name, values in {**rows, "row_index": indices}.items()}
 
 
-def _build_stream_record(row: Row, source: Source, seed: int) -> dict[str, Any]:
+def _build_stream_record(row: Row, source: Source, table: Sequence[Row] | None, seed: int) -> dict[str, Any]:
+    """Return the record of a row, or of the table's row, as JSON, and its images."""
     index = row.pop("row_index")
-    return _split_record(source.build_record(row, index, seed))
-
-
-def _split_record(record: Record) -> dict[str, Any]:
+    record = source.read({index: row} if table is None else table, index, seed)
     images = record.pop("images") or []
     try:
         return {"record": json.dumps(record), "images": images}
     except (TypeError, ValueError, RecursionError) as error:  # dates and bytes in a Parquet file's messages, say
         bad = {"bad": f"has messages that are not JSON: {error}", "messages": None, "tools": None}
-        return {"record": json.dumps({**record, **bad}), "images": []}
+        return {"record": json.dumps(record | bad), "images": []}
 
 
 def mixture_table(dataset: Dataset | IterableDataset, num_samples: int | None = 1000) -> str:
@@ -312,19 +280,13 @@ def mixture_table(dataset: Dataset | IterableDataset, num_samples: int | None = 
         dataset: The mixture.
         num_samples (`int`, *optional*, defaults to 1000): How many samples to read. None reads all.
     """
-    counts: dict[tuple[str, str], Counter] = {}
-    read = 0
-    for record in dataset:
-        if read == num_samples:
-            break
-        read += 1
-        count = counts.setdefault((record["task"], record["source"]), Counter())
-        count.update(samples=1, bad=record["bad"] is not None)
-        images = Counter()
-        for message in record["messages"] or []:
-            content = message["content"] if isinstance(message["content"], list) else []
-            images[message["role"] == "assistant"] += sum(part["type"] == "image" for part in content)
-        count.update(asked=images[False], answered=images[True], shown=images[True] > 0)
+    counts: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    for record in islice(dataset, num_samples):
+        messages = [message for message in record["messages"] or [] if isinstance(message, Mapping)]
+        answered = count_images([message for message in messages if message.get("role") == "assistant"])
+        numbers = {"asked": count_images(messages) - answered, "answered": answered, "shown": answered > 0}
+        counts[record["task"], record["source"]].update(samples=1, bad=record["bad"] is not None, **numbers)
+    read = sum(count["samples"] for count in counts.values())
     lines = [f"{'task':<18}{'samples':>9}{'share':>8}{'images in':>11}{'images out':>12}{'draw':>7}{'bad':>6}  source"]
     for (task, source), count in sorted(counts.items()):
         samples = count["samples"]

@@ -1,8 +1,5 @@
-"""Frames of videos, read by PyAV.
-
-[`transformers.video_utils.load_video`] does not replace this: it takes frames by index, which is wrong for a video of
-varying rate, and does not notice a file that is cut off.
-"""
+"""Frames of videos, by PyAV. [`~transformers.video_utils.load_video`] takes them by index, which is wrong at varying
+rates, and does not notice a file that is cut off."""
 
 import io
 from collections.abc import Mapping
@@ -15,24 +12,18 @@ from . import BadSample
 
 
 def open_video(video: Any):
-    """
-    Open a video, given as a path, bytes or a mapping of `bytes` and `path`, as a PyAV container.
-
-    Raises:
-        BadSample: If it cannot be read.
-        ImportError: If PyAV is missing.
-    """
+    """Open a video as a PyAV container, or raise [`BadSample`]."""
     try:
         import av
     except ImportError as error:
         raise ImportError('Reading videos needs PyAV: pip install "metamorph-hf[video]".') from error
-    name = describe_image(video)
+    source = video
     if isinstance(video, Mapping):
-        video = video.get("path") if video.get("bytes") is None else video["bytes"]
+        source = video.get("path") if video.get("bytes") is None else video["bytes"]
     try:
-        return av.open(io.BytesIO(video) if isinstance(video, bytes) else video)
+        return av.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except (av.FFmpegError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadSample(f"has a video that cannot be read ({name}): {error}") from error
+        raise BadSample(f"has a video that cannot be read ({describe_image(video)}): {error}") from error
 
 
 def video_seconds(video: Any) -> float | None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +17,10 @@ import PIL.Image
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.chat_template_utils import render_jinja_template
+from trl.trainer.utils import remove_none_values
 
-from ..data.formats import IMAGE_PART, BadSample, extract_images, text_part
-from ..image_reading import ImageReadError, read_image
+from ..data.formats import IMAGE_PART, BadSample, count_images, extract_images, text_part
+from ..image_reading import read_image
 from ..processing_metamorph import MetaMorphProcessor
 
 
@@ -39,8 +39,7 @@ class DataCollatorForVPiT:
     each image part, in reading order, either an image (anything that [`read_image`] reads, in a list `images`, as a
     single `image`, or in the parts themselves, also in the form of OpenAI's APIs) or its `visual_tokens` of shape
     (N, V) from `model.get_visual_tokens`, which spares the vision tower. Optional `id`, `source` and `task` name the
-    example in messages. Images are decoded here, in the workers, and one that occurs several times in a batch (the
-    same path or object) only once.
+    example in messages. An image that occurs several times in a batch (the same path or object) is decoded only once.
 
     Returns a dictionary with `input_ids`, `attention_mask` and `labels` of shape (B, S); `pixel_values` of shape
     (I, 3, H, W), with `image_indices` if images repeat, or `visual_tokens` of shape (I, N, V); `sample_ids`; and
@@ -48,20 +47,17 @@ class DataCollatorForVPiT:
     `"skipped"` or `"shortened"`. A batch of skipped examples alone holds one token without a target.
 
     Args:
-        processor (`MetaMorphProcessor`):
-            Its chat template (of several, the one named default) needs `{% generation %}` marks around answers. An EOS
-            token right after them is a target, too.
+        processor (`MetaMorphProcessor`): Its chat template (of several, the one named default) needs
+            `{% generation %}` marks around answers. An EOS token right after them is a target, too.
         max_length (`int`, *optional*): Number of tokens of the longest conversation.
-        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` raises an error that names the example; `"skip"` leaves it out and reports it in `rejected`.
-        on_too_long (`str`, *optional*, defaults to `"refuse"`):
-            `"refuse"` treats a conversation longer than `max_length` as a bad sample; `"drop_turns"` drops whole
-            turns, with their images, from its end until it ends with an answer and fits.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`): `"raise"` raises an error that names the example;
+            `"skip"` leaves it out and reports it in `rejected`.
+        on_too_long (`str`, *optional*, defaults to `"refuse"`): `"refuse"` treats a conversation longer than
+            `max_length` as a bad sample; `"drop_turns"` drops whole turns from its end until it fits.
 
     Raises:
         ValueError: If the chat template has no `{% generation %}` marks, or the tokenizer no token to pad with.
-        BadSample: If an image cannot be read, roles, contents or the number of images are wrong, there is no answer or
-            an empty one, or the conversation is too long.
+        BadSample: If an example cannot be trained on.
     """
 
     processor: MetaMorphProcessor
@@ -77,31 +73,24 @@ class DataCollatorForVPiT:
                 "The processor's chat template has no {% generation %} marks, so nothing would be learned: put them "
                 "around the assistant's text (metamorph_hf.processing_metamorph.DEFAULT_CHAT_TEMPLATE has them)."
             )
-        if self._pad_id() is None:
+        tokenizer = processor.tokenizer
+        # The padding id, or the EOS id as in TRL: the attention mask hides it.
+        self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if self._pad_id is None:
             raise ValueError("The tokenizer has neither a pad_token nor an eos_token: set its pad_token.")
-        text = processor.replace_image_token()
-        self._image_ids = torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids)
-        if not self._learns_to_stop():
+        image = tokenizer(processor.replace_image_token(), add_special_tokens=False)
+        self._image_ids = torch.tensor(image.input_ids)
+        try:
+            probe = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+            labels = self._tokenize(probe, None)[1]
+        except BadSample:  # the template takes other conversations than this one
+            return
+        targets = [target for target in labels[labels != -100].tolist() if tokenizer.decode([target]).strip()]
+        if not {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()} & set(targets[-1:]):
             logger.warning(
                 "The chat template's {% generation %} marks leave out the token that ends an answer, so the model "
                 "would not learn to stop: close the marks after it."
             )
-
-    def _pad_id(self) -> int | None:
-        """Return the padding id, or the EOS id as in TRL. The attention mask hides it."""
-        tokenizer = self.processor.tokenizer
-        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def _learns_to_stop(self) -> bool:
-        """Return whether the last target of an answer is a stop token: EOS, or another token of the chat format."""
-        tokenizer = self.processor.tokenizer
-        probe = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
-        try:
-            labels = self._tokenize(probe, None)[1]
-        except BadSample:  # the template takes other conversations than this one
-            return True
-        targets = [target for target in labels[labels != -100].tolist() if tokenizer.decode([target]).strip()]
-        return bool({tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()} & set(targets[-1:]))
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows, sample_ids, rejected = [], [], []
@@ -111,7 +100,7 @@ class DataCollatorForVPiT:
             name = f"Example {f'{index} of the batch' if example.get('id') is None else example['id']}{source}"
             report = {"sample": name, "task": example.get("task")}
             try:
-                row, num_dropped = self._encode(example, images)
+                *row, num_dropped = self._encode(example, images)
             except BadSample as error:
                 if self.on_bad_sample == "raise":
                     raise BadSample(f"{name} {error}") from error
@@ -122,19 +111,17 @@ class DataCollatorForVPiT:
                 rejected.append({**report, "kind": "shortened", "reason": reason})
             rows.append(row)
             sample_ids.append(name)
-        pad_id = self._pad_id()
-        if not rows:
-            rows = [{"input_ids": torch.tensor([pad_id]), "labels": torch.tensor([-100]), "keys": [], "tokens": []}]
+        rows = rows or [(torch.tensor([self._pad_id]), torch.tensor([-100]), [], [])]
+        input_ids, labels, keys, visual_tokens = zip(*rows)
         batch = {
-            "input_ids": pad_sequence([row["input_ids"] for row in rows], True, pad_id),
-            "attention_mask": pad_sequence([torch.ones_like(row["input_ids"]) for row in rows], True),
-            "labels": pad_sequence([row["labels"] for row in rows], True, -100),
+            "input_ids": pad_sequence(input_ids, True, self._pad_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True),
+            "labels": pad_sequence(labels, True, -100),
             "sample_ids": sample_ids,
         }
         if rejected:
             batch["rejected"] = rejected
-        keys = [key for row in rows for key in row["keys"]]
-        visual_tokens = [tokens for row in rows for tokens in row["tokens"]]
+        keys, visual_tokens = list(chain(*keys)), list(chain(*visual_tokens))
         if keys and visual_tokens:
             raise ValueError("Some examples of the batch have images, others `visual_tokens`: use one of the two.")
         if visual_tokens:
@@ -147,23 +134,27 @@ class DataCollatorForVPiT:
                 batch["image_indices"] = torch.tensor([unique.index(key) for key in keys])
         return batch
 
-    def _encode(self, example: dict[str, Any], images: dict[str | int, PIL.Image.Image]) -> tuple[dict[str, Any], int]:
-        """Return the row and the number of messages dropped from its end. Adds images that are new to the batch."""
+    def _encode(self, example: dict[str, Any], images: dict[str | int, PIL.Image.Image]) -> tuple:
+        """
+        Return ids, labels, keys of images, visual tokens, and the number of messages dropped from the end. Adds images
+        that are new to the batch to `images`.
+        """
         if example.get("bad") is not None:  # its source's row could not be made into a conversation
             raise BadSample(example["bad"])
-        messages, within = extract_images(example["messages"] if isinstance(example.get("messages"), list) else [])
-        messages, tools = self._check_messages(messages), self._check_tools(example.get("tools"))
-        has_tokens = "visual_tokens" in example
-        given = example["visual_tokens"] if has_tokens else example.get("images")
-        if given is None and not has_tokens:
+        messages, within = self._check_messages(example.get("messages"))
+        tools = example.get("tools")
+        try:
+            tools = remove_none_values(json.loads(tools) if isinstance(tools, str) else tools or [])
+        except (TypeError, ValueError) as error:
+            raise BadSample(f"has tools that are not a list or the JSON of one: {error}") from error
+        column = "visual_tokens" if "visual_tokens" in example else "images"
+        given = example.get(column)
+        if given is None and column == "images":
             given = within if example.get("image") is None else [example["image"]]
-        if not isinstance(given, (list, tuple, np.ndarray, torch.Tensor) if has_tokens else (list, tuple)):
-            column = "visual_tokens" if has_tokens else "images"
+        if not isinstance(given, (list, tuple, np.ndarray, torch.Tensor)):
             raise BadSample(f"has `{column}` of type {type(given).__name__}, expected a list.")
         if len(given) != (count := count_images(messages)):
             raise BadSample(f"has {count} image parts in its messages, but {len(given)} images.")
-        if has_tokens:
-            given = [self._check_visual_tokens(tokens) for tokens in given]
         input_ids, labels = self._tokenize(messages, tools)
         num_messages = len(messages)
         while self.max_length is not None and len(input_ids) > self.max_length:
@@ -175,31 +166,28 @@ class DataCollatorForVPiT:
                 )
             messages = messages[: answers[-1] + 1]
             input_ids, labels = self._tokenize(messages, tools)
-        given = given[: count_images(messages)]
-        row = {"input_ids": input_ids, "labels": labels, "keys": [], "tokens": given if has_tokens else []}
-        for index, image in enumerate([] if has_tokens else given):
-            key = str(image) if isinstance(image, (str, Path)) else id(image)
-            if key not in images:
-                try:
-                    images[key] = read_image(image)
-                except ImageReadError as error:
-                    raise BadSample(f"has a bad image at index {index}. {error}") from error
-            row["keys"].append(key)
-        return row, num_messages - len(messages)
+        keys, visual_tokens = [], []
+        for index, image in enumerate(given[: count_images(messages)]):
+            try:
+                if column == "visual_tokens":
+                    visual_tokens.append(torch.as_tensor(image))
+                    shape, num_tokens = tuple(visual_tokens[-1].shape), self.processor.num_image_tokens
+                    if shape[:-1] != (num_tokens,):
+                        raise ValueError(f"Its visual tokens have the shape {shape}, expected ({num_tokens}, V).")
+                else:
+                    keys.append(str(image) if isinstance(image, (str, Path)) else id(image))
+                    images[keys[-1]] = images[keys[-1]] if keys[-1] in images else read_image(image)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise BadSample(f"has a bad image (`{column}`, index {index}). {error}") from error
+        return input_ids, labels, keys, visual_tokens, num_messages - len(messages)
 
     def _tokenize(self, messages: list[dict[str, Any]], tools: list | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and labels, with each image expanded to its N + 2 tokens."""
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
         try:
             if tokenizer.is_fast:
-                encoded = tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=self._template,
-                    tokenize=True,
-                    return_dict=True,
-                    return_assistant_tokens_mask=True,
-                )
+                options = {"chat_template": self._template, "return_dict": True, "return_assistant_tokens_mask": True}
+                encoded = tokenizer.apply_chat_template(messages, tools=tools or None, **options)
                 ids, learned = encoded["input_ids"], encoded["assistant_masks"]
             else:
                 ids, learned = self._tokenize_in_pieces(messages, tools)
@@ -222,13 +210,9 @@ class DataCollatorForVPiT:
     def _tokenize_in_pieces(self, messages: list[dict[str, Any]], tools: list | None) -> tuple[list[int], list[bool]]:
         """Return ids, and which are of answers, by a slow tokenizer, which does not know the places of its tokens."""
         tokenizer = self.processor.tokenizer
-        (text,), (spans,) = render_jinja_template(
-            [messages],
-            tools,
-            chat_template=self._template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
+        options = {"chat_template": self._template, "return_assistant_tokens_mask": True}
+        options |= tokenizer.special_tokens_map
+        (text,), (spans,) = render_jinja_template([messages], tools or None, **options)
         ids, learned = [], []
         edges = sorted({0, len(text), *chain.from_iterable(spans)})
         for start, end in zip(edges, edges[1:]):
@@ -239,75 +223,40 @@ class DataCollatorForVPiT:
             raise ValueError("this slow tokenizer joins the edges of answers and prompts. Use a fast tokenizer")
         return ids, learned
 
-    def _check_visual_tokens(self, tokens: Any) -> torch.Tensor:
-        try:
-            tokens = torch.as_tensor(tokens)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise BadSample(f"has visual tokens that are not an array: {error}") from error
-        num_tokens = self.processor.num_image_tokens
-        if tokens.ndim != 2 or len(tokens) != num_tokens:
-            raise BadSample(f"has visual tokens of shape {tuple(tokens.shape)}, expected ({num_tokens}, V).")
-        return tokens
-
     @staticmethod
-    def _check_tools(tools: Any) -> list | None:
-        """Return a column `tools` as TRL has it: a list, or the JSON of one."""
-        try:
-            tools = drop_none(json.loads(tools) if isinstance(tools, str) else tools)
-        except ValueError as error:
-            raise BadSample(f"has tools that are not JSON: {error}") from error
-        if not isinstance(tools, (list, NoneType)):
-            raise BadSample(f"has tools of type {type(tools).__name__}, expected a list.")
-        return tools or None
-
-    def _check_messages(self, messages: Any) -> list[dict[str, Any]]:
-        """Return the messages without the empty keys that Arrow adds to make them alike."""
+    def _check_messages(messages: Any) -> tuple[list[dict[str, Any]], list]:
+        """Return the messages without the empty keys that Arrow adds, and the images that stand in their parts."""
         if not isinstance(messages, list) or not messages:
             raise BadSample("has no messages.")
-        checked = []
-        for message in messages:
+        messages, images = extract_images(messages)
+        for index, message in enumerate(messages):
             role = message.get("role") if isinstance(message, Mapping) else None
             if role not in ROLES:
                 raise BadSample(f"has a message of role {role!r}, expected one of {', '.join(ROLES)}.")
-            message = drop_none(message)
+            message = remove_none_values(message)
             calls_tools = bool(message.get("tool_calls"))
             content = message.get("content", "" if calls_tools else None)
             if not isinstance(content, (str, list)):
                 raise BadSample(f"has a message whose content is {type(content).__name__}, expected text or parts.")
             parts = [check_part(part) for part in ([text_part(content)] if isinstance(content, str) else content)]
-            is_empty = not any(part["type"] == "image" or part["text"].strip() for part in parts)
+            is_empty = not any(part.get("text", "image").strip() for part in parts)
             if role == "assistant" and is_empty and not calls_tools:
                 raise BadSample("has an empty answer.")
-            checked.append({**message, "content": content if isinstance(content, str) else parts})
-        if all(message["role"] != "assistant" for message in checked):
+            messages[index] = {**message, "content": content if isinstance(content, str) else parts}
+        if all(message["role"] != "assistant" for message in messages):
             raise BadSample("has no answer: without an assistant message there is nothing to learn.")
-        return checked
+        return messages, images
 
 
 def check_part(part: Any) -> dict[str, str]:
-    """Return a content part, in the form of transformers or of OpenAI's APIs, in the form of transformers."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        return IMAGE_PART
-    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-        raise BadSample(f"has a content part that is neither text nor an image: {str(part)[:100]}.")
-    try:
-        part["text"].encode()
-    except UnicodeEncodeError as error:
-        raise BadSample(f"has a text that is not valid Unicode: {error}") from error
-    return text_part(part["text"])
-
-
-def drop_none(value: Any) -> Any:
-    """Drop keys without a value at any depth."""
-    if isinstance(value, Mapping):
-        return {key: drop_none(item) for key, item in value.items() if item is not None}
-    return [drop_none(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def count_images(messages: list[dict[str, Any]]) -> int:
-    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
-    return sum(part["type"] == "image" for part in parts)
+    """Return a text part, also of OpenAI's APIs, in the form of transformers, and an image part as it is."""
+    if part == IMAGE_PART:
+        return part
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
+    is_text = kind in ("text", "input_text", "output_text") and isinstance(text, str)
+    if not is_text or text != text.encode(errors="ignore").decode():
+        raise BadSample(f"has a content part that is neither an image nor text in valid Unicode: {str(part)[:100]}.")
+    return text_part(text)
 
 
 __all__ = ["DataCollatorForVPiT"]
