@@ -19,6 +19,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from ..image_reading import ImageReadError, describe_image, read_image
+from ..processing_metamorph import IMAGE_TYPES, normalize_part
 from . import BadSample
 from .video import video_frames, video_seconds
 
@@ -31,7 +32,6 @@ VIDEO_KINDS = tuple(WORDINGS["video_prediction"])
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_PART = {"type": "image"}
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
-IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")  # of parts that hold their image
 
 
 def text_part(text: str) -> dict[str, str]:
@@ -92,10 +92,9 @@ def extract_images(messages: list) -> tuple[list, list]:
         if isinstance(message, Mapping) and isinstance(message.get("content"), list):
             message = {**message, "content": list(message["content"])}
             for index, part in enumerate(message["content"]):
-                if isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "input_image"):
-                    image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
-                    image = image["url"] if isinstance(image, Mapping) and "url" in image else image
-                    images += [] if image is None else [image]
+                if isinstance(part, Mapping) and part.get("type") in IMAGE_TYPES:
+                    part = normalize_part(part)
+                    images += [part["image"]] if "image" in part else []
                     message["content"][index] = IMAGE_PART
         replaced.append(message)
     return replaced, images

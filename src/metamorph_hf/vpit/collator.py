@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.trainer.utils import remove_none_values
 
-from ..data.formats import IMAGE_PART, BadSample, count_images, extract_images, text_part
+from ..data.formats import BadSample, count_images, extract_images, text_part
 from ..image_reading import read_image
-from ..processing_metamorph import MetaMorphProcessor
+from ..processing_metamorph import MetaMorphProcessor, normalize_part
 
 
 logger = logging.getLogger(__name__)
@@ -249,14 +249,13 @@ class DataCollatorForVPiT:
 
 
 def check_part(part: Any) -> dict[str, str]:
-    """Return a text part, also of OpenAI's APIs, in the form of transformers, and an image part as it is."""
-    if part == IMAGE_PART:
-        return part
-    kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
-    is_text = kind in ("text", "input_text", "output_text") and isinstance(text, str)
-    if not is_text or text != text.encode(errors="ignore").decode():
-        raise BadSample(f"has a content part that is neither an image nor text in valid Unicode: {str(part)[:100]}.")
-    return text_part(text)
+    """Return a part in the form of transformers, whatever API it is from."""
+    try:
+        part = normalize_part(part)
+        part.get("text", "").encode()
+    except ValueError as error:
+        raise BadSample(f"has a content part that is neither an image nor text in valid Unicode. {error}") from error
+    return part
 
 
 __all__ = ["DataCollatorForVPiT"]
