@@ -132,7 +132,7 @@ def chat(row: Row, rng: random.Random, resolve: Callable = resolve_path) -> Reco
     given = row["images"] if row.get("images") else row.get("image")
     messages, within = extract_images(messages)
     images = [resolve(image) for image in (within if given is None else as_list(given))]
-    if images and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
+    if images and messages and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
         first = next((index for index, message in enumerate(messages) if message.get("role") == "user"), 0)
         content = [*[IMAGE_PART] * len(images), text_part(messages[first]["content"])]
         messages[first] = {**messages[first], "content": content}
