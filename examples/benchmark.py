@@ -64,14 +64,6 @@ def build_model(args: argparse.Namespace) -> MetaMorphForConditionalGeneration:
     return MetaMorphForConditionalGeneration(config).to(args.device, getattr(torch, args.dtype)).eval()
 
 
-def build_bare_llm(model: MetaMorphForConditionalGeneration):
-    """Build the same language model without MetaMorph; it shares the weights."""
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(model.config.text_config)
-    llm.model, llm.lm_head = model.model.language_model, model.lm_head
-    return llm.eval()
-
-
 class Timer:
     """Times functions in turns, on the device `device`."""
 
@@ -105,10 +97,6 @@ def run_released_step(model: MetaMorphForConditionalGeneration, length: int) -> 
     model.lm_head(torch.cat([hidden_states[:, :-1], embed], dim=1)).float()
 
 
-def run_statement(statement: str) -> None:
-    subprocess.run([sys.executable, "-c", statement], check=True)
-
-
 def make_prompt(model: MetaMorphForConditionalGeneration, batch: int, length: int) -> dict[str, torch.Tensor]:
     """Make random ids (batch, length) without image tokens."""
     ids = torch.randint(10, model.config.image_start_token_id - 10, (batch, length), device=model.device)
@@ -127,9 +115,13 @@ def generate_image(model, batch: int, length: int, **kwargs) -> Callable[[], obj
     return lambda: model.generate(**inputs, max_new_tokens=steps, do_sample=False, **kwargs)
 
 
-def measure_decoding(model, args: argparse.Namespace, timer: Timer) -> dict[str, float]:
-    steps, length, results = args.visual_tokens, args.prompts[0], {}
-    llm, inputs, count = build_bare_llm(model), make_prompt(model, 1, length), steps + 2  # room for an image
+def measure_generation(args: argparse.Namespace) -> dict[str, float]:
+    timer, model, results = Timer(args.device, args.repeats), build_model(args), {}
+    steps, length = args.visual_tokens, args.prompts[0]
+    with torch.device("meta"):  # the bare language model shares the weights
+        llm = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    llm.model, llm.lm_head = model.model.language_model, model.lm_head
+    inputs, count = make_prompt(model, 1, length), steps + 2  # room for an image
     rows = [
         (f"visual steps / text steps of the bare LLM, prompt {length}", generate_image(model, 1, length), steps + 1),
         ("text-only generate / bare LLM", write_text(model, inputs, count), count),
@@ -162,15 +154,10 @@ def measure_decoding(model, args: argparse.Namespace, timer: Timer) -> dict[str,
     results["images per second, batch 1"] = 1 / one
     for (name, _, images), seconds in zip(rows, others):
         results[f"images per second, {name} / batch 1"] = images * one / seconds
-    return results
 
-
-@torch.no_grad()
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    timer = Timer(args.device, args.repeats)
-    results = measure_decoding(build_model(args), args, timer)
     statements = ("import metamorph_hf", "from transformers import LlamaForCausalLM")
-    ours, theirs = timer(*(partial(run_statement, statement) for statement in statements))
+    commands = [[sys.executable, "-c", statement] for statement in statements]
+    ours, theirs = Timer("cpu", 1)(*(partial(subprocess.run, command, check=True) for command in commands))
     return {**results, "import metamorph_hf / import LlamaForCausalLM": ours / theirs}
 
 
@@ -228,7 +215,7 @@ def main() -> None:
     args.tower_hidden, args.tower_layers = 64, 1  # generation does not use the vision tower
 
     torch.manual_seed(0)
-    results = measure_pipeline(args) if args.pipeline else measure(args)
+    results = measure_pipeline(args) if args.pipeline else measure_generation(args)
     for name, value in results.items():
         print(f"{name:<62} {value:10.3f}")
     print(json.dumps({"settings": vars(args), "results": results}))

@@ -64,10 +64,6 @@ def generate_answers(
     return texts, generated
 
 
-def percent(hits: torch.Tensor) -> float:
-    return round(100 * hits.float().mean().item(), 1)
-
-
 def decode(pipe: MetaMorphPipeline, visual_tokens: torch.Tensor) -> torch.Tensor:
     """Decode visual tokens (I, N, V) into uint8 pixels (I, 3, 64, 64)."""
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +90,7 @@ def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, floa
         targets = torch.tensor([candidates.index(answer) for answer in answers])
         ranks = rank_references(generated, visual_tokens[candidates], targets)
         ranks = ranks.where(generated.flatten(1).any(1), len(candidates))  # an answer without an image is wrong
-        results.update({f"{name}_top{top}": percent(ranks < top) for top in tops})
+        results.update({f"{name}_top{top}": 100 * (ranks < top).float().mean().item() for top in tops})
 
     requests, _, generated = answer("seen_phrasings")
     targets = [record["answer"] for record in requests]
@@ -106,7 +102,8 @@ def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, floa
     retrieve("decoded_from_real_tokens", encoded, real, bases, 1)
     for kind in ("name_google", "name_twitter_held_out", "category_twitter_held_out"):
         records, texts, _ = answer(kind)
-        results[kind] = percent(torch.tensor([text == record["answer"] for text, record in zip(texts, records)]))
+        right = sum(text == record["answer"] for text, record in zip(texts, records))
+        results[kind] = 100 * right / len(records)
     retrievals = ("unseen_phrasings", bases, 1, 5), ("edit_held_out", variants, 1), ("sequence_held_out", bases, 1)
     for kind, candidates, *tops in retrievals:
         records, _, images = answer(kind)
@@ -129,7 +126,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     results, cells = evaluate(pipe, args.limit)
     draw_contact_sheet(cells, size=76).save(args.sheet)
-    print(json.dumps(results, indent=2))
+    print(json.dumps({name: round(value, 1) for name, value in results.items()}, indent=2))
 
 
 if __name__ == "__main__":

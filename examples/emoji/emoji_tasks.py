@@ -22,11 +22,7 @@ import yaml
 from datasets import Dataset
 
 
-HELD_OUT_PHRASINGS = (
-    "Could you sketch {} for me?",
-    "I want to see {}.",
-    "Let's have a picture with {} in it.",
-)
+HELD_OUT_PHRASINGS = ("Could you sketch {} for me?", "I want to see {}.", "Let's have a picture with {} in it.")
 DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
@@ -34,9 +30,10 @@ MIXTURE = {"text_to_image": 0.44, "name": 0.24, "category": 0.1, "yes_no": 0.03}
 MIXTURE |= {"edit": 0.04, "sequence": 0.13, "thinking": 0.02}
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-MOON = tuple(f"{0x1F311 + i:X}" for i in range(8))
-CLOCK = tuple(f"{start + hour:X}" for hour in range(12) for start in (0x1F550, 0x1F55C))
-CYCLES = {"moon": MOON, "clock": CLOCK}
+CYCLES = {
+    "moon": tuple(f"{0x1F311 + i:X}" for i in range(8)),
+    "clock": tuple(f"{start + hour:X}" for hour in range(12) for start in (0x1F550, 0x1F55C)),
+}
 HELD_OUT_STARTS = {"moon": 2, "clock": 6}
 HELD_OUT_IMAGES = 200
 HELD_OUT_PAIRS = 100
@@ -82,11 +79,10 @@ def disturb(text: str, rng: random.Random) -> str:
     """Sometimes drop a word or add a random one, so that the model finds the subject in any surroundings."""
     words = text.split()
     kind = rng.random()
-    if kind < 0.06:
-        removable = [i for i, word in enumerate(words) if "{}" not in word]
-        if removable:
-            del words[rng.choice(removable)]
-    elif kind < 0.12:
+    removable = [i for i, word in enumerate(words) if "{}" not in word]
+    if kind < 0.06 and removable:
+        del words[rng.choice(removable)]
+    elif 0.06 <= kind < 0.12:
         # Before or after the sentence, where a stray word cannot pass for a part of the subject.
         words.insert(rng.choice((0, len(words))), expand("word", rng))
     return " ".join(words)

@@ -50,12 +50,6 @@ def read_metadata(packages: Path) -> list[dict]:
     return rows
 
 
-def convert_to_webp(png: bytes) -> dict:
-    buffer = io.BytesIO()
-    read_image(png).save(buffer, "WEBP", lossless=True, quality=100, method=6)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def build(packages: Path) -> Dataset:
     """Read the three packages in `packages` into a dataset."""
     metadata, rows = read_metadata(packages), []
@@ -64,12 +58,12 @@ def build(packages: Path) -> Dataset:
         with tarfile.open(packages / package) as tar:
             members = (member for member in tar if member.name.startswith(folder) and member.isfile())
             png = {member.name.removeprefix(folder): tar.extractfile(member).read() for member in members}
-        if missing := [row["file"] for row in metadata if row["file"] not in png]:
-            raise ValueError(f"{package} lacks {len(missing)} images that {METADATA} names, the first: {missing[0]}.")
         for row in tqdm(metadata, desc=f"{vendor}: PNG to WebP"):
             if vendor == "google" or row["skin_tone"] in TWITTER_TONES:
                 columns = {name: value for name, value in row.items() if name != "file"}
-                rows.append({"vendor": vendor, **columns, "image": convert_to_webp(png[row["file"]])})
+                webp = io.BytesIO()
+                read_image(png[row["file"]]).save(webp, "WEBP", lossless=True, quality=100, method=6)
+                rows.append({"vendor": vendor, **columns, "image": {"bytes": webp.getvalue(), "path": None}})
     return Dataset.from_list(rows).cast_column("image", Image())
 
 

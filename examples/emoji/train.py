@@ -23,13 +23,7 @@ from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_str
 from emoji_visualizer import add_token_noise, train_visualizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from train_siglip import TRAINING, augment, train_siglip
-from transformers import (
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-    SiglipModel,
-    SiglipVisionModel,
-)
+from transformers import LlamaConfig, PreTrainedTokenizerFast, SiglipImageProcessorPil, SiglipModel, SiglipVisionModel
 
 from metamorph_hf import (
     MetaMorphConfig,
@@ -44,6 +38,7 @@ from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
+CHECKPOINT = Path(__file__).parent / "checkpoint"
 NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
@@ -77,15 +72,6 @@ def build_tokenizer(texts) -> PreTrainedTokenizerFast:
         model_max_length=512,
         chat_template=DEFAULT_CHAT_TEMPLATE,
     )
-
-
-def build_processor(tokenizer_dir: Path, tasks: EmojiTasks) -> MetaMorphProcessor:
-    """Build the processor with the tokenizer in `tokenizer_dir`, which is trained first if it is missing."""
-    if not tokenizer_dir.is_dir():
-        build_tokenizer(corpus(tasks)).save_pretrained(tokenizer_dir)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
-    image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
-    return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS)
 
 
 def build_model(
@@ -197,16 +183,15 @@ def train_stage(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "checkpoint", help="folder for the finished pipeline"
-    )
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder for the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder for unfinished steps")
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps, to see that it runs")
     args = parser.parse_args()
     steps, work = QUICK_STEPS if args.quick else STEPS, args.work
     rows, pixels = load_images()
     tasks = EmojiTasks(rows)
-    processor = build_processor(work / "tokenizer", tasks)
+    image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
+    processor = MetaMorphProcessor(image_processor, build_tokenizer(corpus(tasks)), num_image_tokens=NUM_IMAGE_TOKENS)
 
     if not (work / "siglip" / "config.json").is_file():
         print("1/4 SigLIP")
