@@ -344,9 +344,8 @@ def evaluate(args: argparse.Namespace) -> None:
         judge = load_pipeline(args.judge, device)
         if judge.model is None or judge.processor is None:
             sys.exit(f"{args.judge} was saved without its model or processor: --judge needs its vision tower.")
-    network, features = None, None
-    if rows[0].image is not None:
-        network, features = load_features(args.fid_network, judge, device)
+    has_images = rows[0].image is not None
+    network, features = load_features(args.fid_network, judge, device) if has_images else (None, None)
     clip_score = None if args.clip_network is None else load_clip(args.clip_network, device)
     settings = describe_settings(rows, pipe, args, options)
     prepare_folder(accelerator, args.output, settings)

@@ -216,9 +216,8 @@ def main() -> None:
     # Mostly the base emoji; their skin-tone variants for edits and their crops for visual thinking.
     variants = [i for i, row in enumerate(rows) if row["vendor"] == "google" and row["skin_tone"]]
     chosen = 3 * tasks.google + variants + [len(rows) + i for i in tasks.google]
-    projector, unet, scheduler = train_visualizer(
-        pixels[chosen], views[0, chosen].float(), vae, work / "visualizer", steps["unet"], args.quick
-    )
+    images, visual_tokens, folder = pixels[chosen], views[0, chosen].float(), work / "visualizer"
+    projector, unet, scheduler = train_visualizer(images, visual_tokens, vae, folder, steps["unet"], args.quick)
     defaults = {"default_num_inference_steps": 15, "default_guidance_scale": 2.0}
     pipeline = MetaMorphPipeline(model, processor, projector, unet, vae, scheduler, **defaults)
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)
