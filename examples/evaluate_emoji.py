@@ -102,8 +102,7 @@ def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, floa
     retrieve("decoded_from_real_tokens", encoded, real, bases, 1)
     for kind in ("name_google", "name_twitter_held_out", "category_twitter_held_out"):
         records, texts, _ = answer(kind)
-        right = sum(text == record["answer"] for text, record in zip(texts, records))
-        results[kind] = 100 * right / len(records)
+        results[kind] = 100 * sum(t == record["answer"] for t, record in zip(texts, records)) / len(records)
     retrievals = ("unseen_phrasings", bases, 1, 5), ("edit_held_out", variants, 1), ("sequence_held_out", bases, 1)
     for kind, candidates, *tops in retrievals:
         records, _, images = answer(kind)
