@@ -24,6 +24,20 @@ def exit_with_sentence() -> Iterator[None]:
         sys.exit(str(error))
 
 
+def find_pipeline(path_or_repo: str | Path) -> Path | None:
+    """Return the pipeline folder that this folder is or belongs to, as `pipeline/model` does; None without one."""
+    folder = Path(path_or_repo)
+    return next((path for path in (folder, folder.parent) if (path / "model_index.json").is_file()), None)
+
+
+def resolve_model(path_or_repo: str | Path) -> tuple[str, str]:
+    """Return where a model and its processor are, given a model, a pipeline folder, or a pipeline's model folder."""
+    pipeline = find_pipeline(path_or_repo)
+    if pipeline is None:
+        return str(path_or_repo), str(path_or_repo)
+    return str(pipeline / "model"), str(pipeline / "processor")
+
+
 def find_pipeline_class(path_or_repo: str | Path) -> type[DiffusionPipeline]:
     """Return MetaMorphPipeline if the pipeline's model_index.json names it, else DiffusionPipeline."""
     class_name = DiffusionPipeline.load_config(path_or_repo)["_class_name"]
@@ -40,8 +54,7 @@ def load_pipeline(
         device: Defaults to the GPU if there is one. The dtype is float32 on a CPU and bfloat16 elsewhere.
         any_class: Whether it may be another pipeline than MetaMorphPipeline.
     """
-    if (Path(path_or_repo).parent / "model_index.json").is_file():
-        path_or_repo = Path(path_or_repo).parent
+    path_or_repo = find_pipeline(path_or_repo) or path_or_repo
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:

@@ -8,15 +8,8 @@ from PIL import Image, ImageDraw
 def rank_references(encoded: torch.Tensor, references: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Count the references that are nearer to an image than its own, by the cosine of their flattened visual tokens.
 
-    References that are identical cannot be told apart and count as one.
-
-    Args:
-        encoded: Visual tokens (I, N, V) of the images.
-        references: Visual tokens (R, N, V) of the references.
-        targets: The index of each image's own reference, (I,) int64.
-
-    Returns:
-        (I,) int64: 0 is best.
+    References that are identical cannot be told apart and count as one. `encoded` (I, N, V) and `references` (R, N, V)
+    are visual tokens, `targets` (I,) the index of each image's own reference. Returns (I,) int64; 0 is best.
     """
 
     def flatten(visual_tokens: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from common import find_pipeline_class
 from datasets import Array2D, Dataset, Features, Image, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -136,7 +135,7 @@ def build_pipelines(args: argparse.Namespace) -> tuple[MetaMorphPipeline, MetaMo
     folders = (f"{args.model}/model", f"{args.model}/processor") if is_pipeline else (args.model, args.model)
     model = MetaMorphForConditionalGeneration.from_pretrained(folders[0], dtype="auto").eval()
     processor = MetaMorphProcessor.from_pretrained(folders[1])
-    if find_pipeline_class(args.base) is MetaMorphPipeline:
+    if "MetaMorphPipeline" in DiffusionPipeline.load_config(args.base)["_class_name"]:
         base = MetaMorphPipeline.from_pretrained(args.base, model=None, processor=None)
     else:
         base = DiffusionPipeline.from_pretrained(args.base)

@@ -73,6 +73,14 @@ class TestGenerate:
 
 
 class TestCommon:
+    def test_models_are_found_in_pipelines(self, tmp_path):
+        common = import_example("common.py")
+        parts = (str(CHECKPOINT / "model"), str(CHECKPOINT / "processor"))
+        assert common.resolve_model(CHECKPOINT) == parts
+        assert common.resolve_model(CHECKPOINT / "model") == parts
+        assert common.resolve_model(tmp_path) == (str(tmp_path), str(tmp_path))
+        assert common.resolve_model("user/repo") == ("user/repo", "user/repo")
+
     def test_class_that_the_index_names(self, components, tmp_path):
         common = import_example("common.py")
         MetaMorphPipeline(**components).save_pretrained(tmp_path / "plain")

@@ -15,11 +15,9 @@ PARQUET = Path(__file__).parent / "emoji.parquet"
 
 
 def load_images() -> tuple[list[dict], torch.Tensor]:
-    """Load all images.
+    """Load the rows without their images, and all images as uint8 pixels (2 * len(rows), 3, 64, 64).
 
-    Returns:
-        The rows without their images, and uint8 pixels (2 * len(rows), 3, 64, 64): each image, then each center crop
-        (the middle 32x32, enlarged), as `emoji_tasks` numbers them.
+    The center crops (the middle 32x32, enlarged) follow the whole images, as `emoji_tasks` numbers them.
     """
     dataset = Dataset.from_parquet(str(PARQUET))
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in dataset["image"]]).permute(0, 3, 1, 2)

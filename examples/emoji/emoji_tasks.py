@@ -176,11 +176,7 @@ class EmojiTasks:
         self.clear_aliases = {i: [alias for alias in rows[i]["aliases"] if uses[alias] == 1] for i in self.google}
 
     def sample(self, task: str, rng: random.Random) -> dict:
-        """Sample a training record of one of the tasks in `MIXTURE`.
-
-        Returns:
-            `dict`: `messages` (user and assistant turn), `images` (image ids in order) and `task`.
-        """
+        """Sample a record of a task in `MIXTURE`: `messages` (both turns), `images` (ids in order) and `task`."""
         match task:
             case "text_to_image":
                 return self._text_to_image(rng)
