@@ -1,7 +1,4 @@
-"""What the scripts in this folder share. Their folder is on `sys.path`, so they write `from common import ...`.
-
-The scripts in `emoji/` have that folder on `sys.path` instead of this one; they share code through the package.
-"""
+"""What the scripts in this folder share. Their folder is on `sys.path`, so they write `from common import ...`."""
 
 import sys
 from collections.abc import Iterator
@@ -23,7 +20,7 @@ def exit_with_sentence() -> Iterator[None]:
     """Turn an expected error (a missing file, a refused input) into an exit with its sentence, without a traceback."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(str(error))
 
 
@@ -41,28 +38,27 @@ def resolve_model(path_or_repo: str | Path) -> tuple[str, str]:
     return str(pipeline / "model"), str(pipeline / "processor")
 
 
+def find_pipeline_class(path_or_repo: str | Path) -> type[DiffusionPipeline]:
+    """Return MetaMorphPipeline if the pipeline's model_index.json names it, else DiffusionPipeline."""
+    class_name = DiffusionPipeline.load_config(path_or_repo)["_class_name"]
+    return MetaMorphPipeline if "MetaMorphPipeline" in class_name else DiffusionPipeline
+
+
 def load_pipeline(
-    path_or_repo: str | Path,
-    pipeline_class: type[DiffusionPipeline] = MetaMorphPipeline,
-    device: torch.device | str | None = None,
-    **kwargs,
+    path_or_repo: str | Path, device: torch.device | str | None = None, any_class: bool = False
 ) -> DiffusionPipeline:
     """Load a pipeline, or exit with a sentence that says what is wrong with the folder.
 
     Args:
         path_or_repo: Pipeline folder, one of its components' folders, or Hub id.
         device: Defaults to the GPU if there is one. The dtype is float32 on a CPU and bfloat16 elsewhere.
-        kwargs: More for `from_pretrained`.
+        any_class: Whether it may be another pipeline than MetaMorphPipeline.
     """
-    pipeline = find_pipeline(path_or_repo)
-    if pipeline is None and Path(path_or_repo).exists():
-        sys.exit(
-            f"{path_or_repo} is not a pipeline folder: it has no model_index.json. A MetaMorphPipeline folder has "
-            "subfolders for model, processor, projector, unet, vae and scheduler, as `save_pretrained` writes them."
-        )
+    path_or_repo = find_pipeline(path_or_repo) or path_or_repo
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16, **kwargs}
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        return pipeline_class.from_pretrained(pipeline or path_or_repo, **options).to(device)
+        pipeline_class = find_pipeline_class(path_or_repo) if any_class else MetaMorphPipeline
+        return pipeline_class.from_pretrained(path_or_repo, dtype=dtype).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"{path_or_repo} cannot be loaded; it is missing or incomplete. {type(error).__name__}: {error}")

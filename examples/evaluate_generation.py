@@ -11,14 +11,13 @@ A line of a captions file is {"caption": "a cat", "image": "cat.png", "id": "cat
 the file's folder; text-to-image can do without (and then measures neither FID nor retrieval), reconstruct without
 `caption`. `id` names the generated image; it defaults to the number of the line.
 
-The output folder gets pictures/ID.png (ID.txt for an answer without an image), contact_sheet.png and result.json.
+The output folder gets images/ID.png (ID.txt for an answer without an image), contact_sheet.png and result.json.
 A run that is started again continues: an image's noise depends on seed and id alone, not on batch or process. On
 several devices: accelerate launch examples/evaluate_generation.py ...
 """
 
 import argparse
 import hashlib
-import importlib.util
 import inspect
 import json
 import random
@@ -37,8 +36,9 @@ import torchmetrics
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common import EMOJI_CHECKPOINT, load_pipeline
+from common import EMOJI_CHECKPOINT, exit_with_sentence, load_pipeline
 from diffusers import DiffusionPipeline
+from evaluation import draw_contact_sheet, rank_references
 from evaluation_captions import COCO_CAPTIONS, Row, read_rows
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -48,12 +48,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 import metamorph_hf
 from metamorph_hf import MetaMorphPipeline
-from metamorph_hf.evaluation import draw_contact_sheet, rank_references
 from metamorph_hf.image_reading import read_image
 
 
 LIBRARIES = (metamorph_hf, torch, transformers, diffusers, accelerate, torchmetrics)
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity stores them
+SHEET = 36  # images on the contact sheet
 Encoder = Callable[[list[Image.Image]], torch.Tensor]
 
 
@@ -77,9 +76,7 @@ def choose_options(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[st
     return options
 
 
-def generate(
-    pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace, options: dict[str, Any]
-) -> tuple[list[Image.Image | None], list[str]]:
+def generate(pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace, options: dict) -> tuple[list, list]:
     """Return the first image of each row's answer (None if it has none) and its text."""
     # From seed and id alone: the same image in any batch, on any process, after a restart.
     digests = [hashlib.sha256(f"{args.seed} {row.id}".encode()).digest() for row in rows]
@@ -108,7 +105,7 @@ def generate_missing(
     accelerator: Accelerator, pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace, options: dict
 ) -> int:
     """Generate the images that are not in the folder yet; return their number over all processes."""
-    folder = args.output / "pictures"
+    folder = args.output / "images"
     missing = [row for row in rows if not any((folder / f"{row.id}{end}").is_file() for end in (".png", ".txt"))]
     accelerator.wait_for_everyone()  # all have looked before one of them adds to it
     for batch in split_batches(accelerator, missing, args.batch_size, "generating images"):
@@ -127,34 +124,22 @@ def generate_missing(
     return len(missing)
 
 
-def measure(
-    accelerator: Accelerator, items: list, size: int, desc: str, compute: Callable[[list], dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+def measure(accelerator: Accelerator, items: list, args: argparse.Namespace, compute: Callable) -> dict:
     """Call `compute` on batches of `items`, over all processes; return tensors (items, ...) on the CPU, in order."""
-    batches = [compute(batch) for batch in split_batches(accelerator, items, size, desc)]
+    batches = [compute(batch) for batch in split_batches(accelerator, items, args.batch_size, "comparing images")]
     batches = gather_object([{name: column.cpu() for name, column in batch.items()} for batch in batches])
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def load_network(auto_class: type, network: str, **kwargs) -> Any:
-    try:
-        return auto_class.from_pretrained(network, **kwargs)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{network} cannot be loaded by {auto_class.__name__}: {error}")
-
-
 def load_features(network: str | None, judge: MetaMorphPipeline | None, device: torch.device) -> tuple[str, Encoder]:
     """Return the name of the FID's network, and a function from I images to its features (I, d)."""
-    has_fidelity = importlib.util.find_spec("torch_fidelity") is not None
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
-    if network == "inception" or (network is None and has_fidelity and weights.is_file()):
-        if not has_fidelity:
-            sys.exit("--fid-network inception needs torch-fidelity: pip install torch-fidelity torchvision.")
+    if network == "inception":
         inception = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device)
         return "Inception-v3, 2048 features", lambda images: inception(to_pixels(images).to(device))
     if network is not None:
-        processor = load_network(AutoImageProcessor, network)
-        encoder = load_network(AutoModel, network, dtype=torch.float32).get_encoder(modality="image").eval().to(device)
+        processor = AutoImageProcessor.from_pretrained(network)
+        model = AutoModel.from_pretrained(network, dtype=torch.float32)
+        encoder = model.get_encoder(modality="image").eval().to(device)
 
         def pool(images: list[Image.Image]) -> torch.Tensor:
             return encoder(processor(images, return_tensors="pt")["pixel_values"].to(device)).pooler_output
@@ -170,10 +155,10 @@ def load_clip(network: str, device: torch.device) -> Callable[[list[Image.Image]
 
     torchmetrics' CLIPScore does not fit: it knows seven names, and not the outputs of transformers 5.
     """
-    model = load_network(AutoModel, network, dtype=torch.float32).eval().to(device)
+    model = AutoModel.from_pretrained(network, dtype=torch.float32).eval().to(device)
     if "text_config" not in model.config.sub_configs:
         sys.exit(f"{network} is a {type(model).__name__}, which reads no text: --clip-network takes a CLIP or SigLIP.")
-    processor = load_network(AutoProcessor, network)
+    processor = AutoProcessor.from_pretrained(network)
 
     def score(images: list[Image.Image], captions: list[str]) -> torch.Tensor:
         inputs = processor(images=images, text=captions, padding="max_length", truncation=True, return_tensors="pt")
@@ -208,24 +193,18 @@ def compare(
     features: Encoder | None,
     clip_score: Callable | None,
 ) -> dict[str, torch.Tensor]:
-    """Compare the generated images with the real ones and with the captions.
-
-    Args:
-        generated: The indices of the rows that have an image.
+    """Compare the images of the rows with the indices `generated` with the real images and with the captions.
 
     Returns:
         All that can be measured of `features` (generated, d) and `real_features` (rows, d) for the FID, and of `rank`,
         `clip_score` and `psnr`, (generated,) each.
     """
-    folder, device = args.output / "pictures", accelerator.device
+    folder, device = args.output / "images", accelerator.device
     size = read_image(folder / f"{rows[generated[0]].id}.png").size
 
     def encode(images: list[Image.Image]) -> dict[str, torch.Tensor]:
         columns = {"features": features(images).float()}
         return columns if judge is None else {**columns, "tokens": judge.get_visual_tokens(images).half()}
-
-    def encode_real(batch: list[Row]) -> dict[str, torch.Tensor]:
-        return encode([row.reference(size) for row in batch])
 
     def compare_batch(batch: list[Row]) -> dict[str, torch.Tensor]:
         images = [read_image(folder / f"{row.id}.png") for row in batch]
@@ -238,10 +217,10 @@ def compare(
             columns["psnr"] = peak_signal_noise_ratio(to_pixels(images).float(), originals, **options)
         return columns
 
-    found = measure(accelerator, [rows[index] for index in generated], args.batch_size, "comparing", compare_batch)
+    found = measure(accelerator, [rows[index] for index in generated], args, compare_batch)
     if features is None:
         return found
-    real = measure(accelerator, rows, args.batch_size, "encoding real images", encode_real)
+    real = measure(accelerator, rows, args, lambda batch: encode([row.reference(size) for row in batch]))
     if judge is not None:
         references = real["tokens"].to(device)  # 4.4 GB for COCO-30K at the paper's size
         blocks = zip(found.pop("tokens").split(256), torch.tensor(generated).split(256), strict=True)
@@ -250,9 +229,7 @@ def compare(
     return {**found, "real_features": real["features"]}
 
 
-def summarize(
-    found: dict[str, torch.Tensor], rows: list[Row], missing: list[dict]
-) -> tuple[dict[str, float], list[str]]:
+def summarize(found: dict[str, torch.Tensor], rows: list[Row], missing: list) -> tuple[dict[str, float], list[str]]:
     """Return the numbers, and the sentences that go with them."""
     metrics, notes, count = {}, [], len(rows) - len(missing)
     if missing:
@@ -284,9 +261,7 @@ def summarize(
     return metrics, notes
 
 
-def describe_settings(
-    rows: list[Row], pipe: DiffusionPipeline, args: argparse.Namespace, options: dict
-) -> dict[str, Any]:
+def describe_settings(rows: list[Row], pipe: DiffusionPipeline, args: argparse.Namespace, options: dict) -> dict:
     """Collect all settings that decide the images."""
     requests = json.dumps([(row.id, row.caption, row.image) for row in rows], default=str)
     weights = [path.stat().st_mtime for path in Path(args.pipeline).rglob("*.safetensors")]
@@ -309,9 +284,9 @@ def describe_settings(
 def prepare_folder(accelerator: Accelerator, folder: Path, settings: dict[str, Any]) -> None:
     """Create the output folder, or exit if it was begun with other settings."""
     path, settings = folder / "settings.json", json.loads(json.dumps(settings, default=str))
-    exists = (folder / "pictures").is_dir()
+    exists = (folder / "images").is_dir()
     if exists and not path.is_file():
-        sys.exit(f"{folder} has a folder pictures, but no settings.json: name another --output.")
+        sys.exit(f"{folder} has a folder images, but no settings.json: name another --output.")
     before = json.loads(path.read_text()) if exists else settings
     if other := [name for name in {**before, **settings} if before.get(name) != settings.get(name)]:
         changes = ", ".join(f"{name} ({before.get(name)} before, {settings.get(name)} now)" for name in other)
@@ -320,16 +295,14 @@ def prepare_folder(accelerator: Accelerator, folder: Path, settings: dict[str, A
     if accelerator.is_main_process and not exists:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n")
-        (folder / "pictures").mkdir()
+        (folder / "images").mkdir()
     accelerator.wait_for_everyone()
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for images and result")
-    parser.add_argument(
-        "--pipeline", default=str(EMOJI_CHECKPOINT), help="folder or Hub id (default: the emoji model)"
-    )
+    parser.add_argument("--pipeline", default=str(EMOJI_CHECKPOINT), help="folder or Hub id (default: emoji model)")
     parser.add_argument("--task", choices=("text-to-image", "reconstruct"), default="text-to-image")
     parser.add_argument(
         "--captions",
@@ -345,12 +318,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="images per device (default: 16)")
     parser.add_argument(
         "--fid-network",
-        help="inception, or folder or Hub id of a CLIP, SigLIP or DINOv2 (default: Inception-v3 if torch-fidelity is "
-        "installed and has its weights, else the judge's mean visual token: good only to compare runs of one judge)",
+        help="inception (needs torch-fidelity), or folder or Hub id of a CLIP, SigLIP or DINOv2 (default: the judge's "
+        "mean visual token, good only to compare runs of one judge)",
     )
     parser.add_argument("--clip-network", help="folder or Hub id of a CLIP or SigLIP (default: no CLIP score)")
     parser.add_argument("--judge", help="MetaMorphPipeline that encodes images for retrieval (default: --pipeline)")
-    parser.add_argument("--sheet", type=int, default=36, help="images on the contact sheet (default: 36)")
     parser.add_argument("--cpu", action="store_true", help="run on the CPU")
     args = parser.parse_args()
     if args.batch_size < 1:
@@ -360,36 +332,26 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load_judge(args: argparse.Namespace, pipe: DiffusionPipeline, device: torch.device) -> MetaMorphPipeline | None:
-    """Load the pipeline whose vision tower encodes the images: --judge, or the evaluated one if it has a tower."""
-    if args.judge is None:
-        return pipe if isinstance(pipe, MetaMorphPipeline) else None
-    judge = load_pipeline(args.judge, device=device)
-    if judge.model is None or judge.processor is None:
-        sys.exit(f"{args.judge} was saved without its model or processor: --judge needs its vision tower.")
-    return judge
-
-
-def main() -> None:
-    args = parse_args()
-    transformers.utils.logging.disable_progress_bar()
+def evaluate(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=args.cpu)
-    device, times = accelerator.device, [time.perf_counter()]
+    device = accelerator.device
     rows = read_rows(args.captions, args.task, args.coco, args.limit)
-    pipe = load_pipeline(args.pipeline, DiffusionPipeline, device)
+    pipe = load_pipeline(args.pipeline, device, any_class=True)
     pipe.set_progress_bar_config(disable=True)
     options = choose_options(pipe, args)
-    judge, network, features = load_judge(args, pipe, device), None, None
-    if rows[0].image is not None:
-        network, features = load_features(args.fid_network, judge, device)
+    judge = pipe if isinstance(pipe, MetaMorphPipeline) else None
+    if args.judge is not None:
+        judge = load_pipeline(args.judge, device)
+        if judge.model is None or judge.processor is None:
+            sys.exit(f"{args.judge} was saved without its model or processor: --judge needs its vision tower.")
+    has_images = rows[0].image is not None
+    network, features = load_features(args.fid_network, judge, device) if has_images else (None, None)
     clip_score = None if args.clip_network is None else load_clip(args.clip_network, device)
     settings = describe_settings(rows, pipe, args, options)
     prepare_folder(accelerator, args.output, settings)
-    times.append(time.perf_counter())
 
     generated_now = generate_missing(accelerator, pipe, rows, args, options)
-    times.append(time.perf_counter())
-    images = args.output / "pictures"
+    images = args.output / "images"
     generated = [index for index, row in enumerate(rows) if (images / f"{row.id}.png").is_file()]
     missing = [
         {"id": row.id, "caption": row.caption, "answer": (images / f"{row.id}.txt").read_text(encoding="utf-8")}
@@ -399,34 +361,37 @@ def main() -> None:
     if not generated:
         sys.exit(f"None of the {len(rows)} answers has an image; the first is {missing[0]['answer']!r}.")
     found = compare(accelerator, rows, generated, args, judge, features, clip_score)
-    times.append(time.perf_counter())
     accelerator.end_training()  # a process that ends with its threads of communication running may abort
     if not accelerator.is_main_process:
         return
 
     metrics, notes = summarize(found, rows, missing)
-    seconds = [round(end - start, 1) for start, end in zip(times, times[1:])]
     result = {
         "metrics": metrics,
         "notes": notes,
         "fid_network": network,
-        "clip_network": args.clip_network,
         "settings": settings,
         "arguments": vars(args),
-        "without_picture": missing,
-        "painted_in_this_run": generated_now,
-        "seconds": dict(zip(("loading", "painting", "measuring"), seconds)),
+        "without_image": missing,
+        "generated_in_this_run": generated_now,
         "processes": accelerator.num_processes,
         "device": str(device),
         "versions": {module.__name__: module.__version__ for module in LIBRARIES},
     }
     (args.output / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     cells = []
-    for index in sorted(random.Random(0).sample(range(len(rows)), min(args.sheet, len(rows)))):
+    for index in sorted(random.Random(0).sample(range(len(rows)), min(SHEET, len(rows)))):
         image = read_image(images / f"{rows[index].id}.png") if index in generated else None
         cells.append((rows[index].caption, image, None if features is None else rows[index].reference()))
     draw_contact_sheet(cells, size=128).save(args.output / "contact_sheet.png")
     print(*notes, json.dumps({**metrics, "fid_network": network}, indent=2), sep="\n")
+
+
+def main() -> None:
+    args = parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    with exit_with_sentence():
+        evaluate(args)
 
 
 if __name__ == "__main__":

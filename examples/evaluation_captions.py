@@ -32,10 +32,7 @@ class Row:
 
     def reference(self, size: tuple[int, int] | None = None) -> Image.Image:
         """Read the real image: its center square, or cropped and resized to (width, height)."""
-        try:
-            image = read_image(self.image)
-        except ValueError as error:
-            sys.exit(f"{self.id}: {error}")
+        image = read_image(self.image)
         return ImageOps.fit(image, size or (min(image.size),) * 2, Image.Resampling.BICUBIC)
 
 
@@ -51,10 +48,9 @@ def read_jsonl(path: Path, task: str) -> list[Row]:
             entry = json.loads(line)
         except ValueError as error:  # neither JSON nor UTF-8
             sys.exit(f"{location}, is not JSON: {error}.")
-        if not isinstance(entry, dict) or not isinstance(entry.get(required), str) or not entry[required].strip():
-            sys.exit(f'{location}, has no {required}: --task {task} needs {{"{required}": "..."}} in every line.')
-        if not all(isinstance(entry.get(field, ""), str) for field in ("caption", "image")):
-            sys.exit(f"{location}: caption and image must be strings.")
+        fields = {name: entry.get(name, "") for name in ("caption", "image")} if isinstance(entry, dict) else {}
+        if not all(isinstance(text, str) for text in fields.values()) or not fields.get(required, "").strip():
+            sys.exit(f'{location}: --task {task} needs {{"{required}": "..."}}; caption and image must be strings.')
         image = path.parent / entry["image"] if "image" in entry else None
         if image is not None and not image.is_file():
             sys.exit(f"{location}: the image {image} does not exist.")
@@ -71,12 +67,11 @@ def read_jsonl(path: Path, task: str) -> list[Row]:
 
 def read_emoji(held_out: bool) -> list[Row]:
     """Read Google's images, or 200 of Twitter's: the emoji visualizer was trained on Google's alone."""
-    dataset = Dataset.from_parquet(str(PARQUET))
-    rows = dataset.cast_column("image", datasets.Image(decode=False)).to_list()
+    rows = Dataset.from_parquet(str(PARQUET)).cast_column("image", datasets.Image(decode=False)).to_list()
     tasks = EmojiTasks(rows)
-    indices = (
-        [tasks.index["twitter", base, ""] for base in sorted(tasks.held_out_images)] if held_out else tasks.google
-    )
+    indices = tasks.google
+    if held_out:
+        indices = [tasks.index["twitter", base, ""] for base in sorted(tasks.held_out_images)]
     return [Row(f"{rows[i]['vendor']}-{rows[i]['unified']}", rows[i]["name"], rows[i]["image"]) for i in indices]
 
 
@@ -100,9 +95,7 @@ def read_coco(folder: Path | None) -> list[Row]:
     return rows
 
 
-def read_rows(
-    captions: str, task: str = "text-to-image", coco: Path | None = None, limit: int | None = None
-) -> list[Row]:
+def read_rows(captions: str, task: str, coco: Path | None, limit: int | None) -> list[Row]:
     """Read the rows that the options of `evaluate_generation.py` name; `limit` samples them, always the same ones."""
     if captions in ("emoji", "emoji-held-out"):
         rows = read_emoji(captions == "emoji-held-out")

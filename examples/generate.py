@@ -21,9 +21,7 @@ from metamorph_hf.image_reading import read_image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help='caption of an image to generate ("a red apple"), or a request about --image')
-    parser.add_argument(
-        "--model", default=EMOJI_CHECKPOINT, help="pipeline folder or Hub id (default: the emoji model)"
-    )
+    parser.add_argument("--model", default=EMOJI_CHECKPOINT, help="pipeline folder or Hub id (default: emoji model)")
     parser.add_argument("--image", action="append", default=[], help="image to ask about or to edit; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("generated.png"), help="file of the generated image")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")

@@ -21,6 +21,8 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    Dinov2Config,
+    Dinov2Model,
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
@@ -29,15 +31,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from metamorph_hf import MetaMorphPipeline
-from metamorph_hf.evaluation import draw_contact_sheet, rank_references
 
 
 evaluate_generation = import_example("evaluate_generation.py")
-read_rows, load_clip, load_features = (
-    evaluate_generation.read_rows,
-    evaluate_generation.load_clip,
-    evaluate_generation.load_features,
-)
+load_clip, load_features = evaluate_generation.load_clip, evaluate_generation.load_features
+draw_contact_sheet, rank_references = evaluate_generation.draw_contact_sheet, evaluate_generation.rank_references
+
+
+def read_rows(captions: str, coco: Path | None = None, limit: int | None = None) -> list:
+    return evaluate_generation.read_rows(captions, "text-to-image", coco, limit)
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def real_images(tmp_path) -> list[str]:
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
-    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("pictures/*.png"))}
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("images/*.png"))}
 
 
 def assert_same_images(one: Path, other: Path) -> None:
@@ -189,11 +191,11 @@ def save_with_processor(model, processor_class, images, tokenizer, folder: Path)
 class TestRuns:
     def test_emoji_and_resume(self, evaluate, tmp_path, capsys):
         flags = ("--limit", 7, "--batch-size", 4)
-        whole = evaluate(*flags, "--sheet", 4)
+        whole = evaluate(*flags)
         out = tmp_path / "out"
-        names = {path.stem for path in (out / "pictures").iterdir()}
+        names = {path.stem for path in (out / "images").iterdir()}
         assert len(names) == 7 and all(name.startswith("google-") for name in names)
-        assert whole["painted_in_this_run"] == 7 and whole["without_picture"] == []
+        assert whole["generated_in_this_run"] == 7 and whole["without_image"] == []
         assert whole["metrics"]["retrieval_top1"] >= 500 / 7 and 0 < whole["metrics"]["fid"] < 1
         assert (whole["settings"]["num_inference_steps"], whole["settings"]["guidance_scale"]) == (2, 2.0)
         assert whole["settings"]["scheduler"]["class"] == "DDIMScheduler"
@@ -203,10 +205,10 @@ class TestRuns:
 
         shutil.copytree(out, tmp_path / "cut")
         for name in sorted(names)[:3]:
-            (tmp_path / "cut" / "pictures" / f"{name}.png").unlink()
-        (tmp_path / "cut" / "pictures" / f"{sorted(names)[0]}.part").write_bytes(b"killed while it was written")
+            (tmp_path / "cut" / "images" / f"{name}.png").unlink()
+        (tmp_path / "cut" / "images" / f"{sorted(names)[0]}.part").write_bytes(b"killed while it was written")
         resumed = evaluate("--limit", 7, "--batch-size", 3, output="cut")
-        assert resumed["painted_in_this_run"] == 3
+        assert resumed["generated_in_this_run"] == 3
         assert_same_images(out, tmp_path / "cut")
         assert resumed["metrics"] == pytest.approx(whole["metrics"], rel=1e-2)
 
@@ -218,7 +220,7 @@ class TestRuns:
         errors = []
         for row in read_rows("emoji-held-out", limit=6):
             real = np.asarray(row.reference()).astype(float)
-            decoded = np.asarray(Image.open(tmp_path / "out" / "pictures" / f"{row.id}.png"))
+            decoded = np.asarray(Image.open(tmp_path / "out" / "images" / f"{row.id}.png"))
             errors.append(10 * np.log10(255**2 / ((decoded - real) ** 2).mean()))
             assert row.id.startswith("twitter-")
         assert result["metrics"]["psnr"] == pytest.approx(np.mean(errors), rel=1e-5)
@@ -248,12 +250,12 @@ class TestRuns:
         flags = ("--pipeline", tmp_path / "shy", "--captions", captions(*lines), "--max-new-tokens", 24)
         flags += ("--clip-network", siglip_folder)
         result = evaluate(*flags)
-        (missing,) = result["without_picture"]
+        (missing,) = result["without_image"]
         assert missing == {"id": "cat", "caption": "cat", "answer": "no"}
         assert result["notes"][0].startswith("1 of the 4 answers have no image")
         again = evaluate(*flags)  # the model is not asked again
-        assert again["painted_in_this_run"] == 0 and again["metrics"] == result["metrics"]
-        images = [Image.open(tmp_path / "out" / "pictures" / f"{name}.png") for name in ("dog", "apple", "bus")]
+        assert again["generated_in_this_run"] == 0 and again["metrics"] == result["metrics"]
+        images = [Image.open(tmp_path / "out" / "images" / f"{name}.png") for name in ("dog", "apple", "bus")]
         with torch.no_grad():
             scores = load_clip(str(siglip_folder), torch.device("cpu"))(images, ["dog", "apple", "bus"])
         assert result["metrics"]["clip_score"] == pytest.approx(max(0, scores.sum().item() / 4), abs=1e-4)
@@ -305,7 +307,7 @@ class TestRuns:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         two = json.loads((tmp_path / "two" / "result.json").read_text())
-        assert (two["processes"], two["painted_in_this_run"]) == (2, 5)
+        assert (two["processes"], two["generated_in_this_run"]) == (2, 5)
         assert_same_images(tmp_path / "out", tmp_path / "two")
         assert two["metrics"] == pytest.approx(whole["metrics"], rel=1e-3)
 
@@ -347,11 +349,11 @@ class TestBadInput:
         ("lines", "sentence"),
         [
             (['{"caption": "a"}', "a cat"], "line 2, is not JSON"),
-            (['{"caption": "a"}', "", '{"text": "a cat"}'], 'line 3, has no caption: .*{"caption": "..."}'),
-            (['["a cat"]'], "line 1, has no caption"),
+            (['{"caption": "a"}', "", '{"text": "a cat"}'], 'line 3: --task text-to-image needs {"caption": "..."}'),
+            (['["a cat"]'], "line 1: --task text-to-image needs"),
             (['{"caption": "a café"}'], "line 1, is not JSON: 'utf-8' codec"),
-            (['{"caption": "  "}'], "line 1, has no caption"),
-            (['{"caption": "a", "image": 3}'], "line 1: caption and image must be strings"),
+            (['{"caption": "  "}'], "line 1: --task text-to-image needs"),
+            (['{"caption": "a", "image": 3}'], "line 1: .* caption and image must be strings"),
             (['{"caption": "a", "image": "no.png"}'], "line 1: the image .*no.png does not exist"),
             (['{"caption": "a", "id": "../b"}'], "the id '../b' names a file"),
             (['{"caption": "a", "id": 2}', '{"caption": "b"}'], "has the id '2' 2 times"),
@@ -377,12 +379,12 @@ class TestBadInput:
             evaluate("--limit", 0)
 
     def test_reconstruct_needs_images(self, evaluate, captions):
-        with pytest.raises(SystemExit, match="line 1, has no image: --task reconstruct"):
+        with pytest.raises(SystemExit, match='line 1: --task reconstruct needs {"image": "..."}'):
             evaluate("--task", "reconstruct", "--captions", captions({"caption": "a"}))
 
     def test_broken_image(self, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"not an image")
-        with pytest.raises(SystemExit, match="7: .*cannot be read .*broken.png"):
+        with pytest.raises(ValueError, match="cannot be read .*broken.png"):
             evaluate_generation.Row("7", "a cat", tmp_path / "broken.png").reference()
 
     def test_pipeline_without_text(self, evaluate, captions, tmp_path):
@@ -418,13 +420,11 @@ class TestBadInput:
     @pytest.mark.parametrize("flag", ["--fid-network", "--clip-network"])
     def test_missing_networks(self, evaluate, captions, real_images, tmp_path, flag):
         path = captions({"caption": "a", "image": "0.png"})
-        with pytest.raises(SystemExit, match="nothing cannot be loaded by Auto"):
+        with pytest.raises(SystemExit, match="nothing"):
             evaluate("--captions", path, flag, tmp_path / "nothing")
 
     def test_network_that_reads_no_text(self, evaluate, captions):
         with pytest.raises(SystemExit, match="which reads no text: --clip-network takes a CLIP or SigLIP"):
-            from transformers import AutoModel, Dinov2Config, Dinov2Model  # noqa: F401
-
             config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
             folder = captions("").parent / "dino"
             Dinov2Model(config).save_pretrained(folder)
@@ -433,7 +433,7 @@ class TestBadInput:
 
 def test_contact_sheet_leaves_missing_images_white():
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    sheet = draw_contact_sheet([("a" * 90, red, blue), ("b", None, blue), ("c", red, None), ("d", red, blue)])
+    sheet = draw_contact_sheet([("a" * 90, red, blue), ("b", None, blue), ("c", red, None), ("d", red, blue)], size=76)
     assert sheet.size == (900, 200)
     colors = [sheet.getpixel((x, 60)) for x in (40, 130, 340, 430, 640, 730)]
     white, red, blue = (255, 255, 255), (255, 0, 0), (0, 0, 255)

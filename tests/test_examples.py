@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from helpers import import_example, run_example
 from PIL import Image
 
@@ -80,17 +81,32 @@ class TestCommon:
         assert common.resolve_model(tmp_path) == (str(tmp_path), str(tmp_path))
         assert common.resolve_model("user/repo") == ("user/repo", "user/repo")
 
+    def test_class_that_the_index_names(self, components, tmp_path):
+        common = import_example("common.py")
+        MetaMorphPipeline(**components).save_pretrained(tmp_path / "plain")
+        DDPMPipeline(components["unet"], DDPMScheduler()).save_pretrained(tmp_path / "other")
+        for folder in (
+            CHECKPOINT,
+            CHECKPOINT / "model",
+            tmp_path / "plain",
+        ):  # with and without code, and a part of it
+            assert type(common.load_pipeline(folder, "cpu", any_class=True)) is MetaMorphPipeline
+        assert type(common.load_pipeline(tmp_path / "other", "cpu", any_class=True)) is DDPMPipeline
+
+    def test_folder_of_no_pipeline(self, tmp_path):
+        for any_class in (True, False):
+            with pytest.raises(SystemExit, match="no .*model_index.json"):
+                import_example("common.py").load_pipeline(tmp_path, any_class=any_class)
+
 
 @pytest.mark.slow
 class TestBenchmark:
     def test_generation(self, tmp_path):
         sizes = ("--hidden", 64, "--layers", 1, "--vocabulary", 200, "--visual-tokens", 4, "--repeats", 1)
-        small = ("--tower-hidden", 64, "--tower-layers", 1, "--prompts", 16, "--images", 1)
-        done = run_example("benchmark.py", *sizes, *small, "--json", "result.json", cwd=tmp_path)
+        done = run_example("benchmark.py", *sizes, "--prompts", 16, "--compile", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        results = json.loads((tmp_path / "result.json").read_text())["results"]
-        assert json.loads(done.stdout.splitlines()[-1])["results"] == results
-        assert len(results) == 12 and all(value > 0 for value in results.values())
+        results = json.loads(done.stdout.splitlines()[-1])["results"]
+        assert len(results) == 11 and all(value > 0 for value in results.values())
 
     def test_pipeline(self, tmp_path):
         done = run_example("benchmark.py", "--pipeline", "--repeats", 1, "--denoising-steps", 1, cwd=tmp_path)
@@ -113,16 +129,15 @@ class TestEmojiRecipe:
         assert "U-Net" in done.stderr and "U-Net" not in again.stderr
 
     def test_evaluate(self, tmp_path):
-        done = run_example("emoji/evaluate.py", "--limit", "32", "--sheet", tmp_path / "sheet.png", cwd=tmp_path)
+        done = run_example("evaluate_emoji.py", "--limit", "32", "--sheet", tmp_path / "sheet.png", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         numbers = json.loads(done.stdout)
         assert numbers["category_twitter_held_out"] > 40  # chance is about 15 %
         assert numbers["unseen_phrasings_top1"] > 70 and numbers["decoded_and_encoded_again_top1"] > 60
         assert numbers["seen_phrasings_top5"] >= numbers["seen_phrasings_top1"]
-        assert numbers["generate_seconds"] > 0
         assert (tmp_path / "sheet.png").is_file()
 
     def test_evaluate_without_a_pipeline(self, tmp_path):
-        done = run_example("emoji/evaluate.py", "--checkpoint", tmp_path, cwd=tmp_path)
+        done = run_example("evaluate_emoji.py", "--checkpoint", tmp_path, cwd=tmp_path)
         assert done.returncode == 1
         assert "is not a pipeline folder" in done.stderr and "Traceback" not in done.stderr

@@ -14,14 +14,12 @@ from metamorph_hf import MetaMorphForConditionalGeneration
 PARQUET = Path(__file__).parent / "emoji.parquet"
 
 
-def load_images(parquet: Path = PARQUET) -> tuple[list[dict], torch.Tensor]:
-    """Load all images.
+def load_images() -> tuple[list[dict], torch.Tensor]:
+    """Load the rows without their images, and all images as uint8 pixels (2 * len(rows), 3, 64, 64).
 
-    Returns:
-        The rows without their images, and uint8 pixels (2 * len(rows), 3, 64, 64): each image, then each center crop
-        (the middle 32x32, enlarged), as `emoji_tasks` numbers them.
+    The center crops (the middle 32x32, enlarged) follow the whole images, as `emoji_tasks` numbers them.
     """
-    dataset = Dataset.from_parquet(str(parquet))
+    dataset = Dataset.from_parquet(str(PARQUET))
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in dataset["image"]]).permute(0, 3, 1, 2)
     crops = F.interpolate(pixels[:, :, 16:48, 16:48].float(), size=(64, 64), mode="bicubic", align_corners=False)
     return dataset.remove_columns("image").to_list(), torch.cat([pixels, crops.round().clamp(0, 255).byte()])

@@ -17,43 +17,23 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 from datasets import Dataset
 
 
-HELD_OUT_PHRASINGS = (
-    "Could you sketch {} for me?",
-    "I want to see {}.",
-    "Let's have a picture with {} in it.",
-)
+HELD_OUT_PHRASINGS = ("Could you sketch {} for me?", "I want to see {}.", "Let's have a picture with {} in it.")
 DEFAULT_PHRASING = "Generate an image of {}."
 
 UNDERSTANDING = {"name": 0.55, "category": 0.2, "yes_no": 0.25}
-MIXTURE = {
-    "text_to_image": 0.44,
-    "name": 0.24,
-    "category": 0.1,
-    "yes_no": 0.03,
-    "edit": 0.04,
-    "sequence": 0.13,
-    "thinking": 0.02,
-}
-EVALUATIONS = (
-    "seen_phrasings",
-    "unseen_phrasings",
-    "name_google",
-    "name_twitter_held_out",
-    "category_twitter_held_out",
-    "edit_held_out",
-    "sequence_held_out",
-)
+MIXTURE = {"text_to_image": 0.44, "name": 0.24, "category": 0.1, "yes_no": 0.03}
+MIXTURE |= {"edit": 0.04, "sequence": 0.13, "thinking": 0.02}
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-MOON = tuple(f"{0x1F311 + i:X}" for i in range(8))
-CLOCK = tuple(f"{start + hour:X}" for hour in range(12) for start in (0x1F550, 0x1F55C))
-CYCLES = {"moon": MOON, "clock": CLOCK}
+CYCLES = {
+    "moon": tuple(f"{0x1F311 + i:X}" for i in range(8)),
+    "clock": tuple(f"{start + hour:X}" for hour in range(12) for start in (0x1F550, 0x1F55C)),
+}
 HELD_OUT_STARTS = {"moon": 2, "clock": 6}
 HELD_OUT_IMAGES = 200
 HELD_OUT_PAIRS = 100
@@ -99,11 +79,10 @@ def disturb(text: str, rng: random.Random) -> str:
     """Sometimes drop a word or add a random one, so that the model finds the subject in any surroundings."""
     words = text.split()
     kind = rng.random()
-    if kind < 0.06:
-        removable = [i for i, word in enumerate(words) if "{}" not in word]
-        if removable:
-            del words[rng.choice(removable)]
-    elif kind < 0.12:
+    removable = [i for i, word in enumerate(words) if "{}" not in word]
+    if kind < 0.06 and removable:
+        del words[rng.choice(removable)]
+    elif 0.06 <= kind < 0.12:
         # Before or after the sentence, where a stray word cannot pass for a part of the subject.
         words.insert(rng.choice((0, len(words))), expand("word", rng))
     return " ".join(words)
@@ -148,16 +127,8 @@ def conversation(task: str, images: Sequence[int], question: str, answer: Sequen
     }
 
 
-def evaluation_record(task: str, images: Sequence[int], question: str, answer: int | str) -> dict:
-    """Build an evaluation record: the user's turn, and the right answer as a text or an image id."""
-    return {"messages": [user_turn(images, question)], "images": [*images], "answer": answer, "task": task}
-
-
 class EmojiTasks:
-    """Training and evaluation records over the rows of `emoji.parquet`.
-
-    Args:
-        rows (`Sequence[Mapping]`): The parquet's rows in their order; the `image` column is not read.
+    """Training and evaluation records over the rows of `emoji.parquet`, whose `image` column is not read.
 
     Attributes:
         held_out_images (`frozenset[str]`): Base code points whose Twitter images no training question shows.
@@ -184,9 +155,7 @@ class EmojiTasks:
             cycle: frozenset(rng.sample(range(len(CYCLES[cycle])), count)) for cycle, count in HELD_OUT_STARTS.items()
         }
 
-        self.google_variants: list[int] = []
-        self.twitter: list[int] = []
-        self.twitter_variants: list[int] = []
+        self.google_variants, self.twitter, self.twitter_variants = [], [], []
         tones_of = defaultdict(list)
         for i, row in enumerate(rows):
             vendor, base, tone = row["vendor"], row["base"], row["skin_tone"]
@@ -207,59 +176,37 @@ class EmojiTasks:
         self.clear_aliases = {i: [alias for alias in rows[i]["aliases"] if uses[alias] == 1] for i in self.google}
 
     def sample(self, task: str, rng: random.Random) -> dict:
-        """Sample a training record.
-
-        Args:
-            task (`str`): One of the keys of `MIXTURE`.
-            rng (`random.Random`): The source of all choices.
-
-        Returns:
-            `dict`: `messages` (user and assistant turn), `images` (image ids in order) and `task`.
-        """
-        samplers = {
-            "text_to_image": self._text_to_image,
-            "name": self._name,
-            "category": self._category,
-            "yes_no": self._yes_no,
-            "edit": self._edit,
-            "sequence": self._sequence,
-            "thinking": self._thinking,
-        }
-        if task not in samplers:
-            raise ValueError(f"task is {task!r}, but must be one of {', '.join(samplers)}.")
-        return samplers[task](rng)
+        """Sample a record of a task in `MIXTURE`: `messages` (both turns), `images` (ids in order) and `task`."""
+        match task:
+            case "text_to_image":
+                return self._text_to_image(rng)
+            case "edit":
+                return self._edit(rng)
+            case "sequence":
+                return self._sequence(rng)
+        return self._ask_about_an_image(task, rng)
 
     def evaluation(self, kind: str) -> list[dict]:
-        """List the records of one of `EVALUATIONS`: `messages` (user turn only), `images`, `answer` and `task`.
-
-        The answer is a text, or an image id where an image is asked for.
-        """
+        """List records to evaluate: `messages` (user turn), `images`, `answer` (a text or an image id) and `task`."""
         rng, rows = random.Random(1), self.rows
         twitter = [self.index["twitter", base, ""] for base in sorted(self.held_out_images)]
         match kind:
             case "seen_phrasings" | "unseen_phrasings":
                 seen = kind == "seen_phrasings"
                 requests = [sample_request(rng) if seen else HELD_OUT_PHRASINGS[i % 3] for i in range(len(self.names))]
-                return [
-                    evaluation_record("text_to_image", [], request.replace("{}", name), image)
-                    for request, name, image in zip(requests, self.names, self.google, strict=True)
-                ]
+                prompts = [request.replace("{}", name) for request, name in zip(requests, self.names)]
+                records = [("text_to_image", [], prompt, image) for prompt, image in zip(prompts, self.google)]
             case "name_google" | "name_twitter_held_out":
                 images = self.google if kind == "name_google" else twitter
-                return [evaluation_record("name", [i], "What is this?", rows[i]["name"]) for i in images]
+                records = [("name", [i], "What is this?", rows[i]["name"]) for i in images]
             case "category_twitter_held_out":
                 question = "Which category is this?"
-                return [evaluation_record("category", [i], question, rows[i]["category"].lower()) for i in twitter]
+                records = [("category", [i], question, rows[i]["category"].lower()) for i in twitter]
             case "edit_held_out":
-                return [
-                    evaluation_record(
-                        "edit",
-                        [self.index["google", base, ""]],
-                        expand("ask_edit", rng).replace("{}", tone),
-                        self.index["google", base, tone],
-                    )
-                    for base, tone in sorted(self.held_out_pairs)
-                ]
+                records = []
+                for base, tone in sorted(self.held_out_pairs):
+                    image, target = (self.index["google", base, skin_tone] for skin_tone in ("", tone))
+                    records.append(("edit", [image], expand("ask_edit", rng).replace("{}", tone), target))
             case "sequence_held_out":
                 frames = [
                     self._frames("google", cycle, start, 1, shown + 1)
@@ -267,8 +214,13 @@ class EmojiTasks:
                     for start in sorted(starts)
                     for shown in (2, 3, 4)
                 ]
-                return [evaluation_record("sequence", images, "Predict the next image.", i) for *images, i in frames]
-        raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(EVALUATIONS)}.")
+                records = [("sequence", images, "Predict the next image.", i) for *images, i in frames]
+            case _:
+                raise ValueError(f"There is no evaluation called {kind!r}.")
+        return [
+            {"messages": [user_turn(images, question)], "images": [*images], "answer": answer, "task": task}
+            for task, images, question, answer in records
+        ]
 
     def _choose_image(self, rng: random.Random) -> int:
         """Choose an image that an understanding task may show."""
@@ -296,23 +248,27 @@ class EmojiTasks:
             subject = subject[0].upper() + subject[1:]
         return conversation("text_to_image", [], request.replace("{}", subject), [target])
 
-    def _name(self, rng: random.Random) -> dict:
-        image = self._choose_image(rng)
-        return conversation("name", [image], expand("ask_name", rng), [self.rows[image]["name"]])
-
-    def _category(self, rng: random.Random) -> dict:
-        image = self._choose_image(rng)
-        return conversation("category", [image], expand("ask_category", rng), [self.rows[image]["category"].lower()])
-
-    def _yes_no(self, rng: random.Random) -> dict:
+    def _ask_about_an_image(self, task: str, rng: random.Random) -> dict:
         image = self._choose_image(rng)
         row = self.rows[image]
-        name, answer = row["name"], "yes"
-        if rng.random() < 0.5:
-            candidates = self.in_category[row["category"]] if rng.random() < 0.5 else self.names
-            name, answer = rng.choice([other for other in candidates if other != name]), "no"
-        subject = add_article(name, rng) if rng.random() < 0.6 else name
-        return conversation("yes_no", [image], expand("ask_yes_no", rng).replace("{}", subject), [answer])
+        name = subject = row["name"]
+        match task:
+            case "name":
+                answer = [name]
+            case "category":
+                answer = [row["category"].lower()]
+            case "thinking":
+                answer = [len(self.rows) + image, name]
+            case "yes_no":
+                answer = ["yes"]
+                if rng.random() < 0.5:
+                    candidates = self.in_category[row["category"]] if rng.random() < 0.5 else self.names
+                    subject, answer = rng.choice([other for other in candidates if other != name]), ["no"]
+                if rng.random() < 0.6:
+                    subject = add_article(subject, rng)
+            case _:
+                raise ValueError(f"task is {task!r}, but must be one of {', '.join(MIXTURE)}.")
+        return conversation(task, [image], expand(f"ask_{task}", rng).replace("{}", subject), answer)
 
     def _edit(self, rng: random.Random) -> dict:
         vendor, base, tones = rng.choice(self.editable)
@@ -332,11 +288,6 @@ class EmojiTasks:
         *shown, last = self._frames(vendor, cycle, start, 1 if forward else -1, rng.randint(2, 4) + 1)
         return conversation("sequence", shown, expand("ask_forward" if forward else "ask_backward", rng), [last])
 
-    def _thinking(self, rng: random.Random) -> dict:
-        image = self._choose_image(rng)
-        answer = [len(self.rows) + image, self.rows[image]["name"]]
-        return conversation("thinking", [image], expand("ask_thinking", rng), answer)
-
 
 def corpus(tasks: EmojiTasks) -> Iterator[str]:
     """Yield texts to train a tokenizer on: names, aliases, categories, tones, and the texts of sampled records."""
@@ -353,13 +304,7 @@ def corpus(tasks: EmojiTasks) -> Iterator[str]:
 
 
 def training_stream(
-    tasks: EmojiTasks,
-    mixture: dict[str, float],
-    size: int,
-    group: int,
-    column: str,
-    look_up: Callable[[int, int, str], Any],
-    num_views: int = 1,
+    tasks: EmojiTasks, mixture: dict, size: int, group: int, column: str, look_up: Callable, num_views: int = 1
 ) -> Dataset:
     """Make a dataset of `size` conversations, which are built when they are read.
 

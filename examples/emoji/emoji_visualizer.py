@@ -59,14 +59,6 @@ def build_visualizer(
     return projector, unet, noise_scheduler
 
 
-def choose_batch(count: int, step: int) -> tuple[torch.Tensor, torch.Generator]:
-    """Return a step's indices out of `count` images and its source of noise, from the step's number alone."""
-    epoch, batch = divmod(step, max(1, count // BATCH_SIZE))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
-    noise = torch.Generator().manual_seed(1_000_003 + step)
-    return order[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE], noise
-
-
 def add_token_noise(visual_tokens: torch.Tensor, strength: float, generator: torch.Generator) -> torch.Tensor:
     """Move every token (I, N, V) a little, as an LLM's imperfect prediction does.
 
@@ -78,13 +70,12 @@ def add_token_noise(visual_tokens: torch.Tensor, strength: float, generator: tor
 
 
 def train_visualizer(
-    pixels: torch.Tensor, visual_tokens: torch.Tensor, vae: PatchVAE, out: Path, steps: int, quick: bool = False
+    pixels: torch.Tensor, visual_tokens: torch.Tensor, vae: PatchVAE, out: Path, steps: int, quick: bool
 ) -> tuple[VisualTokenProjector, GridUNet2DConditionModel, DDIMScheduler]:
-    """Train, or continue from `out/state.pt`, and return projector, U-Net and noise scheduler.
+    """Train on uint8 pixels (I, 3, 64, 64) and their visual tokens (I, N, V), or continue from `out/state.pt`.
 
-    Args:
-        pixels: uint8 (I, 3, 64, 64).
-        visual_tokens: (I, N, V), L2-normalized: the model's visual tokens of the same images.
+    Returns:
+        Projector, U-Net and noise scheduler.
     """
     torch.manual_seed(0)
     projector, unet, noise_scheduler = build_visualizer(visual_tokens, vae, quick)
@@ -106,9 +97,11 @@ def train_visualizer(
         for name, state in saved.items():
             parts[name].load_state_dict(state)
 
-    progress = trange(first_step, steps, desc="U-Net", initial=first_step, total=steps, disable=first_step == steps)
-    for step in progress:
-        indices, generator = choose_batch(len(pixels), step)
+    for step in trange(first_step, steps, desc="U-Net", initial=first_step, total=steps, disable=first_step == steps):
+        # From the step's number alone, so that resuming changes nothing.
+        epoch, batch = divmod(step, max(1, len(pixels) // BATCH_SIZE))
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(epoch))
+        indices, generator = order.split(BATCH_SIZE)[batch], torch.Generator().manual_seed(1_000_003 + step)
         kept = torch.rand(len(indices), generator=generator) >= CONDITIONING_DROPOUT
         tokens = add_token_noise(visual_tokens[indices].float(), TOKEN_NOISE, generator)
         predict = partial(denoiser, visual_tokens=tokens, kept=kept)
@@ -119,8 +112,6 @@ def train_visualizer(
         schedule.step()
         optimizer.zero_grad()
         ema.step(parameters)
-        if step % 10 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             torch.save({"step": step + 1} | {k: v.state_dict() for k, v in parts.items()}, out / "state.tmp")
             (out / "state.tmp").replace(out / "state.pt")

@@ -1,7 +1,6 @@
 """Rebuild `emoji.parquet` from the npm packages it comes from.
 
-    python examples/emoji/prepare_data.py                 # needs npm, downloads 160 MB
-    python examples/emoji/prepare_data.py --packages DIR  # reads *.tgz files that `npm pack` left in DIR
+    python examples/emoji/prepare_data.py    # needs npm, downloads 160 MB
 
 One row per image: every emoji as drawn by Google (Noto) and by Twitter (Twemoji), every skin-tone variant of Google's
 and three tones of Twitter's. Columns: `vendor`, `unified` (code points), `base` (code points of the emoji that this
@@ -13,7 +12,6 @@ import argparse
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -52,50 +50,32 @@ def read_metadata(packages: Path) -> list[dict]:
     return rows
 
 
-def convert_to_webp(png: bytes) -> dict:
-    buffer = io.BytesIO()
-    read_image(png).save(buffer, "WEBP", lossless=True, quality=100, method=6)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def build(packages: Path) -> Dataset:
-    """Read the three packages in `packages` into a dataset.
-
-    Raises:
-        FileNotFoundError: If a package is missing.
-        ValueError: If an image that the metadata names is missing.
-    """
-    for name in (METADATA, *PACKAGES.values()):
-        if not (packages / name).is_file():
-            raise FileNotFoundError(f"{packages / name} is missing: run `npm pack` for it, or leave out --packages.")
+    """Read the three packages in `packages` into a dataset."""
     metadata, rows = read_metadata(packages), []
     for vendor, package in PACKAGES.items():
         folder = f"package/img/{vendor}/64/"
         with tarfile.open(packages / package) as tar:
             members = (member for member in tar if member.name.startswith(folder) and member.isfile())
             png = {member.name.removeprefix(folder): tar.extractfile(member).read() for member in members}
-        if missing := [row["file"] for row in metadata if row["file"] not in png]:
-            raise ValueError(f"{package} lacks {len(missing)} images that {METADATA} names, the first: {missing[0]}.")
         for row in tqdm(metadata, desc=f"{vendor}: PNG to WebP"):
             if vendor == "google" or row["skin_tone"] in TWITTER_TONES:
                 columns = {name: value for name, value in row.items() if name != "file"}
-                rows.append({"vendor": vendor, **columns, "image": convert_to_webp(png[row["file"]])})
+                webp = io.BytesIO()
+                read_image(png[row["file"]]).save(webp, "WEBP", lossless=True, quality=100, method=6)
+                rows.append({"vendor": vendor, **columns, "image": {"bytes": webp.getvalue(), "path": None}})
     return Dataset.from_list(rows).cast_column("image", Image())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, help="folder with the three .tgz files; default: fetch them with npm")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "emoji.parquet")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in () if args.packages else tqdm((METADATA, *PACKAGES.values()), desc="npm pack"):
+    with tempfile.TemporaryDirectory() as packages:
+        for name in tqdm((METADATA, *PACKAGES.values()), desc="npm pack"):
             spec = f"{name.removesuffix(f'-{VERSION}.tgz')}@{VERSION}"
-            subprocess.run(["npm", "pack", spec, "--silent"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-        try:
-            dataset = build(args.packages or Path(scratch))
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(str(error))
+            subprocess.run(["npm", "pack", spec, "--silent"], cwd=packages, check=True, stdout=subprocess.DEVNULL)
+        dataset = build(Path(packages))
     dataset.to_parquet(args.out)
     print(f"{len(dataset)} images, {args.out.stat().st_size / 1e6:.1f} MB -> {args.out}")
 

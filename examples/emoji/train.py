@@ -1,7 +1,6 @@
-"""Train the emoji model from random weights: four steps, two to two and a half hours on 2 CPU cores.
+"""Train the emoji model from random weights: four steps, two hours on 2 CPU cores with AMX.
 
     python examples/emoji/train.py                # -> examples/emoji/checkpoint
-    python examples/emoji/train.py --bf16         # the shorter time, on a CPU with AMX
     python examples/emoji/train.py --quick --out runs/quick/out --work runs/quick    # all four steps, tiny, in minutes
 
 1. SigLIP: contrastive learning of names and images. Its vision tower provides the visual tokens.
@@ -22,17 +21,9 @@ import torch.nn.functional as F
 from emoji_images import encode_images, load_images, normalize
 from emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_stream
 from emoji_visualizer import add_token_noise, train_visualizer
-from evaluate import generate_answers, rank_answers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from train_siglip import TRAINING, augment, train_siglip
-from transformers import (
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-    SiglipModel,
-    SiglipVisionModel,
-    TrainerCallback,
-)
+from transformers import LlamaConfig, PreTrainedTokenizerFast, SiglipImageProcessorPil, SiglipModel, SiglipVisionModel
 
 from metamorph_hf import (
     MetaMorphConfig,
@@ -47,7 +38,7 @@ from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
-HERE = Path(__file__).parent
+CHECKPOINT = Path(__file__).parent / "checkpoint"
 NUM_IMAGE_TOKENS = 16
 VOCABULARY = 4096
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
@@ -65,15 +56,13 @@ def build_tokenizer(texts) -> PreTrainedTokenizerFast:
     bpe.normalizer = normalizers.Sequence([normalizers.Lowercase(), *quotes])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -83,15 +72,6 @@ def build_tokenizer(texts) -> PreTrainedTokenizerFast:
         model_max_length=512,
         chat_template=DEFAULT_CHAT_TEMPLATE,
     )
-
-
-def build_processor(tokenizer_dir: Path, tasks: EmojiTasks) -> MetaMorphProcessor:
-    """Build the processor with the tokenizer in `tokenizer_dir`, which is trained first if it is missing."""
-    if not tokenizer_dir.is_dir():
-        build_tokenizer(corpus(tasks)).save_pretrained(tokenizer_dir)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
-    image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
-    return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS)
 
 
 def build_model(
@@ -168,26 +148,6 @@ def find_look_alikes(visual_tokens: torch.Tensor) -> torch.Tensor:
     return ((similarity > 0.95) & (similarity < 0.9999)).any(1)
 
 
-class FreeRunning(TrainerCallback):
-    """Generate without teacher forcing now and then, because the loss under teacher forcing says little about that."""
-
-    def __init__(self, trainer: VPiTTrainer, tasks: EmojiTasks, visual_tokens: torch.Tensor, every: int):
-        self.trainer, self.tasks, self.visual_tokens, self.every = trainer, tasks, visual_tokens, every
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every:
-            return
-        model, results = self.trainer.model.eval(), {}
-        for kind in ("seen_phrasings", "unseen_phrasings"):
-            records = random.Random(0).sample(self.tasks.evaluation(kind), 128)
-            _, generated = generate_answers(model, self.trainer.processing_class, records)
-            answers = [record["answer"] for record in records]
-            ranks = rank_answers(generated, answers, self.tasks.google, self.visual_tokens)
-            results[f"top1_{kind}"] = (ranks == 0).float().mean().item()
-        model.train()
-        self.trainer.log(results)
-
-
 def train_stage(
     stage: str,
     model: MetaMorphForConditionalGeneration,
@@ -196,58 +156,46 @@ def train_stage(
     views: torch.Tensor,
     out: Path,
     steps: int,
-    quick: bool,
-    bf16: bool,
+    batch: int,
 ) -> None:
     """Run VPiT stage 1 ("projector") or 2 ("full") and save it in `out/final`; resume from a checkpoint in `out`."""
-    batch, micro_batch = (8, 4) if quick else (32, 32)
-    if bf16:
-        model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
+    model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
     args = VPiTConfig(
         str(out),
         **TRAINING,
         stage=stage,
         max_steps=steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=batch // micro_batch,
+        per_device_train_batch_size=batch,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
         warmup_steps=max(1, steps // 25),
         max_length=256,
         gradient_checkpointing=False,
-        bf16=bf16,
         logging_steps=max(1, min(100, steps // 2)),
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
-    stream = training_stream(
-        tasks, mixture, steps * batch, micro_batch, "visual_tokens", partial(show, views, tasks), num_views=2**31
-    )
+    look_up = partial(show, views, tasks)
+    stream = training_stream(tasks, mixture, steps * batch, batch, "visual_tokens", look_up, num_views=2**31)
     trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
-    if stage == "full":
-        trainer.add_callback(FreeRunning(trainer, tasks, views[0].float(), every=max(1, min(1000, steps // 2))))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
     trainer.model.save_pretrained(out / "final")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "checkpoint", help="folder for the finished pipeline")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder for the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder for unfinished steps")
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps, to see that it runs")
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="SigLIP and VPiT in bfloat16: a third less time on a CPU with AMX, slower on others",
-    )
     args = parser.parse_args()
     steps, work = QUICK_STEPS if args.quick else STEPS, args.work
     rows, pixels = load_images()
     tasks = EmojiTasks(rows)
-    processor = build_processor(work / "tokenizer", tasks)
+    image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
+    processor = MetaMorphProcessor(image_processor, build_tokenizer(corpus(tasks)), num_image_tokens=NUM_IMAGE_TOKENS)
 
     if not (work / "siglip" / "config.json").is_file():
         print("1/4 SigLIP")
-        train_siglip(rows, pixels, processor.tokenizer, work / "siglip", steps["siglip"], args.quick, args.bf16)
+        train_siglip(rows, pixels, processor.tokenizer, work / "siglip", steps["siglip"], args.quick)
     tower = SiglipModel.from_pretrained(work / "siglip").vision_model
     tower.config.vision_use_head = False  # the pooling head serves the contrastive loss alone
 
@@ -259,7 +207,7 @@ def main() -> None:
         folder = work / f"stage{number}"
         if not (folder / "final").is_dir():
             print(f"{number + 1}/4 VPiT stage {number}")
-            train_stage(stage, model, processor, tasks, views, folder, steps[stage], args.quick, args.bf16)
+            train_stage(stage, model, processor, tasks, views, folder, steps[stage], 4 if args.quick else 32)
         model = MetaMorphForConditionalGeneration.from_pretrained(folder / "final")
 
     print("4/4 Visualizer")
@@ -268,9 +216,8 @@ def main() -> None:
     # Mostly the base emoji; their skin-tone variants for edits and their crops for visual thinking.
     variants = [i for i, row in enumerate(rows) if row["vendor"] == "google" and row["skin_tone"]]
     chosen = 3 * tasks.google + variants + [len(rows) + i for i in tasks.google]
-    projector, unet, scheduler = train_visualizer(
-        pixels[chosen], views[0, chosen].float(), vae, work / "visualizer", steps["unet"], args.quick
-    )
+    images, visual_tokens, folder = pixels[chosen], views[0, chosen].float(), work / "visualizer"
+    projector, unet, scheduler = train_visualizer(images, visual_tokens, vae, folder, steps["unet"], args.quick)
     defaults = {"default_num_inference_steps": 15, "default_guidance_scale": 2.0}
     pipeline = MetaMorphPipeline(model, processor, projector, unet, vae, scheduler, **defaults)
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)

@@ -26,6 +26,7 @@ TRAINING = {  # also for the stages of VPiT
     "adam_beta2": 0.98,
     "train_sampling_strategy": "sequential",
     "use_cpu": True,
+    "bf16": True,
     "dataloader_pin_memory": False,
     "save_steps": 200,
     "save_total_limit": 1,
@@ -33,7 +34,7 @@ TRAINING = {  # also for the stages of VPiT
 }
 
 
-def build_siglip(tokenizer: PreTrainedTokenizerFast, quick: bool = False) -> SiglipModel:
+def build_siglip(tokenizer: PreTrainedTokenizerFast, quick: bool) -> SiglipModel:
     """Build a SigLIP with 16x16 patches on 64x64 pixels (2 M parameters in the vision tower)."""
     width, depth = (32, 1) if quick else (192, 4)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32}
@@ -100,24 +101,12 @@ class SiglipBatches(Dataset):
 
 
 def train_siglip(
-    rows: list[dict],
-    pixels: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    out: Path,
-    steps: int,
-    quick: bool = False,
-    bf16: bool = False,
+    rows: list[dict], pixels: torch.Tensor, tokenizer: PreTrainedTokenizerFast, out: Path, steps: int, quick: bool
 ) -> None:
-    """Train, or continue from the last checkpoint in `out`, and save the model in `out`.
-
-    Args:
-        rows: The images' metadata.
-        pixels: uint8 (len(rows), 3, 64, 64).
-    """
+    """Train on uint8 pixels (rows, 3, 64, 64), or continue from a checkpoint in `out`, and save the model in `out`."""
     torch.manual_seed(0)
     model = build_siglip(tokenizer, quick)
-    if bf16:
-        model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
+    model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
     args = TrainingArguments(
         str(out),
         **TRAINING,
@@ -126,7 +115,6 @@ def train_siglip(
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
         remove_unused_columns=False,
-        bf16=bf16,
         logging_steps=100,
     )
     batches = SiglipBatches(rows, pixels, tokenizer, steps)

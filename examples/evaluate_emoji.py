@@ -1,7 +1,7 @@
 """Measure the emoji model: print one JSON object and write a contact sheet.
 
-    python examples/emoji/evaluate.py                       # five to ten minutes on 2 CPU cores
-    python examples/emoji/evaluate.py --limit 100           # fewer questions of each kind
+    python examples/evaluate_emoji.py                       # five to ten minutes on 2 CPU cores
+    python examples/evaluate_emoji.py --limit 100           # fewer questions of each kind
 
 Retrieval ranks an answer among all of Google's base images (for edits, among Google's skin-tone variants) by the
 cosine of their flattened visual tokens. Images that are identical to the byte, as the flags of Norway and Svalbard,
@@ -11,22 +11,19 @@ cannot be told apart and count as one.
 import argparse
 import json
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
-from emoji_images import encode_images, load_images
-from emoji_tasks import EmojiTasks
+from common import EMOJI_CHECKPOINT, load_pipeline
+from emoji.emoji_images import encode_images, load_images
+from emoji.emoji_tasks import EmojiTasks
+from evaluation import draw_contact_sheet, rank_references
 from tqdm import tqdm
 from transformers.image_transforms import to_pil_image
 
-from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphProcessor
-from metamorph_hf.evaluation import draw_contact_sheet, rank_references
+from metamorph_hf import MetaMorphPipeline
 
 
-HERE = Path(__file__).parent
 BATCH_SIZE = 128
 
 
@@ -42,63 +39,33 @@ def add_images(record: dict, pixels: torch.Tensor) -> list[dict]:
 
 @torch.no_grad()
 def generate_answers(
-    model: MetaMorphForConditionalGeneration,
-    processor: MetaMorphProcessor,
-    records: list[dict],
-    pixels: torch.Tensor | None = None,
-    progress: str | None = None,
+    pipe: MetaMorphPipeline, records: list[dict], pixels: torch.Tensor, progress: str
 ) -> tuple[list[str], torch.Tensor]:
     """Answer each record greedily.
-
-    Args:
-        pixels: uint8 (images, 3, 64, 64), to look up the records' images; not needed if they have none.
 
     Returns:
         The texts, and the visual tokens (records, N, V) of each answer's first image; zeros if it has none.
     """
-    texts, generated = [], torch.zeros(len(records), model.config.num_image_tokens, model.config.visual_token_dim)
-    for start in tqdm(range(0, len(records), BATCH_SIZE), desc=progress, disable=progress is None):
-        conversations = [add_images(record, pixels) for record in records[start : start + BATCH_SIZE]]
-        inputs = processor.apply_chat_template(
-            conversations,
+    config, texts = pipe.model.config, []
+    generated = torch.zeros(len(records), config.num_image_tokens, config.visual_token_dim)
+    for start in tqdm(range(0, len(records), BATCH_SIZE), desc=progress):
+        inputs = pipe.processor.apply_chat_template(
+            [add_images(record, pixels) for record in records[start : start + BATCH_SIZE]],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
-        texts += processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
+        output = pipe.model.generate(**inputs, max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
+        texts += pipe.processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
         for index, images in enumerate(output.visual_tokens, start):
             generated[index] = images[0] if len(images) else 0
     return texts, generated
 
 
-def rank_answers(
-    generated: torch.Tensor, answers: list[int], candidates: list[int], visual_tokens: torch.Tensor
-) -> torch.Tensor:
-    """Count the candidates that are nearer to a generated image than the right one; 0 is best.
-
-    Args:
-        generated: (records, N, V); zeros, for an answer without an image, rank last.
-        answers: The right image of each record, out of `candidates`.
-        visual_tokens: (images, N, V), to look up the candidates' visual tokens.
-
-    Returns:
-        (records,) int64.
-    """
-    targets = torch.tensor([candidates.index(answer) for answer in answers])
-    ranks = rank_references(generated, visual_tokens[candidates], targets)
-    return ranks.where(generated.flatten(1).any(1), len(candidates))
-
-
-def percent(hits: torch.Tensor) -> float:
-    return round(100 * hits.float().mean().item(), 1)
-
-
 def decode(pipe: MetaMorphPipeline, visual_tokens: torch.Tensor) -> torch.Tensor:
     """Decode visual tokens (I, N, V) into uint8 pixels (I, 3, 64, 64)."""
-    pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     batches = tqdm(visual_tokens.split(BATCH_SIZE), desc="decoding images")
     images = [pipe.decode_visual_tokens(batch, generator=generator, output_type="pt") for batch in batches]
@@ -117,11 +84,13 @@ def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, floa
         records = tasks.evaluation(kind)
         if limit is not None:
             records = random.Random(0).sample(records, min(limit, len(records)))
-        return records, *generate_answers(pipe.model, pipe.processor, records, pixels, progress=kind)
+        return records, *generate_answers(pipe, records, pixels, progress=kind)
 
     def retrieve(name: str, generated: torch.Tensor, answers: list[int], candidates: list[int], *tops: int) -> None:
-        ranks = rank_answers(generated, answers, candidates, visual_tokens)
-        results.update({f"{name}_top{top}": percent(ranks < top) for top in tops})
+        targets = torch.tensor([candidates.index(answer) for answer in answers])
+        ranks = rank_references(generated, visual_tokens[candidates], targets)
+        ranks = ranks.where(generated.flatten(1).any(1), len(candidates))  # an answer without an image is wrong
+        results.update({f"{name}_top{top}": 100 * (ranks < top).float().mean().item() for top in tops})
 
     requests, _, generated = answer("seen_phrasings")
     targets = [record["answer"] for record in requests]
@@ -131,14 +100,13 @@ def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, floa
     real = bases[::10]  # the visualizer alone
     encoded = encode_images(pipe.model, decode(pipe, visual_tokens[real]))
     retrieve("decoded_from_real_tokens", encoded, real, bases, 1)
-    records, _, unseen = answer("unseen_phrasings")
-    retrieve("unseen_phrasings", unseen, [record["answer"] for record in records], bases, 1, 5)
     for kind in ("name_google", "name_twitter_held_out", "category_twitter_held_out"):
         records, texts, _ = answer(kind)
-        results[kind] = percent(torch.tensor([text == record["answer"] for text, record in zip(texts, records)]))
-    for kind, candidates in (("edit_held_out", variants), ("sequence_held_out", bases)):
+        results[kind] = 100 * sum(t == record["answer"] for t, record in zip(texts, records)) / len(records)
+    retrievals = ("unseen_phrasings", bases, 1, 5), ("edit_held_out", variants, 1), ("sequence_held_out", bases, 1)
+    for kind, candidates, *tops in retrievals:
         records, _, images = answer(kind)
-        retrieve(kind, images, [record["answer"] for record in records], candidates, 1)
+        retrieve(kind, images, [record["answer"] for record in records], candidates, *tops)
 
     cells = []
     for i in random.Random(2).sample(range(len(requests)), min(36, len(requests))):
@@ -149,22 +117,15 @@ def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint", help="a MetaMorphPipeline folder")
-    parser.add_argument("--sheet", type=Path, default=HERE / "contact_sheet.png", help="file of the contact sheet")
+    parser.add_argument("--checkpoint", default=EMOJI_CHECKPOINT, help="a MetaMorphPipeline folder")
+    parser.add_argument("--sheet", type=Path, default=EMOJI_CHECKPOINT.with_name("contact_sheet.png"))
     parser.add_argument("--limit", type=int, help="maximum number of questions of each kind (default: all)")
     args = parser.parse_args()
-    try:
-        pipe = MetaMorphPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
-    except OSError as error:
-        sys.exit(f"{args.checkpoint} is not a pipeline folder; train one with train.py. {error}")
+    pipe = load_pipeline(args.checkpoint, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
     results, cells = evaluate(pipe, args.limit)
-    draw_contact_sheet(cells).save(args.sheet)
-
-    started = time.perf_counter()
-    command = [sys.executable, HERE.parent / "generate.py", "a red apple", "--model", args.checkpoint]
-    subprocess.run([*command, "--out", args.sheet.with_name("red_apple.png")], check=True, stdout=sys.stderr)
-    results["generate_seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps(results, indent=2))
+    draw_contact_sheet(cells, size=76).save(args.sheet)
+    print(json.dumps({name: round(value, 1) for name, value in results.items()}, indent=2))
 
 
 if __name__ == "__main__":
