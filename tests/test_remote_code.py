@@ -3,7 +3,8 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers import run_as_stranger
+from copy_checkpoint_code import CODE, SOURCES
+from helpers import EMOJI_CHECKPOINT, run_as_stranger
 
 from metamorph_hf import GridUNet2DConditionModel, MetaMorphPipeline, PatchVAE, VisualTokenProjector
 
@@ -84,3 +85,31 @@ DiffusionPipeline.from_pretrained(folder + "/again", trust_remote_code=True)
     again = MetaMorphPipeline.from_pretrained(tmp_path / "saved")  # needs no trust, as the package is installed here
     assert type(again.vae) is PatchVAE
     assert torch.equal(decode(again), decode(pipeline))
+
+
+def test_the_emoji_checkpoint_carries_the_code_of_today():
+    """Copied by `python tests/copy_checkpoint_code.py`."""
+    found = {path.relative_to(EMOJI_CHECKPOINT): path.read_text() for path in EMOJI_CHECKPOINT.rglob("*.py")}
+    assert found == {path: (SOURCES / path.name).read_text() for path in CODE}
+
+
+@pytest.mark.slow
+def test_the_emoji_checkpoint_loads_without_the_package(tmp_path):
+    found = run_as_stranger(
+        """
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+output = pipe("a red apple", num_inference_steps=2)
+model = transformers.AutoModel.from_pretrained(folder + "/model", trust_remote_code=True)
+found = [len(output.images), type(model).__name__]
+""",
+        EMOJI_CHECKPOINT,
+        tmp_path,
+    )
+    assert found == [1, "MetaMorphForConditionalGeneration"]
+
+
+def test_the_list_of_code_is_what_saving_writes(tmp_path):
+    MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT).save_pretrained(tmp_path)
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*.py")} == set(CODE)
