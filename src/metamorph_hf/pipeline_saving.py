@@ -29,8 +29,8 @@ CARD = """---
 
 # {title}
 
-A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: {generator} generates visual tokens
-({tokens} per image, of width {width}), and a latent diffusion U-Net decodes them into images of {size} pixels.
+A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: a latent diffusion U-Net decodes visual tokens
+({tokens} per image, of width {width}) into images of {size} pixels.
 
 {description}
 
@@ -56,20 +56,12 @@ class PipelineSavingMixin:
         Load a saved pipeline. See [`DiffusionPipeline.from_pretrained`].
 
         Raises:
-            FileNotFoundError: If a folder has no `model_index.json` or lacks one of the components named there.
+            FileNotFoundError: If a folder lacks one of the components named in its `model_index.json`.
         """
         folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and not (folder / cls.config_name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a pipeline folder: it has no {cls.config_name}. Pass a folder that "
-                "`pipeline.save_pretrained` has written, with the model and the other components in subfolders."
-            )
         if folder.is_dir():
-            components = cls._get_signature_keys(cls)[0] - kwargs.keys()
-            index = json.loads((folder / cls.config_name).read_text())
-            named = [name for name in sorted(components & index.keys()) if index[name][0] is not None]
-            missing = [name for name in named if not (folder / name).is_dir()]
-            if missing:
+            named = cls.load_config(folder).keys() & set(cls._get_signature_keys(cls)[0]) - kwargs.keys()
+            if missing := [name for name in sorted(named) if not (folder / name).is_dir()]:
                 raise FileNotFoundError(
                     f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: copy the folder "
                     f"again, or pass the missing components ({missing[0]}=...)."
@@ -78,24 +70,23 @@ class PipelineSavingMixin:
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict:
-        # `load_config` and `download` read the index here. A class name that comes with the name of a code file makes
-        # diffusers run that file, which is not needed to load this class.
+        # A class name that comes with the name of a code file makes diffusers run that file instead of this class.
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][1]
-        return index
+        # Older files name absent components that no longer exist.
+        return {name: value for name, value in index.items() if value != [None, None]}
 
     @classmethod
     def load_config(cls, *args, **kwargs):
         """Read `model_index.json`, and resolve the modules of this package that it names. See [`ConfigMixin`]."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if __package__ != "metamorph_hf":  # this file was copied with a checkpoint, whose code is in its subfolders
-            return loaded
         for name, value in config.items():
             module = str(value[0]).removeprefix("metamorph_hf.") if isinstance(value, list) else None
             module = RENAMED_MODULES.get(module, module)
-            if module in OWN_MODULES:
+            # Code that was copied with a checkpoint finds the other modules in its subfolders.
+            if module in OWN_MODULES and __package__ == "metamorph_hf":
                 # diffusers only finds modules that have been imported.
                 config[name] = [importlib.import_module(f".{module}", __package__).__name__, value[1]]
         return loaded
@@ -109,8 +100,8 @@ class PipelineSavingMixin:
         folder = Path(super().download(pretrained_model_name, **kwargs))
         names = ("cache_dir", "force_download", "local_files_only", "token")
         options = {name: kwargs[name] for name in names if name in kwargs}
-        patterns = ["*/generation_config.json", "*.py"]
-        snapshot_download(pretrained_model_name, revision=folder.name, allow_patterns=patterns, **options)
+        options["allow_patterns"] = ["*/generation_config.json", "*.py"]
+        snapshot_download(pretrained_model_name, revision=folder.name, **options)
         return folder
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
@@ -130,12 +121,9 @@ class PipelineSavingMixin:
         Save the pipeline. See [`DiffusionPipeline.save_pretrained`]. With `push_to_hub=True`, the pipeline is also
         pushed as by [`~PipelineSavingMixin.push_to_hub`]; other files in `save_directory` are not.
         """
-        options = ("repo_id", "commit_message", "private", "token", "create_pr")
-        hub_options = {name: kwargs.pop(name) for name in options if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
-            repo_id = hub_options.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **hub_options, **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def create_model_card(self, name: str, description: str = "", base_model: str | None = None) -> ModelCard:
         """
@@ -146,24 +134,22 @@ class PipelineSavingMixin:
             description (`str`, *optional*): Markdown text, such as facts about the training and sample images.
             base_model (`str`, *optional*): Hub id of the pipeline that the U-Net was trained from.
         """
-        tags = ["metamorph", "text-to-image", "diffusers"]
         metadata = ModelCardData(
-            library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model
+            library_name="diffusers",
+            pipeline_tag="text-to-image",
+            tags=["metamorph", "text-to-image", "diffusers"],
+            base_model=base_model,
         )
-        generator, call = "a language model", 'pipe("a red apple").images[0]'
-        if self.model is None:
-            generator = "a MetaMorph model of your own"
-            call = "pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate"
+        decode = "pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate"
         text = CARD.format(
             metadata=metadata.to_yaml(),
             title=Path(name).name,
-            generator=generator,
             tokens=self.projector.config.num_image_tokens or "any number",
             width=self.projector.config.visual_token_dim,
             size="x".join(map(str, self.default_size)),
             description=description,
             name=name,
-            call=call,
+            call=decode if self.model is None else 'pipe("a red apple").images[0]',
         )
         return ModelCard(text)
 
