@@ -24,26 +24,26 @@ OWN_MODULES = (
 RENAMED_MODULES = {"grid_unet": "small_visualizer", "patch_vae": "small_visualizer"}
 
 CARD = """---
-{metadata}
+{{ card_data }}
 ---
 
-# {title}
+# {{ name.split("/")[-1] }}
 
 A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: a latent diffusion U-Net decodes visual tokens
-({tokens} per image, of width {width}) into images of {size} pixels.
+({{ projector.num_image_tokens or "any number" }} per image, of width {{ projector.visual_token_dim }})
+into images of {{ pipe.default_size | join("x") }} pixels.
 
-{description}
+{{ description }}
 
-## How to use it
-
-Install the package `metamorph_hf`:
+With the package `metamorph_hf` installed:
 
 ```python
 from metamorph_hf import MetaMorphPipeline
 
-pipe = MetaMorphPipeline.from_pretrained("{name}")
-{call}
-```
+pipe = MetaMorphPipeline.from_pretrained("{{ name }}")
+{% if pipe.model is none %}pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate
+{% else %}pipe("a red apple").images[0]
+{% endif %}```
 """
 
 
@@ -59,12 +59,12 @@ class PipelineSavingMixin:
             FileNotFoundError: If a folder lacks one of the components named in its `model_index.json`.
         """
         folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
+        if folder.is_dir():  # diffusers does not name a component that is missing
             named = cls.load_config(folder).keys() & set(cls._get_signature_keys(cls)[0]) - kwargs.keys()
             if missing := [name for name in sorted(named) if not (folder / name).is_dir()]:
                 raise FileNotFoundError(
-                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: copy the folder "
-                    f"again, or pass the missing components ({missing[0]}=...)."
+                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: pass the "
+                    f"components ({missing[0]}=...), or copy the folder again."
                 )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -98,10 +98,10 @@ class PipelineSavingMixin:
         `generation_config.json`, where its end-of-answer tokens are, and all code but the files that it would run.
         """
         folder = Path(super().download(pretrained_model_name, **kwargs))
-        names = ("cache_dir", "force_download", "local_files_only", "token")
-        options = {name: kwargs[name] for name in names if name in kwargs}
-        options["allow_patterns"] = ["*/generation_config.json", "*.py"]
-        snapshot_download(pretrained_model_name, revision=folder.name, **options)
+        options = {name: kwargs.get(name) for name in ("cache_dir", "token")}
+        options |= {name: kwargs.get(name, False) for name in ("force_download", "local_files_only")}
+        patterns = ["*/generation_config.json", "*.py"]
+        snapshot_download(pretrained_model_name, revision=folder.name, allow_patterns=patterns, **options)
         return folder
 
     def save_config(self, save_directory: str | Path, **kwargs) -> None:
@@ -134,24 +134,10 @@ class PipelineSavingMixin:
             description (`str`, *optional*): Markdown text, such as facts about the training and sample images.
             base_model (`str`, *optional*): Hub id of the pipeline that the U-Net was trained from.
         """
-        metadata = ModelCardData(
-            library_name="diffusers",
-            pipeline_tag="text-to-image",
-            tags=["metamorph", "text-to-image", "diffusers"],
-            base_model=base_model,
-        )
-        decode = "pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate"
-        text = CARD.format(
-            metadata=metadata.to_yaml(),
-            title=Path(name).name,
-            tokens=self.projector.config.num_image_tokens or "any number",
-            width=self.projector.config.visual_token_dim,
-            size="x".join(map(str, self.default_size)),
-            description=description,
-            name=name,
-            call=decode if self.model is None else 'pipe("a red apple").images[0]',
-        )
-        return ModelCard(text)
+        tags = ["metamorph", "text-to-image", "diffusers"]
+        data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model)
+        values = {"pipe": self, "projector": self.projector.config, "name": name, "description": description}
+        return ModelCard.from_template(data, template_str=CARD, **values)
 
     def push_to_hub(
         self,
@@ -172,9 +158,9 @@ class PipelineSavingMixin:
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
-            source = self.config.get("_name_or_path")
+            source = os.path.abspath(self.config.get("_name_or_path", folder))
             if subfolder is None and not file_exists(repo_id, "README.md", token=token):
-                if source is not None and (Path(source) / "README.md").is_file():
+                if os.path.isfile(os.path.join(source, "README.md")):
                     _copy_model_card(Path(source), Path(folder))
                 else:
                     self.create_model_card(repo_id).save(Path(folder) / "README.md")
@@ -190,7 +176,6 @@ class PipelineSavingMixin:
 
 def _copy_model_card(source: Path, target: Path) -> None:
     """Copy the `README.md` of a folder and the images in that folder that it shows, and no other file."""
-    source = Path(os.path.abspath(source))
     text = (source / "README.md").read_text()
     links = re.findall(r"!\[[^\]]*\]\(<?([^)\s>]+)", text) + re.findall(r"<img[^>]*\ssrc=[\"']([^\"']+)", text)
     for link in ["README.md", *map(unquote, links)]:
