@@ -131,21 +131,18 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     diffusion U-Net that attends to the visual tokens decodes them into images. Threads may share a pipeline.
 
     Args:
-        model ([`MetaMorphForConditionalGeneration`], *optional*):
-            Generates the answer. Without it, the pipeline can only decode visual tokens.
+        model ([`MetaMorphForConditionalGeneration`], *optional*): Answers; without it, the pipeline can only decode.
         processor ([`MetaMorphProcessor`], *optional*): Prepares messages for the model and decodes its answers.
         projector ([`VisualTokenProjector`]): Maps visual tokens to the U-Net's cross-attention states.
         unet ([`UNet2DConditionModel`]): Denoises latents; its `sample_size` is the default size of the images.
         vae ([`AutoencoderKL`] or [`PatchVAE`]): Decodes latents into pixels.
         scheduler ([`SchedulerMixin`]): Any scheduler that works with a Stable Diffusion U-Net.
-        instruction_template (`str`, *optional*, defaults to `"Generate an image of {}."`):
-            Request into which a caption is inserted at `{}`. `None` sends captions verbatim.
+        instruction_template (`str`, *optional*): Request with a caption at `{}`. `None` sends captions verbatim.
         default_num_inference_steps (`int`, defaults to 50), default_guidance_scale (`float`, defaults to 7.5):
             Settings that suit these weights, for calls that do not choose their own.
 
     Raises:
-        ValueError: If the template has no `{}`, or if two components do not fit: the widths of visual tokens (model
-            and projector) or of cross-attention (projector and U-Net), or the latent channels (U-Net and VAE).
+        ValueError: If the template has no `{}`, or if the widths or channels of two components do not fit together.
 
     Example:
 
@@ -179,10 +176,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     ):
         super().__init__()
         if instruction_template is not None and "{}" not in instruction_template:
-            raise ValueError(
-                f"`instruction_template` is {instruction_template!r}, but needs a {{}} where the caption goes. "
-                "Pass None to send captions verbatim."
-            )
+            raise ValueError(f"`instruction_template` is {instruction_template!r}, but needs a {{}} for the caption.")
         pairs = [(projector, "cross_attention_dim", unet, "cross_attention_dim")]
         pairs += [(vae, "latent_channels", unet, "in_channels")]
         if model is not None:
@@ -226,7 +220,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     def _require_model(self) -> None:
         if self.model is None or self.processor is None:
             raise ValueError(
-                "This pipeline was saved without a model or its processor, so it can only decode visual tokens: use "
+                "This pipeline has no model or processor, so it can only decode visual tokens: use "
                 "`decode_visual_tokens`, or pass `model=` and `processor=` to `from_pretrained`."
             )
 
@@ -238,21 +232,20 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
 
         Args:
             conversations (list of B `list[dict]`): Messages in the standard chat format.
-            max_new_tokens (`int`, defaults to 512): Maximum length of an answer.
-            generation_kwargs (`dict`, *optional*): Additional arguments of `model.generate`.
+            max_new_tokens (`int`), generation_kwargs (`dict`): As in [`~MetaMorphPipeline.__call__`].
 
         Returns:
             B texts, with `<image>` in the place of each image, and B tensors of visual tokens (images, N, V).
         """
         self._require_model()
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self._execution_device, dtype=self.model.dtype)
+        options = {
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": "pt",
+            "processor_kwargs": {"padding": True},
+        }
+        inputs = self.processor.apply_chat_template(conversations, add_generation_prompt=True, **options)
+        inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
         # Offloading moves a model to the device when `forward` is called, but `generate` reads its device before that.
         generate = apply_forward_hook(type(self.model).generate)
         options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, **(generation_kwargs or {})}
@@ -279,10 +272,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         return encode(self.model, pixels.to(self._execution_device))
 
     def reconstruct(self, images: PIL.Image.Image | list[PIL.Image.Image], **options) -> Images:
-        """
-        Encode images with the vision tower and decode them again, which bounds the quality of any answer. See
-        [`~MetaMorphPipeline.decode_visual_tokens`].
-        """
+        """Encode images and decode them again, which bounds the quality of any answer."""
         return self.decode_visual_tokens(self.get_visual_tokens(images), **options)
 
     def encode_visual_tokens(
@@ -296,8 +286,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
 
         Args:
             visual_tokens (`torch.Tensor` of shape (I, N, V)): The images.
-            negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*):
-                Visual tokens to guide away from. Defaults to the projector's unconditional states.
+            negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*): Those to guide away from.
+                Their states default to the projector's unconditional ones.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether the negative states are needed.
 
         Returns:
