@@ -60,7 +60,8 @@ def parse_args() -> argparse.Namespace:
     add("--schedule", default="linear", help="learning rate schedule by its name in diffusers")
     add("--warmup", type=int, default=4000, help="warmup steps")
     add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
-    add("--conditioning-dropout", type=float, default=0.7, help="share of images without condition, 0.7 or more")
+    dropout = "share of images without condition; the authors advise 0.7 or more, as the U-Net must unlearn text"
+    add("--conditioning-dropout", type=float, default=0.7, help=dropout)
     add("--learned-unconditional", action="store_true", help="learn the states of no condition, else zeros")
     add("--noise-offset", type=float, default=0.0, help="scale of additional noise per channel")
     add("--snr-gamma", type=float, help="gamma of min-SNR weighting; 5 is usual (default: no weighting)")

@@ -573,7 +573,7 @@ class TestErrors:
         assert made("a cat").image_counts == [1]
 
     def test_template_without_braces(self, components):
-        with pytest.raises(ValueError, match="needs a {} where the caption goes"):
+        with pytest.raises(ValueError, match="needs a {} for the caption"):
             build(components, instruction_template="Generate it.")
 
 

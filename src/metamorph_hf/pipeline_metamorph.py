@@ -238,13 +238,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             B texts, with `<image>` in the place of each image, and B tensors of visual tokens (images, N, V).
         """
         self._require_model()
-        options = {
-            "tokenize": True,
-            "return_dict": True,
-            "return_tensors": "pt",
-            "processor_kwargs": {"padding": True},
-        }
-        inputs = self.processor.apply_chat_template(conversations, add_generation_prompt=True, **options)
+        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
         inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
         # Offloading moves a model to the device when `forward` is called, but `generate` reads its device before that.
         generate = apply_forward_hook(type(self.model).generate)
@@ -333,15 +328,12 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` is {getattr(options, name)!r}, but must be {rule}.")
-        if isinstance(options.generator, list):
-            count, repeats = len(options.generator), options.num_images_per_prompt
-            if count not in (num_inputs, num_inputs * repeats):
-                raise ValueError(
-                    f"Got {count} generators for {num_inputs} prompts or images: pass one for each, or one for each "
-                    f"of their {repeats} decodings."
-                )
-            each = count // max(num_inputs, 1)
-            options.generator = [options.generator[i * each : (i + 1) * each] for i in range(num_inputs)]
+        repeats, generator = options.num_images_per_prompt, options.generator
+        if isinstance(generator, list) and len(generator) not in (num_inputs, num_inputs * repeats):
+            raise ValueError(
+                f"Got {len(generator)} generators for {num_inputs} prompts or images: pass one for each, or one for "
+                f"each of their {repeats} decodings."
+            )
         self._interrupt = False
         call = copy.copy(self)
         call.scheduler = copy.deepcopy(self.scheduler)
@@ -350,13 +342,15 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         _, call.num_timesteps = retrieve_timesteps(call.scheduler, *schedule)
         return call
 
-    def _decode(self, call, visual_tokens: torch.Tensor, image_counts: list[int]) -> Images:
+    def _decode(self, call, visual_tokens: torch.Tensor, image_counts: list[int], num_inputs: int) -> Images:
         """Decode visual tokens (I, N, V) with the options of a call, given the number of images in each answer."""
         options, device, dtype = call._options, self._execution_device, self.unet.dtype
         repeats, generator = options.num_images_per_prompt, options.generator
-        if isinstance(generator, list):  # one list per prompt, which may have several answers with several images
-            rows = [generator[i * len(generator) // len(image_counts)] for i in range(len(image_counts))]
-            generator = [item for row, n in zip(rows, image_counts) for item in row * (n * repeats // len(row))]
+        if isinstance(generator, list) and generator:  # an input may have several answers, with several images
+            each, answers = len(generator) // num_inputs, len(image_counts) // num_inputs
+            starts = [index // answers * each for index in range(len(image_counts))]
+            rows = [generator[start : start + each] * (n * repeats // each) for start, n in zip(starts, image_counts)]
+            generator = sum(rows, [])
         # 1. Encode the visual tokens
         guided = call.do_classifier_free_guidance
         embeds, negative_embeds = self.encode_visual_tokens(visual_tokens, options.negative_visual_tokens, guided)
@@ -422,8 +416,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Raises:
             ValueError: If shapes, counts or options do not fit, or a value is NaN or infinite.
         """
-        call = self._start_call(len(visual_tokens), options)
-        return self._decode(call, visual_tokens, [1] * len(visual_tokens))
+        count = len(visual_tokens)
+        return self._decode(self._start_call(count, options), visual_tokens, [1] * count, count)
 
     @torch.no_grad()
     def __call__(
@@ -461,7 +455,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             if not count:
                 logger.warning("Prompt %d was answered without an image: %r", index, answer)
         # 3. Encode, denoise and decode the visual tokens
-        images = self._decode(call, torch.cat(visual_tokens), image_counts)
+        images = self._decode(call, torch.cat(visual_tokens), image_counts, len(conversations))
         image_counts = [count * call._options.num_images_per_prompt for count in image_counts]
         output = MetaMorphPipelineOutput(images, text, image_counts)
         return output if return_dict else output.to_tuple()
