@@ -228,14 +228,11 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         self, conversations: list[Conversation], max_new_tokens: int = 512, generation_kwargs: dict | None = None
     ) -> tuple[list[str], list[torch.Tensor]]:
         """
-        Generate the model's answers without decoding their images.
+        Return B answers with `<image>` in the place of each image, and their visual tokens (images, N, V), B tensors.
 
         Args:
             conversations (list of B `list[dict]`): Messages in the standard chat format.
             max_new_tokens (`int`), generation_kwargs (`dict`): As in [`~MetaMorphPipeline.__call__`].
-
-        Returns:
-            B texts, with `<image>` in the place of each image, and B tensors of visual tokens (images, N, V).
         """
         self._require_model()
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -277,16 +274,13 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         do_classifier_free_guidance: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Map visual tokens to the states that the U-Net attends to.
+        Return the states (I, L, C) that the U-Net attends to, and those to guide away from, `None` without guidance.
 
         Args:
             visual_tokens (`torch.Tensor` of shape (I, N, V)): The images.
             negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*): Those to guide away from.
                 Their states default to the projector's unconditional ones.
-            do_classifier_free_guidance (`bool`, defaults to `True`): Whether the negative states are needed.
-
-        Returns:
-            Cross-attention states (I, L, C), and the negative ones of the same shape, or `None` without guidance.
+            do_classifier_free_guidance (`bool`, defaults to `True`): Whether there is guidance.
         """
         if not visual_tokens.isfinite().all():
             raise ValueError("`visual_tokens` contain NaN or infinite values: the model that made them is broken.")
@@ -302,10 +296,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         return embeds, self.projector(negative_visual_tokens).to(embeds.dtype)
 
     def _start_call(self, num_inputs: int, options: dict) -> "MetaMorphPipeline":
-        """
-        Check the options of a call, and return a copy of this pipeline that shares its components but has these
-        options and a scheduler of its own. Callbacks receive the copy, so that they only change their own call.
-        """
+        """Check the options of a call, and return a copy of this pipeline with them and a scheduler of its own."""
         height, width = self.default_size
         steps, scale = self.config.default_num_inference_steps, self.config.default_guidance_scale
         defaults = {"num_inference_steps": steps, "guidance_scale": scale, "height": height, "width": width}
@@ -335,7 +326,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
                 f"each of their {repeats} decodings."
             )
         self._interrupt = False
-        call = copy.copy(self)
+        call = copy.copy(self)  # callbacks receive the copy, so that they only change their own call
         call.scheduler = copy.deepcopy(self.scheduler)
         call._options, call._guidance_scale = options, options.guidance_scale
         schedule = (options.num_inference_steps, self._execution_device, options.timesteps, options.sigmas)

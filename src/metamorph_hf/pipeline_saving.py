@@ -158,20 +158,15 @@ class PipelineSavingMixin:
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
-            source = os.path.abspath(self.config.get("_name_or_path", folder))
+            source = Path(os.path.abspath(self.config.get("_name_or_path", folder)))
             if subfolder is None and not file_exists(repo_id, "README.md", token=token):
-                if os.path.isfile(os.path.join(source, "README.md")):
-                    _copy_model_card(Path(source), Path(folder))
+                if (source / "README.md").is_file():
+                    _copy_model_card(source, Path(folder))
                 else:
                     self.create_model_card(repo_id).save(Path(folder) / "README.md")
-            return upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=subfolder,
-                token=token,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                create_pr=create_pr,
-            )
+            message = commit_message or f"Upload {type(self).__name__}"
+            options = {"token": token, "commit_message": message, "create_pr": create_pr}
+            return upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, **options)
 
 
 def _copy_model_card(source: Path, target: Path) -> None:

@@ -82,13 +82,9 @@ def diffusion_loss(
 
 
 def save_ema_with(accelerator: Accelerator, ema: EMAModel) -> None:
-    """
-    Make `save_state` and `load_state` of the accelerator include a moving average, as safetensors.
+    """Make `save_state` and `load_state` of the accelerator include a moving average, also of LoRA adapters only."""
 
-    `accelerator.register_for_checkpointing` would write a pickle, which can run code when it is read, and
-    `EMAModel.save_pretrained` only takes whole models, not LoRA adapters.
-    """
-
+    # `accelerator.register_for_checkpointing` would write a pickle, which can run code when it is read.
     def save(models: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
             tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(ema.shadow_params)}
