@@ -220,7 +220,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     def _require_model(self) -> None:
         if self.model is None or self.processor is None:
             raise ValueError(
-                "This pipeline has no model or processor, so it can only decode visual tokens: use "
+                "This pipeline was saved without a model or its processor, so it can only decode visual tokens: use "
                 "`decode_visual_tokens`, or pass `model=` and `processor=` to `from_pretrained`."
             )
 

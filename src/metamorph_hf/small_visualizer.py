@@ -36,7 +36,7 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
         cross_attention_dim: int = 192,
         grid_channels: int = 64,
     ):
-        own = ("grid_channels", "_use_default_values")
+        own = {name for name in self.config if name.startswith("_")} | {"grid_channels"}
         super().__init__(**{name: value for name, value in self.config.items() if name not in own})
         self.grid_proj = nn.Linear(cross_attention_dim, 4 * grid_channels)
         self.conv_in = nn.Conv2d(in_channels + grid_channels, block_out_channels[0], kernel_size=3, padding=1)
