@@ -18,6 +18,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from common import find_pipeline, resolve_model
 from datasets import Array2D, Dataset, Features, Image, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphProcessor, VisualTokenProjector
 from metamorph_hf.image_reading import read_image
-from metamorph_hf.visualizer_training import ConditionedUNet, averaged_weights, diffusion_loss, save_ema_with
+from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss, save_ema_with
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,12 +60,9 @@ def parse_args() -> argparse.Namespace:
     add("--schedule", default="linear", help="learning rate schedule by its name in diffusers")
     add("--warmup", type=int, default=4000, help="warmup steps")
     add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
-    dropout = (
-        "share of images whose condition is dropped. The authors advise at least 0.7: the U-Net must unlearn text"
-    )
+    dropout = "share of images without condition; the authors advise 0.7 or more, as the U-Net must unlearn text"
     add("--conditioning-dropout", type=float, default=0.7, help=dropout)
-    learned = "learn the states that replace a dropped condition, which are zeros otherwise"
-    add("--learned-unconditional", action="store_true", help=learned)
+    add("--learned-unconditional", action="store_true", help="learn the states of no condition, else zeros")
     add("--noise-offset", type=float, default=0.0, help="scale of additional noise per channel")
     add("--snr-gamma", type=float, help="gamma of min-SNR weighting; 5 is usual (default: no weighting)")
     add("--ema", action="store_true", help="keep a moving average of the weights, and validate and save it")
@@ -86,13 +84,8 @@ def parse_args() -> argparse.Namespace:
 
 def open_images(path: str, split: str, column: str | None) -> Dataset:
     """Open a dataset and reduce it to one column, `image`."""
-    if path.endswith(".tar") or next(Path(path).glob("*.tar"), None) is not None:
-        files = path if path.endswith(".tar") else f"{path}/*.tar"
-        dataset = load_dataset("webdataset", data_files=files, split=split)
-    elif Path(path).is_dir():
-        dataset = load_dataset("imagefolder", data_dir=path, split=split)
-    elif Path(path).is_file():
-        dataset = load_dataset("parquet", data_files=path, split=split)
+    if Path(path).is_file():
+        dataset = load_dataset("webdataset" if path.endswith(".tar") else "parquet", data_files=path, split=split)
     else:
         dataset = load_dataset(path, split=split)
     image_columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
@@ -102,8 +95,7 @@ def open_images(path: str, split: str, column: str | None) -> Dataset:
         raise SystemExit(
             f"{path} has no column {column}: choose one of {', '.join(dataset.column_names)} with --image-column."
         )
-    dataset = dataset.select_columns([column])
-    return dataset.rename_column(column, "image") if column != "image" else dataset
+    return dataset.select_columns([column]).rename_columns({column: "image"})
 
 
 def crop_square(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -126,15 +118,10 @@ class Collate:
 
 
 def build_pipelines(args: argparse.Namespace) -> tuple[MetaMorphPipeline, MetaMorphPipeline]:
-    """Combine the model with the base's U-Net, VAE and scheduler and with a projector, the base's or a new one.
-
-    Returns:
-        The whole pipeline, and one without the model, which shares the other components.
-    """
-    is_pipeline = (Path(args.model) / MetaMorphPipeline.config_name).is_file()
-    folders = (f"{args.model}/model", f"{args.model}/processor") if is_pipeline else (args.model, args.model)
-    model = MetaMorphForConditionalGeneration.from_pretrained(folders[0], dtype="auto").eval()
-    processor = MetaMorphProcessor.from_pretrained(folders[1])
+    """Return a pipeline of the model and the base with the base's or a new projector, and one without the model."""
+    model_path, processor_path = resolve_model(args.model)
+    model = MetaMorphForConditionalGeneration.from_pretrained(model_path, dtype="auto").eval()
+    processor = MetaMorphProcessor.from_pretrained(processor_path)
     if "MetaMorphPipeline" in DiffusionPipeline.load_config(args.base)["_class_name"]:
         base = MetaMorphPipeline.from_pretrained(args.base, model=None, processor=None)
     else:
@@ -159,8 +146,8 @@ def build_pipelines(args: argparse.Namespace) -> tuple[MetaMorphPipeline, MetaMo
         projector.load_state_dict({"unconditional": projector.unconditional, **trained})
     options = ("default_guidance_scale", "default_num_inference_steps", "instruction_template")
     config = {name: base.config[name] for name in options if name in base.config}
-    if is_pipeline:  # the model was trained on this template
-        config["instruction_template"] = MetaMorphPipeline.load_config(args.model)["instruction_template"]
+    if (folder := find_pipeline(args.model)) is not None:  # the model was trained on this template
+        config["instruction_template"] = MetaMorphPipeline.load_config(folder)["instruction_template"]
     shared = {"projector": projector, "unet": base.unet, "vae": base.vae, "scheduler": base.scheduler, **config}
     visualizer = MetaMorphPipeline(model=None, processor=None, **shared)
     visualizer.set_progress_bar_config(disable=True)
@@ -298,8 +285,12 @@ class VisualizerTraining:
             self.save_checkpoint(step)
         validates = args.validation_every and step % args.validation_every == 0
         if validates and self.originals and accelerator.is_main_process:
-            with averaged_weights(self.ema, self.trained):
-                grid = self.validate()
+            if self.ema is not None:
+                self.ema.store(self.trained)
+                self.ema.copy_to(self.trained)
+            grid = self.validate()
+            if self.ema is not None:
+                self.ema.restore(self.trained)
             (args.output / "validation").mkdir(parents=True, exist_ok=True)
             grid.save(args.output / "validation" / f"step-{step:06}.png")
             for tracker in accelerator.trackers:
@@ -321,13 +312,12 @@ class VisualizerTraining:
 
     def load_checkpoint(self) -> int:
         """Load the newest complete checkpoint, if any, and return its step."""
-        complete = [path.parent for path in self.args.output.glob("checkpoint-[0-9]*/step.json")]
-        newest = max(complete, key=lambda path: int(path.name.rsplit("-")[-1]), default=None)
-        if newest is None:
-            return 0
-        self.accelerator.load_state(str(newest))
-        self.accelerator.print(f"continuing from {newest}")
-        return json.loads((newest / "step.json").read_text())["step"]
+        files = self.args.output.glob("checkpoint-[0-9]*/step.json")
+        step = max((json.loads(file.read_text())["step"] for file in files), default=0)
+        if step:
+            self.accelerator.print(f"continuing from {self.args.output}/checkpoint-{step}")
+            self.accelerator.load_state(f"{self.args.output}/checkpoint-{step}")
+        return step
 
     def save_checkpoint(self, step: int) -> None:
         """Save a checkpoint that `step.json` marks as complete, and delete all but the last two."""
@@ -351,15 +341,14 @@ class VisualizerTraining:
             unet.unload_lora()
         unet.requires_grad_(False)
         self.pipeline.save_pretrained(args.output)
-        description = ""
+        lines = []
         if self.originals:
             self.validate().save(args.output / "reconstructions.png")
-            scales = ", ".join(f"{scale:g}" for scale in args.guidance_scales)
-            description = "![reconstructions](reconstructions.png)\n\n"
-            description += f"*Original images, and reconstructions at guidance scales {scales}.*\n\n"
+            lines += ["![reconstructions](reconstructions.png)", ""]
+            lines += [f"*Original images, and reconstructions at guidance scales {args.guidance_scales}.*", ""]
         settings = ("unet", "steps", "batch_size", "accumulation", "learning_rate", "conditioning_dropout", "seed")
         rows = [f"| {name.replace('_', ' ')} | {getattr(args, name)} |" for name in settings]
-        description += "\n".join(["## Training", "", "| setting | value |", "|---|---|", *rows])
+        description = "\n".join([*lines, "## Training", "", "| setting | value |", "|---|---|", *rows])
         base = None if Path(args.base).exists() else args.base  # a path of this machine is not published
         self.pipeline.create_model_card(args.output.name, description, base).save(args.output / "README.md")
 

@@ -19,15 +19,12 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from metamorph_hf import (
     GridUNet2DConditionModel,
@@ -161,7 +158,7 @@ class TestAnswers:
     def test_several_images_in_one_answer(self, pipe):
         start = pipe.model.config.image_start_token_id
         again_and_again = {"sequence_bias": [[[start], 100.0]]}
-        # An image takes 4 + 2 tokens, so two fit.
+        # An image takes 4 + 2 tokens, so that two of them just fit.
         output = pipe(["a dog", "a cat"], max_new_tokens=12, generation_kwargs=again_and_again)
         assert output.image_counts == [2, 2]
         assert output.text == ["<image><image>"] * 2
@@ -344,27 +341,6 @@ class TestDecoding:
         expected = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="pt")
         torch.testing.assert_close(pipe.reconstruct(tiny_images[:2], generator=seeded(), output_type="pt"), expected)
 
-    def test_safety_checker(self, pipe, components):
-        config = CLIPConfig(
-            text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
-            vision_config={
-                **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
-                **{"image_size": 16, "patch_size": 8},
-            },
-            projection_dim=8,
-        )
-        checker = StableDiffusionSafetyChecker(config).eval()
-        size = {"size": {"height": 16, "width": 16}, "crop_size": {"height": 16, "width": 16}}
-        components |= {"safety_checker": checker, "feature_extractor": CLIPImageProcessorPil(**size)}
-        checked = build(components)
-        with torch.no_grad():
-            checker.concept_embeds_weights.fill_(2.0)  # no image is this like a concept
-            assert checked("a cat", generator=seeded()).nsfw_content_detected == [False]
-            checker.concept_embeds_weights.fill_(-2.0)
-            output = checked("a cat", generator=seeded(), output_type="np")
-        assert output.nsfw_content_detected == [True] and (output.images == 0.5).all()
-        assert pipe("a cat").nsfw_content_detected is None
-
     def test_answering_has_a_progress_bar(self, pipe, capsys):
         pipe.set_progress_bar_config(disable=False)
         pipe("a cat", max_new_tokens=8)
@@ -383,19 +359,17 @@ class TestDecoding:
         [
             ({"height": 7}, "`height` is 7, but must be a multiple of 2"),
             ({"latents": torch.zeros(1, 3, 5, 5)}, r"shape \(1, 3, 5, 5\), but must have shape \(2, 3, 4, 4\)"),
-            ({"negative_visual_tokens": torch.zeros(3, 4, 16)}, "2 images but 3 negative ones"),
-            ({"generator": [seeded()]}, "Got 2 images but 1 generators: pass one generator for each of the images."),
+            ({"generator": [seeded()]}, "Got 1 generators for 2 prompts or images: pass one for each"),
             (
                 {"generator": [seeded()] * 3, "num_images_per_prompt": 2},
-                "2 images but 3 generators: .* of the images, or one for each of their 2 images",
+                "Got 3 generators for 2 prompts or images: .* or one for each of their 2 decodings",
             ),
             ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
             ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be at least 1"),
-            ({"guidance_scale": [1.0, 2.0]}, "must be one finite number. To compare several scales"),
-            ({"guidance_scale": float("nan")}, "`guidance_scale` is nan, but must be one finite number"),
+            ({"guidance_scale": float("nan")}, "`guidance_scale` is nan, but must be a finite number"),
             ({"eta": float("inf")}, "`eta` is inf, but must be a finite number"),
-            ({"latents": torch.full((2, 3, 4, 4), float("nan"))}, "`latents` contain NaN"),
-            ({"negative_visual_tokens": torch.full((4, 16), float("inf"))}, "`negative_visual_tokens` contain NaN"),
+            ({"latents": torch.full((2, 3, 4, 4), float("nan"))}, "must be free of NaN and infinity"),
+            ({"negative_visual_tokens": torch.full((4, 16), float("inf"))}, "must be free of NaN and infinity"),
             ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
             ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
@@ -406,6 +380,23 @@ class TestDecoding:
     def test_bad_input(self, pipe, options, reason):
         with pytest.raises(ValueError, match=reason):
             pipe.decode_visual_tokens(**{"visual_tokens": torch.randn(2, 4, 16), **options})
+
+    def test_library_errors(self, pipe):
+        tokens = torch.randn(2, 4, 16)
+        with pytest.raises(TypeError, match="must be real number, not list"):
+            pipe.decode_visual_tokens(tokens, guidance_scale=[1.0, 2.0])
+        with pytest.raises(TypeError, match="unexpected keyword argument 'num_inference_step'"):
+            pipe.decode_visual_tokens(tokens, num_inference_step=2)
+        with pytest.raises(
+            RuntimeError, match=r"expanded size of the tensor \(2\) must match the existing size \(3\)"
+        ):
+            pipe.decode_visual_tokens(tokens, negative_visual_tokens=torch.zeros(3, 4, 16))
+
+    def test_none_means_the_default(self, pipe):
+        tokens, options = torch.randn(1, 4, 16), {"output_type": "pt"}
+        plain = pipe.decode_visual_tokens(tokens, generator=seeded(), **options)
+        options |= dict.fromkeys(("num_inference_steps", "guidance_scale", "height", "eta", "num_images_per_prompt"))
+        assert torch.equal(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), plain)
 
     def test_callback_sees_and_changes_latents(self, pipe):
         steps = []
@@ -529,17 +520,17 @@ class TestErrors:
             ({"prompt": "a dog", "messages": [{"role": "user", "content": "hi"}]}, "but got both"),
             ({"prompt": []}, "must be a string or a list of strings"),
             ({"prompt": 3}, "must be a string or a list of strings"),
-            ({"messages": []}, "none may be empty"),
-            ({"messages": [[]]}, "none may be empty"),
-            ({"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}, "`image` goes with `prompt`"),
+            ({"messages": []}, "none of them empty"),
+            ({"messages": [[]]}, "none of them empty"),
+            ({"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}, "not passed as `image`"),
             ({"prompt": ["a", "b"], "image": ["x.png"]}, "Got 2 prompts but 1 entries in `image`"),
-            ({"prompt": ["a", "b"], "generator": [seeded()]}, "Got 2 prompts but 1 generators"),
-            ({"prompt": "a dog", "generator": []}, "Got 1 prompts but 0 generators"),
+            ({"prompt": ["a", "b"], "generator": [seeded()]}, "Got 1 generators for 2 prompts"),
+            ({"prompt": "a dog", "generator": []}, "Got 0 generators for 1 prompts"),
             ({"prompt": "a dog", "num_inference_steps": 0}, "`num_inference_steps` is 0"),
             ({"prompt": "a dog", "output_type": "jpg"}, "must be one of pil, np, pt, latent"),
             (
                 {"prompt": "a dog", "callback_on_step_end_tensor_inputs": ["noise"]},
-                r"has \['noise'\], but must be from",
+                r"is \['noise'\], but must be from",
             ),
         ],
     )
@@ -550,9 +541,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("part", "change", "reason"),
         [
-            ("projector", {"cross_attention_dim": 12}, "projector's cross_attention_dim is 12, but the U-Net's"),
-            ("projector", {"visual_token_dim": 12}, "model's visual_token_dim is 16, but the projector's"),
-            ("vae", {"latent_channels": 4}, "VAE's latent_channels is 4, but the U-Net's in_channels is 3"),
+            ("projector", {"cross_attention_dim": 12}, "Projector's cross_attention_dim is 12, but the UNet2D"),
+            ("projector", {"visual_token_dim": 12}, "Generation's visual_token_dim is 16, but the Visual"),
+            (
+                "vae",
+                {"latent_channels": 4},
+                "KL's latent_channels is 4, but the UNet2DConditionModel's in_channels is 3",
+            ),
         ],
     )
     def test_components_that_do_not_fit(self, components, part, change, reason):
@@ -578,7 +573,7 @@ class TestErrors:
         assert made("a cat").image_counts == [1]
 
     def test_template_without_braces(self, components):
-        with pytest.raises(ValueError, match="needs a {} where the caption goes"):
+        with pytest.raises(ValueError, match="needs a {} for the caption"):
             build(components, instruction_template="Generate it.")
 
 
@@ -610,7 +605,7 @@ class TestSaving:
         assert_same_images(pipe, again)
 
     def test_folder_without_an_index(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="not a pipeline folder: it has no model_index.json"):
+        with pytest.raises(OSError, match="no file named model_index.json found in directory"):
             MetaMorphPipeline.from_pretrained(tmp_path)
 
     def test_missing_component_folders(self, components, tmp_path):
@@ -674,8 +669,15 @@ class TestSaving:
         expected = pipe("a dog", generator=seeded(), output_type="pt").images
         pipe.save_pretrained(tmp_path)
         again = MetaMorphPipeline.from_pretrained(tmp_path)
-        assert again.safety_checker is None and again.feature_extractor is None
         assert torch.equal(again("a dog", generator=seeded(), output_type="pt").images, expected)
+
+    def test_absent_components_of_older_files(self, components, pipe, tmp_path, warnings_of_pipeline):
+        pipe.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        assert_same_images(pipe, MetaMorphPipeline.from_pretrained(tmp_path))
+        assert not warnings_of_pipeline.records
 
     def test_without_a_model_it_only_decodes(self, components, tmp_path, tiny_images):
         components |= {"model": None, "processor": None}

@@ -16,7 +16,7 @@ from helpers import ROOT
 from PIL import Image
 
 from metamorph_hf import MetaMorphPipeline
-from metamorph_hf.visualizer_training import averaged_weights, diffusion_loss, save_ema_with
+from metamorph_hf.visualizer_training import diffusion_loss, save_ema_with
 
 
 EXAMPLES = ROOT / "examples"
@@ -90,13 +90,6 @@ class TestMovingAverage:
         (tmp_path / "custom_checkpoint_0.pkl").write_bytes(b"cos\nsystem\n(S'touch read'\ntR.")
         with pytest.raises(RuntimeError, match="custom checkpoints"):
             accelerator.load_state(str(tmp_path))
-
-    def test_averaged_weights_are_lent(self):
-        _, model, ema = self.build(1.0)
-        torch.nn.init.zeros_(model.weight)
-        with averaged_weights(ema, list(model.parameters())):
-            assert model.weight.unique().tolist() == [1.0]
-        assert model.weight.unique().tolist() == [0.0]
 
 
 @pytest.mark.slow

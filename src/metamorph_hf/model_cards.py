@@ -1,11 +1,10 @@
 """Model card of a MetaMorph: the parts it was made of, and how to use it."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 
@@ -60,7 +59,9 @@ def create_model_card(config: PreTrainedConfig, name: str, tags: Iterable[str] =
         tags (`Iterable[str]`): Additional tags.
     """
     sources = [config.text_config.name_or_path, config.vision_config.name_or_path]
-    repositories = [source for source in sources if _is_repository(source)]
+    # A local path must not be published.
+    is_repository = re.compile(r"\w[\w.-]*/\w[\w.-]*").fullmatch
+    repositories = [source for source in sources if is_repository(source) and not Path(source).exists()]
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="any-to-any",
@@ -77,15 +78,6 @@ def create_model_card(config: PreTrainedConfig, name: str, tags: Iterable[str] =
         metadata=metadata.to_yaml(), title=Path(name).name, name=name, config=config, llm=llm, tower=tower
     )
     return ModelCard(text)
-
-
-def _is_repository(name: str) -> bool:
-    """Tell `user/model` from a local folder, whose path must not be published."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
 
 
 __all__ = ["create_model_card"]

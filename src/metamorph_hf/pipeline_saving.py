@@ -24,26 +24,26 @@ OWN_MODULES = (
 RENAMED_MODULES = {"grid_unet": "small_visualizer", "patch_vae": "small_visualizer"}
 
 CARD = """---
-{metadata}
+{{ card_data }}
 ---
 
-# {title}
+# {{ name.split("/")[-1] }}
 
-A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: {generator} generates visual tokens
-({tokens} per image, of width {width}), and a latent diffusion U-Net decodes them into images of {size} pixels.
+A [MetaMorph](https://arxiv.org/abs/2412.14164) pipeline: a latent diffusion U-Net decodes visual tokens
+({{ projector.num_image_tokens or "any number" }} per image, of width {{ projector.visual_token_dim }})
+into images of {{ pipe.default_size | join("x") }} pixels.
 
-{description}
+{{ description }}
 
-## How to use it
-
-Install the package `metamorph_hf`:
+With the package `metamorph_hf` installed:
 
 ```python
 from metamorph_hf import MetaMorphPipeline
 
-pipe = MetaMorphPipeline.from_pretrained("{name}")
-{call}
-```
+pipe = MetaMorphPipeline.from_pretrained("{{ name }}")
+{% if pipe.model is none %}pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate
+{% else %}pipe("a red apple").images[0]
+{% endif %}```
 """
 
 
@@ -56,46 +56,37 @@ class PipelineSavingMixin:
         Load a saved pipeline. See [`DiffusionPipeline.from_pretrained`].
 
         Raises:
-            FileNotFoundError: If a folder has no `model_index.json` or lacks one of the components named there.
+            FileNotFoundError: If a folder lacks one of the components named in its `model_index.json`.
         """
         folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and not (folder / cls.config_name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a pipeline folder: it has no {cls.config_name}. Pass a folder that "
-                "`pipeline.save_pretrained` has written, with the model and the other components in subfolders."
-            )
-        if folder.is_dir():
-            components = cls._get_signature_keys(cls)[0] - kwargs.keys()
-            index = json.loads((folder / cls.config_name).read_text())
-            named = [name for name in sorted(components & index.keys()) if index[name][0] is not None]
-            missing = [name for name in named if not (folder / name).is_dir()]
-            if missing:
+        if folder.is_dir():  # diffusers does not name a component that is missing
+            named = cls.load_config(folder).keys() & set(cls._get_signature_keys(cls)[0]) - kwargs.keys()
+            if missing := [name for name in sorted(named) if not (folder / name).is_dir()]:
                 raise FileNotFoundError(
-                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: copy the folder "
-                    f"again, or pass the missing components ({missing[0]}=...)."
+                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: pass the "
+                    f"components ({missing[0]}=...), or copy the folder again."
                 )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict:
-        # `load_config` and `download` read the index here. A class name that comes with the name of a code file makes
-        # diffusers run that file, which is not needed to load this class.
+        # A class name that comes with the name of a code file makes diffusers run that file instead of this class.
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][1]
-        return index
+        # Older files name absent components that no longer exist.
+        return {name: value for name, value in index.items() if value != [None, None]}
 
     @classmethod
     def load_config(cls, *args, **kwargs):
         """Read `model_index.json`, and resolve the modules of this package that it names. See [`ConfigMixin`]."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if __package__ != "metamorph_hf":  # this file was copied with a checkpoint, whose code is in its subfolders
-            return loaded
         for name, value in config.items():
             module = str(value[0]).removeprefix("metamorph_hf.") if isinstance(value, list) else None
             module = RENAMED_MODULES.get(module, module)
-            if module in OWN_MODULES:
+            # Code that was copied with a checkpoint finds the other modules in its subfolders.
+            if module in OWN_MODULES and __package__ == "metamorph_hf":
                 # diffusers only finds modules that have been imported.
                 config[name] = [importlib.import_module(f".{module}", __package__).__name__, value[1]]
         return loaded
@@ -107,8 +98,8 @@ class PipelineSavingMixin:
         `generation_config.json`, where its end-of-answer tokens are, and all code but the files that it would run.
         """
         folder = Path(super().download(pretrained_model_name, **kwargs))
-        names = ("cache_dir", "force_download", "local_files_only", "token")
-        options = {name: kwargs[name] for name in names if name in kwargs}
+        options = {name: kwargs.get(name) for name in ("cache_dir", "token")}
+        options |= {name: kwargs.get(name, False) for name in ("force_download", "local_files_only")}
         patterns = ["*/generation_config.json", "*.py"]
         snapshot_download(pretrained_model_name, revision=folder.name, allow_patterns=patterns, **options)
         return folder
@@ -130,12 +121,9 @@ class PipelineSavingMixin:
         Save the pipeline. See [`DiffusionPipeline.save_pretrained`]. With `push_to_hub=True`, the pipeline is also
         pushed as by [`~PipelineSavingMixin.push_to_hub`]; other files in `save_directory` are not.
         """
-        options = ("repo_id", "commit_message", "private", "token", "create_pr")
-        hub_options = {name: kwargs.pop(name) for name in options if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
-            repo_id = hub_options.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **hub_options, **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def create_model_card(self, name: str, description: str = "", base_model: str | None = None) -> ModelCard:
         """
@@ -147,25 +135,9 @@ class PipelineSavingMixin:
             base_model (`str`, *optional*): Hub id of the pipeline that the U-Net was trained from.
         """
         tags = ["metamorph", "text-to-image", "diffusers"]
-        metadata = ModelCardData(
-            library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model
-        )
-        generator, call = "a language model", 'pipe("a red apple").images[0]'
-        if self.model is None:
-            generator = "a MetaMorph model of your own"
-            call = "pipe.decode_visual_tokens(visual_tokens)[0]  # (images, tokens, width), from model.generate"
-        text = CARD.format(
-            metadata=metadata.to_yaml(),
-            title=Path(name).name,
-            generator=generator,
-            tokens=self.projector.config.num_image_tokens or "any number",
-            width=self.projector.config.visual_token_dim,
-            size="x".join(map(str, self.default_size)),
-            description=description,
-            name=name,
-            call=call,
-        )
-        return ModelCard(text)
+        data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model)
+        values = {"pipe": self, "projector": self.projector.config, "name": name, "description": description}
+        return ModelCard.from_template(data, template_str=CARD, **values)
 
     def push_to_hub(
         self,
@@ -186,25 +158,19 @@ class PipelineSavingMixin:
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
-            source = self.config.get("_name_or_path")
+            source = Path(os.path.abspath(self.config.get("_name_or_path", folder)))
             if subfolder is None and not file_exists(repo_id, "README.md", token=token):
-                if source is not None and (Path(source) / "README.md").is_file():
-                    _copy_model_card(Path(source), Path(folder))
+                if (source / "README.md").is_file():
+                    _copy_model_card(source, Path(folder))
                 else:
                     self.create_model_card(repo_id).save(Path(folder) / "README.md")
-            return upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=subfolder,
-                token=token,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                create_pr=create_pr,
-            )
+            message = commit_message or f"Upload {type(self).__name__}"
+            options = {"token": token, "commit_message": message, "create_pr": create_pr}
+            return upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, **options)
 
 
 def _copy_model_card(source: Path, target: Path) -> None:
     """Copy the `README.md` of a folder and the images in that folder that it shows, and no other file."""
-    source = Path(os.path.abspath(source))
     text = (source / "README.md").read_text()
     links = re.findall(r"!\[[^\]]*\]\(<?([^)\s>]+)", text) + re.findall(r"<img[^>]*\ssrc=[\"']([^\"']+)", text)
     for link in ["README.md", *map(unquote, links)]:

@@ -17,9 +17,8 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
     small one does not. The grid, resized to the sample's size, adds input channels to `conv_in`.
 
     Args:
-        grid_channels (`int`, defaults to 64): Number of channels that the grid adds.
-
-    The other arguments are those of [`UNet2DConditionModel`]; its arguments that are not listed are not supported.
+        grid_channels (`int`, defaults to 64): Number of channels that the grid adds. The other arguments are those of
+            [`UNet2DConditionModel`]; its arguments that are not listed are not supported.
     """
 
     @register_to_config
@@ -37,18 +36,8 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
         cross_attention_dim: int = 192,
         grid_channels: int = 64,
     ):
-        super().__init__(
-            sample_size=sample_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            norm_num_groups=norm_num_groups,
-            attention_head_dim=attention_head_dim,
-            cross_attention_dim=cross_attention_dim,
-        )
+        own = {name for name in self.config if name.startswith("_")} | {"grid_channels"}
+        super().__init__(**{name: value for name, value in self.config.items() if name not in own})
         self.grid_proj = nn.Linear(cross_attention_dim, 4 * grid_channels)
         self.conv_in = nn.Conv2d(in_channels + grid_channels, block_out_channels[0], kernel_size=3, padding=1)
 
@@ -119,8 +108,8 @@ class PatchVAE(ModelMixin, ConfigMixin):
         size = channels * patch_size**2
         if height % patch_size or width % patch_size or latent_channels >= size:
             raise ValueError(
-                f"Images of {height}x{width} with patches of {patch_size}x{patch_size} and {latent_channels} latent "
-                f"channels: the sides must be multiples of the patch, and the channels fewer than {size}."
+                f"Got images of {height}x{width} and {latent_channels} latent channels, but the sides must be "
+                f"multiples of the patch, {patch_size}, and the channels fewer than {size}."
             )
         patches = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2).reshape(-1, size).double()
         mean = patches.mean(0)
@@ -134,17 +123,15 @@ class PatchVAE(ModelMixin, ConfigMixin):
         decoding = directions / scale
         variance = (encoding @ (patches - mean).T).square().mean().item()
         vae = cls(channels, latent_channels, patch_size, scaling_factor=variance**-0.5)
-        shape = (latent_channels, channels, patch_size, patch_size)
-        # The part of the mean patch outside of the components is nearly one value per channel, which a bias can hold.
-        bias = (mean - decoding @ (encoding @ mean)).reshape(channels, -1).mean(1)
         weights = {
-            "encoder.weight": encoding.reshape(shape),
-            "decoder.weight": decoding.T.reshape(shape),
-            "decoder.bias": bias,
+            "encoder.weight": encoding.reshape(vae.encoder.weight.shape),
+            "decoder.weight": decoding.T.reshape(vae.decoder.weight.shape),
+            # The part of the mean patch outside of the components is nearly one value per channel.
+            "decoder.bias": (mean - decoding @ (encoding @ mean)).reshape(channels, -1).mean(1),
             "latent_mean": (encoding @ mean)[:, None, None],
             "log_variance": (scale**2 * noise).log()[:, None, None],
         }
-        vae.load_state_dict({name: weight.float().contiguous() for name, weight in weights.items()})
+        vae.load_state_dict(weights)
         return vae.eval()
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:

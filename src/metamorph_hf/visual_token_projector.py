@@ -10,9 +10,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
-PROJECTOR_TYPES = ("mlp", "xattn", "xattnffn", "transformer")
-
-
 class MLPProjection(nn.Module):
     """Linear layers, each with a layer norm, and ReLU in between. Maps (B, N, V) to (B, N, C)."""
 
@@ -23,7 +20,7 @@ class MLPProjection(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         for index, (linear, norm) in enumerate(zip(self.linears, self.norms)):
-            states = norm(linear(states if index == 0 else F.relu(states)))
+            states = norm(linear(F.relu(states) if index else states))
         return states
 
 
@@ -87,24 +84,21 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
     Args:
         visual_token_dim (`int`, defaults to 1152): Width V of a visual token.
         cross_attention_dim (`int`, defaults to 768): Width C of the states, `unet.config.cross_attention_dim`.
-        projector_type (`str`, defaults to `"mlp"`):
-            `"mlp"`, which the authors used, maps each visual token by itself; in `"xattn"` and `"xattnffn"` (with
-            feed-forward networks) learned queries attend to them; `"transformer"` is an encoder-decoder.
+        projector_type (`str`, defaults to `"mlp"`): `"mlp"`, which the authors used, maps each visual token by
+            itself; in `"xattn"` and `"xattnffn"` (with feed-forward networks) learned queries attend to them;
+            `"transformer"` is an encoder-decoder.
         num_layers (`int`, defaults to 2): Number of linear, cross-attention, or encoder and decoder layers.
         hidden_dim (`int`, defaults to 2048): Width between the layers of `"mlp"`, or width of `"transformer"`.
         num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N; `None` allows any number.
-        sequence_length (`int`, *optional*, defaults to 77):
-            Length L to which the states are padded on the right with zeros. The default is the length of the text
-            embeddings that a pretrained U-Net has seen. `None` disables padding.
+        sequence_length (`int`, *optional*, defaults to 77): Length L to which zeros pad the states on the right, by
+            default that of the text embeddings that a pretrained U-Net has seen. `None` disables padding.
         num_queries (`int`, *optional*): Number T of learned queries, required by all types except `"mlp"`.
         num_heads (`int`, defaults to 4): Number of attention heads of all types except `"mlp"`.
-        learned_unconditional (`bool`, defaults to `False`):
-            Whether the states without an image, which guidance leads away from, are learned. They start as zeros,
-            which they are in the released code.
+        learned_unconditional (`bool`, defaults to `False`): Whether the states without an image, which guidance leads
+            away from, are learned. They start as zeros, which they are in the released code.
 
     Raises:
-        ValueError: If `projector_type` is unknown, `num_queries` does not suit the type, the states do not fit into
-            `sequence_length`, or unconditional states of unknown number are to be learned.
+        ValueError: If `projector_type` is unknown, or the numbers of queries, states and `sequence_length` do not fit.
     """
 
     @register_to_config
@@ -122,16 +116,15 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         learned_unconditional: bool = False,
     ):
         super().__init__()
-        if projector_type not in PROJECTOR_TYPES:
+        if projector_type not in ("mlp", "xattn", "xattnffn", "transformer"):
             raise ValueError(
-                f"`projector_type` is {projector_type!r}, but must be one of {', '.join(map(repr, PROJECTOR_TYPES))}."
+                f"`projector_type` is {projector_type!r}, but must be 'mlp', 'xattn', 'xattnffn' or 'transformer'."
             )
         if num_layers < 1:
             raise ValueError(f"`num_layers` must be at least 1, but is {num_layers}.")
         if (num_queries is None) != (projector_type == "mlp"):
             rule = "has one state per visual token" if projector_type == "mlp" else "needs a number of queries"
             raise ValueError(f"`num_queries` is {num_queries}, but a projector of type {projector_type!r} {rule}.")
-        self._check_length(num_queries or num_image_tokens or 0)
         shape = (num_queries, num_layers, num_heads)
         if projector_type == "mlp":
             self.projection = MLPProjection([visual_token_dim, *[hidden_dim] * (num_layers - 1), cross_attention_dim])
@@ -140,30 +133,24 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         else:
             ffn = projector_type == "xattnffn"
             self.projection = CrossAttentionProjection(visual_token_dim, cross_attention_dim, *shape, ffn)
-        self.unconditional = None
-        if learned_unconditional:
-            length = sequence_length or num_queries or num_image_tokens
-            if length is None:
-                raise ValueError(
-                    "`learned_unconditional` needs a fixed number of states: set `sequence_length` or "
-                    "`num_image_tokens`."
-                )
-            self.unconditional = nn.Parameter(torch.zeros(length, cross_attention_dim))
+        self._check_length(num_queries or num_image_tokens or 0)
+        length = sequence_length or num_queries or num_image_tokens
+        if learned_unconditional and length is None:
+            raise ValueError("`learned_unconditional` needs `sequence_length` or `num_image_tokens` to be set.")
+        self.unconditional = nn.Parameter(torch.zeros(length, cross_attention_dim)) if learned_unconditional else None
 
     def _check_length(self, num_states: int) -> None:
-        length = self.config.sequence_length
-        if length is not None and num_states > length:
+        if num_states > (self.config.sequence_length or num_states):
             raise ValueError(
                 f"The projector gives {num_states} states per image, which do not fit into a `sequence_length` of "
-                f"{length}. Set `sequence_length=None` to disable padding."
+                f"{self.config.sequence_length}. Set `sequence_length=None` to disable padding."
             )
 
     def forward(self, visual_tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             visual_tokens (`torch.Tensor` of shape `(B, N, V)`): From `model.generate` (L2-normalized).
-            kept (`torch.Tensor` of shape `(B,)`, bool, *optional*):
-                `False` replaces the states of an image by the unconditional ones. Defaults to `True` for all.
+            kept (`torch.Tensor` of shape `(B,)`, bool, *optional*): `False` gives an image the unconditional states.
 
         Returns:
             `torch.Tensor` of shape `(B, L, C)`, where L is `sequence_length`, or T without padding.
@@ -173,10 +160,8 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         """
         count, width = self.config.num_image_tokens, self.config.visual_token_dim
         if visual_tokens.ndim != 3 or visual_tokens.shape[1:] != (count or visual_tokens.shape[1], width):
-            raise ValueError(
-                f"Expected visual tokens of shape (images, {count or 'tokens'}, {width}), "
-                f"but got {tuple(visual_tokens.shape)}."
-            )
+            expected = f"(images, {count or 'tokens'}, {width})"
+            raise ValueError(f"Expected visual tokens of shape {expected}, but got {tuple(visual_tokens.shape)}.")
         states = self.projection(visual_tokens)
         self._check_length(states.shape[1])
         if self.config.sequence_length is not None:

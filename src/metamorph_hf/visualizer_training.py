@@ -1,10 +1,9 @@
-"""Parts of training a visualizer: the conditioned U-Net, the diffusion loss, and the moving average of the weights.
+"""Parts of training a visualizer: the conditioned U-Net, the diffusion loss, and saving of the moving average.
 
 Shapes: I images, C latent channels of size h x w, N visual tokens per image, V vision width.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ class ConditionedUNet(nn.Module):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, visual_tokens: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
         """
-        Predict what the scheduler's `prediction_type` names.
+        Predict the target that the scheduler's `prediction_type` names.
 
         Args:
             noisy (`torch.Tensor` of shape (I, C, h, w)): Noisy latents.
@@ -51,12 +50,11 @@ def diffusion_loss(
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
     """
-    Compute the mean squared error of a prediction of the noise, or of the target that the scheduler's
-    `prediction_type` names.
+    Compute the mean squared error of a prediction of the target that the scheduler's `prediction_type` names.
 
     Args:
         predict (`Callable`): Maps noisy latents (I, C, h, w) and timesteps (I,) to a prediction (I, C, h, w).
-        scheduler ([`SchedulerMixin`]): Must have `add_noise` and, for v-prediction, `get_velocity`.
+        scheduler ([`SchedulerMixin`]): Has `add_noise` and, for v-prediction, `get_velocity`.
         clean (`torch.Tensor` of shape (I, C, h, w)): Latents of unit variance.
         generator (`torch.Generator`): Source of noise and timesteps, on the CPU so that all devices draw the same.
         noise_offset (`float`, defaults to 0.0): Scale of additional noise per channel, for darker and lighter images.
@@ -69,29 +67,24 @@ def diffusion_loss(
     noise = torch.randn(clean.shape, generator=generator)
     if noise_offset:
         noise += noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
-    noise = noise.to(clean)
+    noise, target_type = noise.to(clean), scheduler.config.prediction_type
     prediction = predict(scheduler.add_noise(clean, noise, timesteps), timesteps)
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "v_prediction":
+    if target_type == "v_prediction":
         target = scheduler.get_velocity(clean, noise, timesteps)
     else:
-        target = {"epsilon": noise, "sample": clean}[prediction_type]
+        target = {"epsilon": noise, "sample": clean}[target_type]
     loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean((1, 2, 3))
     if snr_gamma is not None:
         snr = compute_snr(scheduler, timesteps)
         weight = snr.clamp(max=snr_gamma)
-        loss = loss * {"epsilon": weight / snr, "v_prediction": weight / (snr + 1), "sample": weight}[prediction_type]
+        loss = loss * {"epsilon": weight / snr, "v_prediction": weight / (snr + 1), "sample": weight}[target_type]
     return loss.mean()
 
 
 def save_ema_with(accelerator: Accelerator, ema: EMAModel) -> None:
-    """
-    Make `save_state` and `load_state` of the accelerator include a moving average, as safetensors.
+    """Make `save_state` and `load_state` of the accelerator include a moving average, also of LoRA adapters only."""
 
-    `accelerator.register_for_checkpointing` would write a pickle, which can run code when it is read, and
-    `EMAModel.save_pretrained` only takes whole models, not LoRA adapters.
-    """
-
+    # `accelerator.register_for_checkpointing` would write a pickle, which can run code when it is read.
     def save(models: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
             tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(ema.shadow_params)}
@@ -107,17 +100,4 @@ def save_ema_with(accelerator: Accelerator, ema: EMAModel) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-@contextmanager
-def averaged_weights(ema: EMAModel | None, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Give the parameters their averaged values for the duration of a `with` block."""
-    if ema is not None:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        if ema is not None:
-            ema.restore(parameters)
-
-
-__all__ = ["ConditionedUNet", "averaged_weights", "diffusion_loss", "save_ema_with"]
+__all__ = ["ConditionedUNet", "diffusion_loss", "save_ema_with"]
