@@ -146,6 +146,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--projector", dest="projector_type", default="mlp2x_gelu", help="linear, mlpNx_gelu (default: mlp2x_gelu)")
     heads = ("linear", "mlp", "mlp2x_gelu")
     add("--vision-head", dest="vision_head_type", choices=heads, default="mlp", help="1, 2, 3 layers (default: mlp)")
+    decodings = ("autoregressive", "parallel")
+    add("--visual-decoding", choices=decodings, default=decodings[0], help=f"default: {decodings[0]}, as in the paper")
     formats_help = """own: the language model's, extended by images; metamorph: the released code's, for Llama 3;
         default: a plain one; auto: own if there is one, else default (default: auto)"""
     add("--chat-format", choices=("auto", "own", "default", "metamorph"), default="auto", help=formats_help)
@@ -160,7 +162,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     llm, tokenizer = load_llm(args.llm, args.gguf_file, common.DTYPES[args.dtype])
     tower = load_tower(args.vision_tower, common.DTYPES[args.dtype])
-    fields = ("num_image_tokens", "token_reduction", "projector_type", "vision_head_type")
+    fields = ("num_image_tokens", "token_reduction", "projector_type", "vision_head_type", "visual_decoding")
     config = {**add_image_tokens(llm, tokenizer), **{field: vars(args)[field] for field in fields}}
     image_processor = AutoImageProcessor.from_pretrained(args.image_processor or args.vision_tower)
     processor = build_processor(image_processor, tokenizer, args.num_image_tokens, args.chat_format)
@@ -169,7 +171,7 @@ def main() -> None:
     table = {
         "language model parameters": f"{model.model.language_model.num_parameters():,}",
         "vision tower parameters": f"{model.model.vision_tower.num_parameters():,}",
-        "random": "projector and vision head",
+        "random": "projector, vision head" + (", visual queries" if args.visual_decoding == "parallel" else ""),
         "visual tokens": f"{args.num_image_tokens} per image, {model.config.visual_token_dim} wide",
         "image token ids": ", ".join(f"{token} {config[name]}" for name, token in common.IMAGE_TOKENS.items()),
         "dtype": args.dtype,

@@ -60,7 +60,7 @@ class TestPrecomputeVisualTokens:
         assert torch.equal(tokens["input_ids"], pixels["input_ids"])
         expected = model.get_visual_tokens(pixels["pixel_values"])
         torch.testing.assert_close(tokens["visual_tokens"], expected)
-        with pytest.raises(BadSample, match=r"row 3 of .* has a bad image\. The image cannot be read \(.*3.png\)"):
+        with pytest.raises(BadSample, match=r"row 3 of .* has a bad image. The image cannot be read \(.*3.png\)"):
             stop([record for record in encoded if (record["task"], record["id"]) == ("text_to_image", "row 3")])
 
     def test_stream(self, tiny_processor, tiny_model):

@@ -535,6 +535,21 @@ class TestGenerateFeatures:
             text = "".join(piece if isinstance(piece, str) else f"{IMAGE} " * N for piece in pieces)
             assert text.split() == [str(token) for token in ids]
 
+    def test_a_reader_learns_that_generation_failed(self, tiny_model, tiny_processor):
+        """Instead of waiting forever for the next piece."""
+        streamer = MetaMorphStreamer(tiny_processor, timeout=60)
+        inputs = tiny_processor.tokenizer("Hello there", return_tensors="pt")
+
+        def generate():
+            with pytest.raises(ValueError, match="takes 6 more tokens"):
+                tiny_model().generate(**inputs, max_new_tokens=3, force_image=True, streamer=streamer)
+
+        thread = Thread(target=generate)
+        thread.start()
+        with pytest.raises(ValueError, match="takes 6 more tokens"):
+            list(streamer)
+        thread.join()
+
     def test_streamed_text_comes_as_it_is_written(self, tiny_model, tiny_processor):
         """In another thread, before the answer is finished, in the pieces that transformers' own streamer makes."""
         model = tiny_model()

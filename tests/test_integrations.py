@@ -25,6 +25,7 @@ from metamorph_hf.model_cards import create_model_card
 
 PICTURE = [5, 4, 4, 4, 4, 6]  # ids of the tiny tokenizer
 IMAGE_START = 5
+OPTIONAL = pytest.mark.optional
 
 
 @pytest.fixture
@@ -117,9 +118,11 @@ class TestPrecision:
         base = MetaMorphModel.from_pretrained(tmp_path, dtype=torch.float16)
         assert base.projector[0].weight.dtype == torch.float32
 
-    @pytest.mark.parametrize("library", ["bitsandbytes, 8 bits", "bitsandbytes, 4 bits", "torchao, 8 bits"])
+    @pytest.mark.parametrize(
+        "library", ["bitsandbytes, 8 bits", "bitsandbytes, 4 bits", pytest.param("torchao, 8 bits", marks=OPTIONAL)]
+    )
     def test_quantized(self, wide_model, inputs, tmp_path, library):
-        """Only the language model is quantised, without the rows of the image tokens."""
+        """Only the language model is quantized, without the rows of the image tokens."""
         pytest.importorskip(library.split(",")[0])
         if library.startswith("torchao"):
             from torchao.quantization import Int8WeightOnlyConfig
@@ -148,6 +151,7 @@ class TestPrecision:
         model.save_pretrained(tmp_path / "quantized")
         assert_same_answer(AutoModel.from_pretrained(tmp_path / "quantized"), found, inputs)
 
+    @pytest.mark.optional
     @pytest.mark.parametrize("backend", ["quanto", "hqq"])
     def test_quantized_cache(self, tiny_model, inputs, backend):
         pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])

@@ -665,6 +665,17 @@ class TestConfig:
         with pytest.raises(ValueError, match="num_image_tokens is 60.*square number"):
             tiny_config(num_image_tokens=60)
 
+    @pytest.mark.parametrize("name", ["visual_loss_weight", "visual_token_noise"])
+    @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+    def test_weights_are_numbers(self, tiny_config, name, value):
+        with pytest.raises(ValueError, match=f"{name} is {value}, but must be 0 or a larger finite number"):
+            tiny_config(**{name: value})
+
+    @pytest.mark.parametrize("count", [0, -4])
+    def test_there_are_visual_tokens(self, tiny_config, count):
+        with pytest.raises(ValueError, match=f"num_image_tokens is {count}"):
+            tiny_config(num_image_tokens=count)
+
     def test_ids_are_distinct(self, tiny_config):
         with pytest.raises(ValueError, match=r"are \(5, 5, 6\), but must be distinct"):
             tiny_config(image_token_id=5)

@@ -9,28 +9,47 @@ import pytest
 import metamorph_hf
 
 
+PREFIX = "metamorph_hf."
 LIBRARIES = ("transformers", "diffusers", "trl")
 
 
 def find_overrides() -> dict[str, tuple[type, str]]:
-    """Every underscore method of a library's class that a class of this package overrides."""
+    """Every underscore method of a library's class that a class of this package, or a mixin of it, overrides."""
+    modules = [importlib.import_module(info.name) for info in pkgutil.walk_packages(metamorph_hf.__path__, PREFIX)]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
     found = {}
-    for info in pkgutil.walk_packages(metamorph_hf.__path__, "metamorph_hf."):
-        for own in vars(importlib.import_module(info.name)).values():
-            if not isinstance(own, type) or own.__module__ != info.name:
-                continue
-            for name, value in vars(own).items():
-                if name.startswith("__") or not name.startswith("_") or not inspect.isroutine(value):
-                    continue
-                for base in own.__mro__[1:]:
-                    if name in vars(base) and base.__module__.split(".")[0] in LIBRARIES:
-                        found[f"{base.__module__.split('.')[0]} {base.__name__}.{name}"] = (base, name)
-                        break
+    for own in classes:
+        own_names = set()
+        for base in own.__mro__:
+            library = base.__module__.split(".")[0]
+            if base.__module__.startswith(PREFIX):
+                own_names |= {name for name in vars(base) if name.startswith("_") and not name.startswith("__")}
+            elif library in LIBRARIES:
+                overridden = [name for name in own_names if inspect.isroutine(getattr(base, name, None))]
+                found |= {
+                    f"{library} {base.__name__}.{name}": (base, name) for name in overridden if name in vars(base)
+                }
     return found
 
 
-# What each method took in the tested version.
-SIGNATURES = {"transformers Trainer._save_rng_state": "self output_dir"}
+# The parameters of each method in the tested version.
+SIGNATURES = {
+    "diffusers ConfigMixin._dict_from_json_file": ("json_file"),
+    "transformers GenerationMixin._get_logits_processor": (
+        "self generation_config input_ids_seq_length encoder_input_ids prefix_allowed_tokens_fn "
+        "logits_processor device model_kwargs negative_prompt_ids negative_prompt_attention_mask"
+    ),
+    "transformers GenerationMixin._sample": (
+        "self input_ids logits_processor stopping_criteria generation_config synced_gpus streamer model_kwargs"
+    ),
+    "transformers GenerationMixin._update_model_kwargs_for_generation": (
+        "self outputs model_kwargs is_encoder_decoder num_new_tokens"
+    ),
+    "transformers GenerationMixin._validate_generation_mode": (
+        "self generation_mode generation_config generation_mode_kwargs"
+    ),
+    "transformers Trainer._save_rng_state": ("self output_dir"),
+}
 
 
 @pytest.mark.parametrize("method", SIGNATURES)

@@ -161,8 +161,8 @@ class TestAnswers:
     def test_several_images_in_one_answer(self, pipe):
         start = pipe.model.config.image_start_token_id
         again_and_again = {"sequence_bias": [[[start], 100.0]]}
-        # An image takes 4 + 2 tokens, so the second one begins just in time.
-        output = pipe(["a dog", "a cat"], max_new_tokens=7, generation_kwargs=again_and_again)
+        # An image takes 4 + 2 tokens, so two fit.
+        output = pipe(["a dog", "a cat"], max_new_tokens=12, generation_kwargs=again_and_again)
         assert output.image_counts == [2, 2]
         assert output.text == ["<image><image>"] * 2
         assert len(output.images) == 4

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from PIL import Image
@@ -192,6 +194,22 @@ class TestImages:
     def test_file_that_is_no_image(self, tiny_processor):
         with pytest.raises(ValueError, match=rf"The image cannot be read \({__file__}\)"):
             encode(tiny_processor, [turn("user", picture_part(__file__))])
+
+
+class TestPadding:
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_left_whatever_the_tokenizer_says(self, tiny_processor, side):
+        tokenizer = copy.deepcopy(tiny_processor.tokenizer)
+        tokenizer.padding_side = side
+        processor = type(tiny_processor)(
+            tiny_processor.image_processor, tokenizer, num_image_tokens=4, chat_template=tiny_processor.chat_template
+        )
+        inputs = processor(text=["a", "abc"], padding=True, return_tensors="pt")
+        assert inputs.attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+        for kwargs in ({"padding_side": "right"}, {"text_kwargs": {"padding_side": "right"}}):
+            inputs = processor(text=["a", "abc"], padding=True, return_tensors="pt", **kwargs)
+            assert inputs.attention_mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+        assert tokenizer.padding_side == side
 
 
 class TestDecoding:

@@ -196,15 +196,18 @@ class TestPeft:
         assert completed.trainable_token_indices == [1]
 
     @pytest.mark.parametrize("parallel", [False, True])
-    def test_visual_queries_are_trained_whole(self, tiny_processor, model, tmp_path, parallel):
+    def test_visual_queries_are_trained_whole(self, tiny_processor, tiny_model, tmp_path, parallel):
         """A model that generates an image in one pass has them."""
-        if parallel:
-            model.model.visual_queries = torch.nn.Embedding(4, 32)
+        model = tiny_model(visual_decoding="parallel" if parallel else "autoregressive")
         trainer = build_trainer(model, tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4))
         trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
         assert any("visual_queries.modules_to_save" in name for name in trained) == parallel
-        in_optimizer = sum(len(group["params"]) for group in trainer.create_optimizer().param_groups)
-        assert in_optimizer == len(trained)
+        assert sum(len(group["params"]) for group in trainer.create_optimizer().param_groups) == len(trained)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "visual_queries" in name}
+        trainer.train()
+        for name, parameter in trainer.model.named_parameters():
+            if name in before:
+                assert torch.equal(parameter, before[name]) == ("original_module" in name), name
 
     @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "v_proj"]])
     def test_tower_is_not_adapted(self, tiny_processor, model, tmp_path, target_modules):

@@ -41,6 +41,10 @@ class MetaMorphConfig(PreTrainedConfig):
             stay clean. Each image draws its share from [0, this], cut at 1: with 2.0 half of the images are all
             noise. The paper has none; a small model without it copies its inputs and does not learn to generate
             images from words.
+        visual_decoding (`str`, *optional*, defaults to `"autoregressive"`):
+            How an answer's image is generated. `"autoregressive"` (the paper): each predicted visual token is fed
+            back. `"parallel"`: the inputs of an answer's image are N learned queries (as in Nexus-Gen, arXiv
+            2504.21356), so that one forward pass predicts all N visual tokens; `visual_token_noise` does not apply.
         tie_word_embeddings (`bool`, *optional*): Share `lm_head` with the embeddings; defaults to `text_config`'s.
 
     Raises:
@@ -104,6 +108,7 @@ class MetaMorphConfig(PreTrainedConfig):
     visual_loss_type: Literal["cosine", "l1", "mse"] = "cosine"
     visual_loss_weight: float = 1.0
     visual_token_noise: float = 0.0
+    visual_decoding: Literal["autoregressive", "parallel"] = "autoregressive"
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -127,6 +132,9 @@ class MetaMorphConfig(PreTrainedConfig):
             raise ValueError(
                 f'projector_type is "{self.projector_type}", but must be "linear", or "mlp2x_gelu" or the like.'
             )
+        for name in ("visual_loss_weight", "visual_token_noise"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or a larger finite number.")
         ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
         if len(set(ids)) != 3 or min(ids) < 0:
             raise ValueError(

@@ -3,11 +3,12 @@
 The decoding loop is transformers' own. A logits processor keeps each row in step: after `<image_start>` it forces the
 image token id N times, then `<image_end>`. Where the image token id was chosen, the next forward pass reads
 projector(visual token) instead of an embedding; the visual token is the vision head's output of the step before.
+With `visual_decoding="parallel"` it reads a learned query instead, so that one pass can cover all steps of an image.
 
 Shapes: B rows, S sequence, I images, N visual tokens per image, V width of a visual token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     ProcessorMixin,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.cache_utils import Cache
@@ -69,30 +71,18 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
 
 class ImageLogitsProcessor(LogitsProcessor):
     """
-    Force exactly N image tokens after `<image_start>`, then `<image_end>`, and forbid images that are not wanted or no
-    longer fit.
-
-    Args:
-        config ([`MetaMorphConfig`]): The model's configuration, for the token ids and N.
-        prompt_length (`int`): Length of the prompts' ids.
-        max_length (`int`): Length of `input_ids` in which an image, `<image_end>` included, must fit.
-        max_images (`int`, *optional*): Largest number of images in an answer, images begun by the prompt included.
-        force_image (`bool`, *optional*, defaults to `False`): Begin each answer with an image.
+    Force exactly N image tokens after `<image_start>`, then `<image_end>`. Forbid images beyond `max_images`, and
+    images that would end after `max_length`.
     """
 
     def __init__(
-        self,
-        config: MetaMorphConfig,
-        prompt_length: int,
-        max_length: int,
-        max_images: int | None = None,
-        force_image: bool = False,
+        self, config: MetaMorphConfig, options: MetaMorphGenerationConfig, prompt_length: int, max_length: int
     ):
         # Reading an attribute of a configuration is slow, and this runs at each step.
         self.image_token_id, self.num_image_tokens = config.image_token_id, config.num_image_tokens
         self.image_start_token_id, self.image_end_token_id = config.image_start_token_id, config.image_end_token_id
+        self.max_images, self.force_image = options.max_images, options.force_image
         self.prompt_length, self.max_length = prompt_length, max_length
-        self.max_images, self.force_image = max_images, force_image
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         length, start = input_ids.shape[1], self.image_start_token_id
@@ -115,8 +105,8 @@ class ImageLogitsProcessor(LogitsProcessor):
         if self.force_image and length == self.prompt_length:
             forced_ids = torch.where(is_inside, forced_ids, start)
             is_inside = torch.ones_like(is_inside)
-        forced_scores = torch.full_like(scores, -torch.inf).scatter_(1, forced_ids[:, None], 0.0)
-        return torch.where(is_inside[:, None], forced_scores, scores)
+        forced_scores = scores.gather(1, forced_ids[:, None]).masked_fill(is_inside[:, None], 0.0)
+        return scores.masked_fill(is_inside[:, None], -torch.inf).scatter_(1, forced_ids[:, None], forced_scores)
 
 
 class MetaMorphStreamer(TextIteratorStreamer):
@@ -154,6 +144,12 @@ class MetaMorphStreamer(TextIteratorStreamer):
         self.visual_token_steps = visual_token_steps
         self.num_new_tokens = self.num_visual_tokens = 0
 
+    def __next__(self) -> str | torch.Tensor:
+        piece = super().__next__()
+        if isinstance(piece, BaseException):  # `generate()` failed in its thread
+            raise piece
+        return piece
+
     def put(self, value: torch.LongTensor) -> None:
         """See [`TextIteratorStreamer.put`]."""
         if self.next_tokens_are_prompt:
@@ -172,6 +168,30 @@ class MetaMorphStreamer(TextIteratorStreamer):
             self.on_finalized_text(text)
             steps = self.visual_token_steps[self.num_new_tokens - self.num_image_tokens : self.num_new_tokens]
             self.text_queue.put(torch.cat(steps, dim=1)[0])
+
+
+class TrackedStoppingCriteria(StoppingCriteriaList):
+    """Stopping criteria that remember which rows have finished, `finished` of shape (B,)."""
+
+    finished: torch.BoolTensor | bool = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        is_done = super().__call__(input_ids, scores, **kwargs)
+        self.finished = self.finished | is_done
+        return is_done
+
+
+@dataclass
+class DecodingState:
+    """What one call of `generate()` keeps between its steps."""
+
+    prompt_length: int
+    stopping_criteria: TrackedStoppingCriteria
+    allows_passes: bool  # whether one pass may cover all steps of an image
+    needs_logits: bool  # whether anybody reads the logits of steps whose next id is forced
+    visual_tokens: list[torch.Tensor] = field(default_factory=list)  # the vision head's output (B, 1, V) of each step
+    num_ahead: int = 0  # number of steps that the current pass covers beside its own
+    pending: list[ModelOutput] = field(default_factory=list)  # outputs of the next steps, computed in one pass
 
 
 class MetaMorphGenerationMixin(GenerationMixin):
@@ -231,24 +251,22 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 )
             if not isinstance(visual_tokens, torch.Tensor):
                 visual_tokens = torch.cat(list(visual_tokens))
-            image_indices = kwargs.pop("image_indices", None)
-            features = self.get_image_features(visual_tokens=visual_tokens, image_indices=image_indices)
+            features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
-        self._check_image_count_before_expansion(inputs, **kwargs)
-        return super().generate(inputs, generation_config, *args, **kwargs)
-
-    def _check_image_count_before_expansion(
-        self, inputs=None, input_ids=None, pixel_values=None, image_indices=None, mm_encoder_outputs=None, **kwargs
-    ) -> None:
-        """Compare counts early: with `num_return_sequences`, transformers drops surplus images silently."""
-        ids = input_ids if inputs is None else inputs
-        if ids is None or kwargs.get("cache") is not None:  # a cache holds images of earlier turns
-            return
-        given = image_indices if image_indices is not None else pixel_values
-        if mm_encoder_outputs:
-            given = mm_encoder_outputs["image"].pooler_output
-        num_images = 0 if given is None else len(given)
-        self.model.check_image_count(ids == self.config.image_token_id, num_images * self.config.num_image_tokens)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is not None and kwargs.get("cache") is None:  # a cache holds images of earlier turns
+            # With `num_return_sequences`, transformers would drop surplus images silently.
+            given = [kwargs[name] for name in ("image_indices", "pixel_values") if kwargs.get(name) is not None]
+            if kwargs.get("mm_encoder_outputs"):
+                given = [kwargs["mm_encoder_outputs"]["image"].pooler_output]
+            num_features = len(given[0]) * self.config.num_image_tokens if given else 0
+            self.model.check_image_count(ids == self.config.image_token_id, num_features)
+        try:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        except BaseException as error:
+            if isinstance(kwargs.get("streamer"), MetaMorphStreamer):  # whose reader would wait forever
+                kwargs["streamer"].text_queue.put(error)
+            raise
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refuse continuous batching, which passes on token ids but no visual tokens."""
@@ -301,14 +319,15 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         if allows_images:
             max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
-            options = {"max_images": generation_config.max_images, "force_image": generation_config.force_image}
-            processors.append(ImageLogitsProcessor(config, input_ids_seq_length, max_length, **options))
+            processors.append(ImageLogitsProcessor(config, generation_config, input_ids_seq_length, max_length))
+            # The caller's processors come before it, and so read the logits of forced steps, too.
+            model_kwargs["has_readers"] = bool(kwargs.get("logits_processor"))
         return processors
 
     @property
-    def _context(self) -> int | None:
+    def _context(self) -> float:
         """The language model's context in tokens; models with ALiBi and state space models have no limit."""
-        return getattr(self.config.text_config, "max_position_embeddings", None)
+        return getattr(self.config.text_config, "max_position_embeddings", None) or float("inf")
 
     def _max_length_with_image(
         self,
@@ -317,17 +336,15 @@ class MetaMorphGenerationMixin(GenerationMixin):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs,
-    ) -> int:
+    ) -> float:
         """Length of `input_ids` in which an image must fit: by `max_new_tokens`, the context and a static cache."""
-        num_embeds = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
-        # The last token of an answer is never read, so the context and the cache hold one token more.
-        limits = [generation_config.max_length]
-        if self._context is not None:
-            limits.append(self._context + 1 - num_embeds)
+        limits = [self._context]
         if cache is not None:
             lengths = [layer.get_max_length() for layer, slides in zip(cache.layers, cache.is_sliding) if not slides]
-            limits += [length + 1 - num_embeds for length in lengths if length >= 0]
-        return min(limits)
+            limits += [length for length in lengths if length >= 0]
+        num_embeds = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
+        # The last token of an answer is never read, so the context and the cache hold one token more.
+        return min(generation_config.max_length, min(limits) + 1 - num_embeds)
 
     # Overridden to hand the vision head's output to the next forward pass.
     def _update_model_kwargs_for_generation(
@@ -336,17 +353,73 @@ class MetaMorphGenerationMixin(GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
-        if (steps := model_kwargs.get("visual_token_steps")) is not None:
-            # A copy, since a step compiled to a CUDA graph writes over the outputs of the step before.
-            steps.append(outputs.next_visual_token.clone())
+        if (state := model_kwargs.get("decoding_state")) is None:
+            return model_kwargs
+        if state.num_ahead:
+            # One pass has covered several steps. transformers' loop adds one token per step, which keeps streamers,
+            # criteria, processors and sampling as they are, so the outputs are dealt out to its next steps.
+            num_steps, state.num_ahead = state.num_ahead + 1, 0
+            logits = outputs.logits.expand(-1, num_steps, -1).split(1, dim=1)
+            visual_tokens = outputs.next_visual_token[:, -num_steps:].split(1, dim=1)
+            first, *state.pending = (
+                type(outputs)(logits=one, next_visual_token=other, cache=outputs.cache)
+                for one, other in zip(logits, visual_tokens, strict=True)
+            )
+            outputs.logits, outputs.next_visual_token = first.logits, first.next_visual_token
+        # A copy, since a step compiled to a CUDA graph writes over the outputs of the step before.
+        state.visual_tokens.append(outputs.next_visual_token[:, -1:].clone())
+        if self.config.visual_decoding == "autoregressive":
             # Without a cache the whole answer is read again, so all of its visual tokens are needed.
-            model_kwargs["generated_visual_tokens"] = steps[-1] if model_kwargs["use_cache"] else torch.cat(steps, 1)
+            steps = state.visual_tokens[-1:] if model_kwargs["use_cache"] else state.visual_tokens
+            model_kwargs["generated_visual_tokens"] = torch.cat(steps, dim=1)
         return model_kwargs
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, next_sequence_length=None, **kwargs):
         """See [`~transformers.GenerationMixin.prepare_inputs_for_generation`]."""
-        kwargs.pop("visual_token_steps", None)
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        state = kwargs.pop("decoding_state", None)
+        is_answer = state is not None and input_ids.shape[1] > state.prompt_length
+        if is_answer and self.config.visual_decoding == "parallel":
+            if state.pending:
+                return {"precomputed_outputs": state.pending.pop(0)}
+            state.num_ahead = num_ahead = self._count_steps_ahead(input_ids, state)
+            if num_ahead:
+                ahead = input_ids.new_full((len(input_ids), num_ahead), self.config.image_token_id)
+                input_ids = torch.cat([input_ids, ahead], dim=1)
+                if kwargs.get("attention_mask") is not None:
+                    kwargs["attention_mask"] = torch.cat([kwargs["attention_mask"], torch.ones_like(ahead)], dim=1)
+                if (positions := kwargs.get("position_ids")) is not None:
+                    steps = torch.arange(1, num_ahead + 1, device=positions.device)
+                    kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + steps], dim=1)
+                if state.needs_logits:
+                    kwargs["logits_to_keep"] = num_ahead + 1
+                next_sequence_length = next_sequence_length and num_ahead + 1
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, next_sequence_length=next_sequence_length, **kwargs
+        )
+        if is_answer and self.config.visual_decoding == "parallel":
+            indices = self._index_queries(input_ids[:, state.prompt_length :])
+            model_inputs["query_indices"] = indices[:, -model_inputs["input_ids"].shape[1] :]
+        return model_inputs
+
+    def _index_queries(self, answers: torch.LongTensor) -> torch.LongTensor:
+        """Return the index within its image of each image token in `answers` (B, G), which hold whole images."""
+        return ((answers == self.config.image_token_id).cumsum(-1) - 1) % self.config.num_image_tokens
+
+    def _count_steps_ahead(self, input_ids: torch.LongTensor, state: DecodingState) -> int:
+        """
+        Count the visual tokens that one pass can add: what is left of the image if all unfinished rows are at the same
+        position of an image, otherwise 0.
+        """
+        if not state.allows_passes:
+            return 0
+        last, num_image_tokens = input_ids[:, -1], self.config.num_image_tokens
+        is_visual = last == self.config.image_token_id
+        num_generated = (self._index_queries(input_ids[:, state.prompt_length :])[:, -1] + 1) * is_visual
+        num_left = num_image_tokens - num_generated
+        num_left = num_left.where(is_visual | (last == self.config.image_start_token_id), 0)
+        # The loop has just waited for the device to learn whether rows are unfinished, so this copy costs little.
+        counts = set(num_left.masked_fill(torch.as_tensor(state.stopping_criteria.finished), -1).tolist()) - {-1}
+        return counts.pop() if len(counts) == 1 else 0
 
     def _check_prompts(
         self, input_ids, generation_config, cache=None, inputs_embeds=None, mm_encoder_outputs=None, **kwargs
@@ -357,7 +430,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
         if num_given == 0:
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
-        if self._context is not None and num_given >= self._context:
+        if num_given >= self._context:
             raise ValueError(
                 f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "
                 f"{self._context}: shorten the prompt or leave out images."
@@ -380,11 +453,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
             num_read = 0 if cache is None else int(cache.get_seq_length())
             self.model.check_image_count(input_ids[:, num_read:] == config.image_token_id, 0)
 
-    def _check_room(self, input_ids, generation_config, cache=None, inputs_embeds=None, **kwargs) -> None:
+    def _check_room(self, input_ids, generation_config, max_length: float) -> None:
         """Raise a ValueError if an image that is asked for does not fit, and warn if none can."""
         is_begun = (input_ids[:, -1:] == self.config.image_start_token_id).any().item()
         force_image = generation_config.force_image
-        max_length = self._max_length_with_image(generation_config, input_ids.shape[1], cache, inputs_embeds)
         num_needed = self.config.num_image_tokens + (1 if is_begun and not force_image else 2)
         num_left = max_length - input_ids.shape[1]
         if num_left >= num_needed:
@@ -397,24 +469,26 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise ValueError(f"{sentence}: {advice}.")
         logger.warning("%s, so the answer will be text: %s, or max_images=0 for text only.", sentence, advice)
 
-    # Overridden to collect the visual tokens of each step, and to return them beside the ids.
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    # Overridden to keep the state of the steps, and to return visual tokens beside the ids.
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, has_readers=False, **kwargs):
         self._check_prompts(input_ids, generation_config, **kwargs)
-        prompt_length, steps = input_ids.shape[1], []
-        allows_images = self._allows_images(generation_config)
+        allows_images, image_start = self._allows_images(generation_config), self.config.image_start_token_id
+        stopping_criteria = TrackedStoppingCriteria(stopping_criteria)
+        allows_passes = self._allows_passes(generation_config, **kwargs)
+        needs_logits = has_readers or generation_config.output_logits
+        state = DecodingState(input_ids.shape[1], stopping_criteria, allows_passes, needs_logits)
         if allows_images:
-            self._check_room(input_ids, generation_config, **kwargs)
-        begun = (input_ids[:, -1:] == self.config.image_start_token_id).sum(-1) * allows_images
+            self._check_room(input_ids, generation_config, logits_processor[-1].max_length)
+            kwargs["decoding_state"] = state
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
-            kwargs["streamer"].begin(steps)
-        if allows_images:
-            kwargs["visual_token_steps"] = steps
+            kwargs["streamer"].begin(state.visual_tokens)
+        num_begun = (input_ids[:, -1:] == image_start).sum(-1) * allows_images
         outputs = super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs
-        answers = sequences[:, prompt_length:]
+        answers = sequences[:, state.prompt_length :]
         is_visual = answers == self.config.image_token_id
-        begun = begun + (answers == self.config.image_start_token_id).sum(-1)
-        unfinished_images = is_visual.sum(-1) < begun * self.config.num_image_tokens
+        num_begun = num_begun + (answers == image_start).sum(-1)
+        unfinished_images = is_visual.sum(-1) < num_begun * self.config.num_image_tokens
         if unfinished_images.any():
             logger.warning(
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
@@ -422,8 +496,20 @@ class MetaMorphGenerationMixin(GenerationMixin):
             )
         if not isinstance(outputs, ModelOutput):
             return outputs
-        visual_tokens = self._gather_visual_tokens(steps, is_visual)
+        if state.pending and outputs.cache is not None:  # a criterion ended the answer before the pass's last token
+            outputs.cache.crop(-len(state.pending))
+        visual_tokens = self._gather_visual_tokens(state.visual_tokens, is_visual)
         return MetaMorphGenerateOutput(**outputs, visual_tokens=visual_tokens, unfinished_images=unfinished_images)
+
+    def _allows_passes(self, generation_config, cache=None, synced_gpus=False, **kwargs) -> bool:
+        """Return whether one pass may cover all steps of an image; each of these needs a step per token."""
+        return not (
+            synced_gpus  # all processes must run the same number of passes
+            or generation_config.output_attentions
+            or generation_config.output_hidden_states
+            or (cache is not None and (any(cache.is_linear) or not cache.is_croppable))
+            or self._valid_auto_compile_criteria({"cache": cache}, generation_config)  # one shape is compiled
+        )
 
     def _gather_visual_tokens(self, steps: list[torch.Tensor], is_visual: torch.BoolTensor) -> list[torch.Tensor]:
         """Select each row's finished images (images, N, V) from the vision head's outputs (B, 1, V) of all steps."""

@@ -48,21 +48,22 @@ class MetaMorphImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     """
-    [`MultimodalCausalLMOutputWithPast`] with `image_outputs` ([`MetaMorphImageFeatures`]), the losses and the vision
-    head's prediction. All tensors without a shape are scalars; means over no labels are 0.
+    [`MultimodalCausalLMOutputWithPast`] with `image_outputs` ([`MetaMorphImageFeatures`]) and, if `labels` are given,
+    scalar losses and measures; means over no labels are 0.
 
     Args:
-        loss (`torch.Tensor`): `text_loss + visual_loss_weight * visual_loss`, if `labels` are given.
-        text_loss (`torch.Tensor`): Mean cross-entropy over text labels.
-        visual_loss (`torch.Tensor`): Mean regression loss over visual labels.
-        text_accuracy (`torch.Tensor`): Share of text labels that have the largest logit.
-        text_entropy (`torch.Tensor`): Mean entropy, in nats, of the distributions that predict text labels.
-        visual_cosine (`torch.Tensor`): Mean cosine of predicted and true visual tokens, whatever the loss.
-        num_text_labels, num_visual_labels (`torch.Tensor`, int64): Number of labels of each kind.
+        loss: `text_loss + visual_loss_weight * visual_loss`.
+        text_loss: Mean cross-entropy over text labels.
+        visual_loss: Mean regression loss over visual labels.
+        text_accuracy: Share of text labels that have the largest logit.
+        text_entropy: Mean entropy, in nats, of the distributions that predict text labels.
+        visual_cosine: Mean cosine of predicted and true visual tokens, whatever the loss.
+        num_text_labels, num_visual_labels: Number of labels of each kind.
         logits (`torch.Tensor` of shape (B, S, vocabulary)):
             None when `labels` are given in training mode, where only text labels need logits.
-        next_visual_token (`torch.Tensor` of shape (B, 1, V)):
-            The vision head's prediction at the last position, normalized, if no `labels` are given.
+        next_visual_token (`torch.Tensor` of shape (B, 1 or G, V)):
+            The vision head's prediction at the last position (at the last G positions, given G `query_indices`),
+            normalized, if no `labels` are given.
     """
 
     text_loss: torch.FloatTensor | None = None
@@ -113,10 +114,7 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
         return self.base_model.language_model.dtype
 
     def initialize_weights(self) -> None:
-        """
-        Initialize missing weights, those of sub-models by their own rules. transformers skips the rules for modules
-        without parameters of their own, such as SigLIP's attention, below a class that is not part of it.
-        """
+        """Initialize missing weights, those of sub-models by their own rules, which transformers skips in part."""
         for child in self.children():
             if isinstance(child, PreTrainedModel):
                 child.initialize_weights()
@@ -141,13 +139,9 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.projector = MetaMorphMLP(config.visual_token_dim, width, width, config.projector_layers)
         self.language_model = AutoModel.from_config(config.text_config)
+        is_parallel = config.visual_decoding == "parallel"
+        self.visual_queries = nn.Embedding(config.num_image_tokens, width) if is_parallel else None
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "MetaMorphModel":
         """See [`torch.nn.Module.train`]. A frozen vision tower stays in eval mode."""
@@ -298,36 +292,44 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             ),
         )
 
+    def _find_target_images(
+        self, input_ids: torch.LongTensor, visual_target_mask: torch.BoolTensor, num_images: int
+    ) -> torch.Tensor:
+        """Return which of the images (I,) are regression targets."""
+        is_image, num_image_tokens = input_ids == self.config.image_token_id, self.config.num_image_tokens
+        self.check_image_count(is_image, num_images * num_image_tokens)
+        return visual_target_mask[is_image].view(-1, num_image_tokens).any(-1)
+
     def _embed(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
-        features: MetaMorphImageFeatures | None,
+        image_embeds: torch.Tensor | None,
         generated_visual_tokens: torch.Tensor | None,
+        query_indices: torch.LongTensor | None,
     ) -> torch.Tensor:
-        """Return embeddings (B, S, D) with projected visual tokens at the image token positions."""
+        """Return embeddings (B, S, D) with images and generated visual tokens at the image token positions."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        length, device, dtype = inputs_embeds.shape[1], inputs_embeds.device, inputs_embeds.dtype
-        num_generated = 0 if generated_visual_tokens is None else generated_visual_tokens.shape[1]
-        prompt_length = length - num_generated
-        if num_generated:
-            generated = self.projector(generated_visual_tokens).to(device, dtype)
-            is_generated = F.pad(input_ids[:, prompt_length:] == self.config.image_token_id, (prompt_length, 0))
-            inputs_embeds = torch.where(
-                is_generated[..., None], F.pad(generated, (0, 0, prompt_length, 0)), inputs_embeds
-            )
-        if features is not None:
-            image_embeds = features.pooler_output
+        device, dtype, generated = inputs_embeds.device, inputs_embeds.dtype, inputs_embeds[:, :0]
+        if query_indices is not None:
+            generated = self.visual_queries(query_indices)
+        elif generated_visual_tokens is not None:
+            generated = self.projector(generated_visual_tokens)
+        prompt_length = inputs_embeds.shape[1] - generated.shape[1]
+        prompt, answer = inputs_embeds[:, :prompt_length], inputs_embeds[:, prompt_length:]
+        prompt_ids = None if input_ids is None else input_ids[:, :prompt_length]
+        if image_embeds is not None:
             if not isinstance(image_embeds, torch.Tensor):  # generate() passes lists when it splits or expands
                 image_embeds = torch.stack(list(image_embeds))
-            prompt_ids = None if input_ids is None else input_ids[:, :prompt_length]
-            mask = self.get_placeholder_mask(prompt_ids, inputs_embeds[:, :prompt_length], image_embeds)
-            mask = F.pad(mask, (0, num_generated))[..., None].to(device)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_embeds.to(device, dtype))
-        elif input_ids is not None and prompt_length > 1:  # a decoding step without images has one position
-            self.check_image_count(input_ids[:, :prompt_length] == self.config.image_token_id, 0)
-        return inputs_embeds
+            mask = self.get_placeholder_mask(prompt_ids, prompt, image_embeds)[..., None].to(device)
+            prompt = prompt.masked_scatter(mask, image_embeds.to(device, dtype))
+        elif prompt_ids is not None and prompt_length > 1:
+            self.check_image_count(prompt_ids == self.config.image_token_id, 0)
+        if answer.shape[1] == 0:
+            return prompt
+        is_generated = (input_ids[:, prompt_length:] == self.config.image_token_id).unsqueeze(-1)
+        return torch.cat([prompt, torch.where(is_generated, generated.to(device, dtype), answer)], dim=1)
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -342,6 +344,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         visual_tokens: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         generated_visual_tokens: torch.FloatTensor | None = None,
+        query_indices: torch.LongTensor | None = None,
         visual_target_mask: torch.BoolTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -356,8 +359,11 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             image_indices (`torch.LongTensor` of shape (I,)): See [`MetaMorphModel.get_image_features`].
             generated_visual_tokens (`torch.FloatTensor` of shape (B, G, V)):
                 Predictions for the last G positions, used where `image_token_id` stands; set by `generate()`.
+            query_indices (`torch.LongTensor` of shape (B, G)):
+                Indices of the visual queries for the last G positions, likewise, in parallel decoding.
             visual_target_mask (`torch.BoolTensor` of shape (B, S)):
-                Visual tokens that are regression targets, to which `visual_token_noise` applies in training.
+                Visual tokens that are regression targets. Their inputs are the visual queries in parallel decoding,
+                otherwise `visual_token_noise` applies to them in training.
             mm_encoder_outputs (`dict`): `{"image": MetaMorphImageFeatures}`, instead of `pixel_values`.
 
         Raises:
@@ -372,24 +378,28 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         given = [images for images in (image_indices, pixel_values, visual_tokens) if images is not None]
         if given and features is not None:
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
+        is_parallel, target_images = self.visual_queries is not None, None
+        if visual_target_mask is not None and (given or features is not None):
+            num_images = len(given[0]) if given else len(features.pooler_output)
+            target_images = self._find_target_images(input_ids, visual_target_mask, num_images)
         if given:
-            noise_mask = None
-            if visual_target_mask is not None and self.training and self.config.visual_token_noise > 0:
-                is_image, num_image_tokens = input_ids == self.config.image_token_id, self.config.num_image_tokens
-                self.check_image_count(is_image, len(given[0]) * num_image_tokens)
-                noise_mask = visual_target_mask[is_image].view(-1, num_image_tokens).any(-1)
-            # Packing or causality, say, are not for the vision tower.
-            tower_kwargs = {
-                name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs
-            }
+            is_noisy = target_images is not None and self.training and self.config.visual_token_noise > 0
+            # Other kwargs, such as those for packing, are for the language model only.
+            shared = ("output_attentions", "output_hidden_states")
+            tower_kwargs = {name: kwargs[name] for name in shared if name in kwargs}
+            noise_mask = target_images if is_noisy and not is_parallel else None
             features = self.get_image_features(
                 pixel_values, visual_tokens, image_indices, noise_mask, return_dict=True, **tower_kwargs
             )
+        image_embeds = None if features is None else features.pooler_output
+        if is_parallel and target_images is not None:
+            queries = self.visual_queries(torch.arange(self.config.num_image_tokens, device=image_embeds.device))
+            image_embeds = torch.where(target_images[:, None, None], queries.to(image_embeds.dtype), image_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            inputs_embeds=self._embed(input_ids, inputs_embeds, features, generated_visual_tokens),
+            inputs_embeds=self._embed(input_ids, inputs_embeds, image_embeds, generated_visual_tokens, query_indices),
             **kwargs,
         )
         return MultimodalBaseModelOutputWithPast(
@@ -421,18 +431,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
     def get_image_features(self, *args, **kwargs) -> MetaMorphImageFeatures:
         """See [`MetaMorphModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
@@ -440,6 +438,19 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
     def get_visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See [`MetaMorphModel.get_visual_tokens`]."""
         return self.model.get_visual_tokens(pixel_values)
+
+    @torch.no_grad()
+    def enable_parallel_decoding(self, visual_tokens: torch.Tensor) -> None:
+        """
+        Switch an autoregressive model to `visual_decoding="parallel"`; it must be trained on to generate images again.
+
+        Args:
+            visual_tokens (`torch.Tensor` of shape (I, N, V)):
+                Visual tokens of some images; the visual queries start as the mean of their projections.
+        """
+        queries = self.get_image_features(visual_tokens=visual_tokens, return_dict=True).pooler_output.mean(0)
+        self.model.visual_queries = nn.Embedding(*queries.shape, _weight=queries.to(self.dtype))
+        self.config.visual_decoding = "parallel"
 
     def visual_loss_function(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the float32 loss (M,) of each predicted visual token (M, V)."""
@@ -465,8 +476,10 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         visual_tokens: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         generated_visual_tokens: torch.FloatTensor | None = None,
+        query_indices: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         num_items_in_batch: torch.Tensor | None = None,
+        precomputed_outputs: MetaMorphCausalLMOutputWithPast | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaMorphCausalLMOutputWithPast:
         """
@@ -480,10 +493,15 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             num_items_in_batch (`torch.Tensor` of shape (2,), int64):
                 Text and visual labels of a whole optimization step (all devices, all accumulation steps), by which
                 the losses are divided instead of by the counts of this batch.
+            precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]):
+                Outputs that are returned at once; set by `generate()` for steps of an image that a pass over all of
+                its queries has computed before.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
         """
+        if precomputed_outputs is not None:
+            return precomputed_outputs
         visual_target_mask = None if labels is None else self._find_visual_targets(input_ids, labels)
         outputs = self.model(
             input_ids=input_ids,
@@ -495,6 +513,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             visual_tokens=visual_tokens,
             image_indices=image_indices,
             generated_visual_tokens=generated_visual_tokens,
+            query_indices=query_indices,
             visual_target_mask=visual_target_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -504,7 +523,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if labels is None:
-            next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -1:]))
+            num_kept = 1 if query_indices is None else query_indices.shape[1]
+            next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -num_kept:]))
         else:
             features = outputs.image_outputs
             losses = self._compute_losses(

@@ -39,7 +39,7 @@ class MetaMorphProcessor(ProcessorMixin):
 
     Args:
         image_processor: Any image processor of transformers that returns `pixel_values`.
-        tokenizer: A tokenizer with the three image tokens; generation needs padding on the left.
+        tokenizer: A tokenizer with the three image tokens.
         num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N, as in the model's config.
         chat_template (`str`, *optional*): Jinja template; defaults to the tokenizer's.
         image_token, image_start_token, image_end_token (`str`): The three tokens.
@@ -82,6 +82,12 @@ class MetaMorphProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """Return the text of one image."""
         return self.image_start_token + self.image_token * self.num_image_tokens + self.image_end_token
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """See [`~transformers.ProcessorMixin.__call__`]. Pads on the left by default, as generation needs."""
+        if "padding_side" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding_side", "left")
+        return super().__call__(images, text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """See [`~transformers.ProcessorMixin.prepare_inputs_layout`]. Reads all images with [`read_image`]."""
