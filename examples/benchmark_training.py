@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,6 @@ def make_batch(model: MetaMorphForConditionalGeneration, text: int, asked: int, 
     }
 
 
-def our_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    return model(**batch, use_cache=False).loss
-
-
 def twin_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.Tensor:
     """Return the sum of both losses, computed in the simplest way."""
     hidden_states = model.model(
@@ -72,8 +69,8 @@ def twin_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.T
     return text_loss - (predictions * targets).sum(-1)[is_visual[:, 1:]].mean()
 
 
-def step(model: MetaMorphForConditionalGeneration, compute_loss: Callable, batch: Batch) -> float:
-    loss = compute_loss(model, batch)
+def step(model: MetaMorphForConditionalGeneration, batch: Batch, compute_loss: Callable | None = None) -> float:
+    loss = model(**batch, use_cache=False).loss if compute_loss is None else compute_loss(model, batch)
     loss.backward()
     return loss.item()
 
@@ -97,13 +94,16 @@ def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
 
     rows, pixels = load_images()
     tasks, rng = EmojiTasks(rows), random.Random(0)
-    records = [tasks.sample(task, rng) for task in ("sequence", "name", "text_to_image", "edit", "yes_no", "thinking")]
+    names = ("sequence", "name", "text_to_image", "edit", "yes_no", "thinking", "category")
     text = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], "images": []}
-    images = pixels.permute(0, 2, 3, 1).numpy()
-    examples = [
-        {"messages": record["messages"], "images": [Image.fromarray(images[index]) for index in record["images"]]}
-        for record in (*records, text, tasks.sample("category", rng))
-    ]
+    examples = [text, *(tasks.sample(name, rng) for name in names)]
+    pixels = pixels.permute(0, 2, 3, 1).numpy()
+
+    def read(columns: dict[str, list]) -> dict[str, list]:
+        chosen = [examples[index] for index in columns["index"]]
+        images = [[Image.fromarray(pixels[index]) for index in example["images"]] for example in chosen]
+        return {"messages": [example["messages"] for example in chosen], "images": images}
+
     args = VPiTConfig(
         folder,
         max_steps=1,
@@ -126,63 +126,52 @@ def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
     model = MetaMorphForConditionalGeneration.from_pretrained(EMOJI / "checkpoint" / "model", dtype="float32")
     model.config.visual_token_noise = 0.0
     processor = MetaMorphProcessor.from_pretrained(EMOJI / "checkpoint" / "processor")
-    dataset = Dataset.from_dict({"index": range(len(examples))}).with_transform(
-        lambda columns: {key: [examples[index][key] for index in columns["index"]] for key in ("messages", "images")}
-    )
+    dataset = Dataset.from_dict({"index": range(len(examples))}).with_transform(read)
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     VPiTTrainer(model, args, processing_class=processor, train_dataset=dataset).train()
     return before - torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def two_process_gradients(folder: str) -> torch.Tensor:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", __file__]
-    subprocess.run([*launcher, "--gradients-to", folder], check=True, capture_output=True)
-    return torch.load(Path(folder) / "gradients.pt", weights_only=True)
-
-
-def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return ((one - other).norm() / one.norm()).item()
-
-
-def measure(args: argparse.Namespace) -> dict[str, float]:
+def measure_steps(args: argparse.Namespace) -> dict[str, float]:
+    """Return times and memory of a step, ours and the twin's."""
     timer, results = Timer("cpu", args.repeats), {}
     torch.manual_seed(0)
-
     model = build_model(args).train()
     model.model.vision_tower.requires_grad_(False)
     batch = make_batch(model, args.tokens - args.visual_tokens - 2, 0, 1)  # a quarter of all tokens are targets
-    ours, twin = lambda: step(model, our_loss, batch), lambda: step(model, twin_loss, batch)
+    ours, twin = partial(step, model, batch), partial(step, model, batch, twin_loss)
     # They differ only by the probability of the placeholder token, which ours excludes.
     results["loss, ours - twin's"] = ours() - twin()
     seconds = timer(ours, twin)
-    results["step, ours, s"], results["step, twin, s"] = seconds
     results["step, ours / twin (at most 0.6)"] = seconds[0] / seconds[1]
     held = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
     held_bytes = sum(t.numel() * t.element_size() for t in held)
-    for checkpointing, name in ((False, ""), (True, ", gradient checkpointing")):
-        if checkpointing:
+    for name in ("", ", gradient checkpointing"):
+        if name:
             model.gradient_checkpointing_enable()
         peaks = [peak_bytes(run) for run in (ours, twin)]
-        results[f"memory beyond weights and gradients{name}, ours, MB"] = peaks[0] / 1e6
-        results[f"memory beyond weights and gradients{name}, twin, MB"] = peaks[1] / 1e6
-        results[f"memory beyond them{name}, ours / twin (at most 0.5)"] = peaks[0] / peaks[1]
+        results[f"memory beyond weights and gradients{name}, ours / twin (at most 0.5)"] = peaks[0] / peaks[1]
         results[f"memory with them{name}, ours / twin"] = (held_bytes + peaks[0]) / (held_bytes + peaks[1])
     model.gradient_checkpointing_disable()
 
     batch = make_batch(model, 192, 2, 2)
     with_tower = {**batch, "pixel_values": torch.randn(4, 3, 224, 224)}
     del with_tower["visual_tokens"]
-    seconds = timer(lambda: step(model, our_loss, batch), lambda: step(model, our_loss, with_tower))
-    results["step, 4 images, precomputed visual tokens / with the tower"] = seconds[0] / seconds[1]
+    seconds = timer(partial(step, model, batch), partial(step, model, with_tower))
+    return results | {"step, 4 images, precomputed visual tokens / with the tower": seconds[0] / seconds[1]}
 
-    with tempfile.TemporaryDirectory() as folder:
-        whole = one_step_gradients(8, folder)
-        for batch_size in (4, 2, 1):
-            name = f"gradients, 1 x 8 against {8 // batch_size} x {batch_size} (at most 1e-5)"
-            results[name] = relative_difference(whole, one_step_gradients(batch_size, folder))
-        name = "gradients, one process against two (at most 1e-5)"
-        results[name] = relative_difference(whole, two_process_gradients(folder))
-    return results
+
+def compare_gradients(folder: str) -> dict[str, float]:
+    """Return the relative differences of gradients of a whole batch and of a divided one."""
+    whole = one_step_gradients(8, folder)
+    divided = {f"1 x 8 against {8 // size} x {size}": one_step_gradients(size, folder) for size in (4, 2, 1)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", __file__]
+    subprocess.run([*launcher, "--gradients-to", folder], check=True, capture_output=True)
+    divided["one process against two"] = torch.load(Path(folder) / "gradients.pt", weights_only=True)
+    return {
+        f"gradients, {name} (at most 1e-5)": ((whole - gradients).norm() / whole.norm()).item()
+        for name, gradients in divided.items()
+    }
 
 
 def main() -> None:
@@ -192,16 +181,12 @@ def main() -> None:
         ("--layers", 8, "layers of the language model"),
         ("--vocabulary", 128_256, "vocabulary of the language model"),
         ("--tokens", 512, "length of the timed conversation"),
-        ("--visual-tokens", 64, "visual tokens per image"),
-        ("--tower-hidden", 768, "width of the vision tower"),
-        ("--tower-layers", 12, "layers of the vision tower"),
         ("--repeats", 3, "timed runs of each step"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{help_text} (default: {default})")
-    parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--gradients-to", help=argparse.SUPPRESS)  # set for the two processes that this one launches
+    parser.set_defaults(device="cpu", dtype="float32", visual_tokens=64, tower_hidden=768, tower_layers=12)
     args = parser.parse_args()
-    args.device, args.dtype = "cpu", "float32"
     if args.gradients_to is not None:
         gradients = one_step_gradients(1, args.gradients_to)
         if PartialState().is_main_process:
@@ -209,13 +194,11 @@ def main() -> None:
         PartialState().destroy_process_group()  # Exiting without this may abort the process.
         return
 
-    results = measure(args)
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure_steps(args) | compare_gradients(folder)
     for name, value in results.items():
-        print(f"{name:<74} {value:10.3g}")
-    measured = {"settings": {k: str(v) for k, v in vars(args).items()}, "results": results}
-    print(json.dumps(measured))
-    if args.json is not None:
-        args.json.write_text(json.dumps(measured, indent=2) + "\n")
+        print(f"{name:<82} {value:10.3g}")
+    print(json.dumps({"settings": vars(args), "results": results}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ adapter merged in `merged`. A folder that already holds a run is refused: `--res
 `--overwrite_output_dir` starts anew.
 """
 
-import json
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -41,14 +40,12 @@ from metamorph_hf.vpit.trainer import last_complete_checkpoint
 class ScriptArguments:
     """Arguments of this script: the data, sample answers, and the output folder."""
 
-    dataset: str | None = field(
-        default=None, metadata={"help": "LLaVA JSON or JSONL, or Hub dataset of messages and images. Default: emoji."}
-    )
+    dataset: str | None = field(default=None, metadata={"help": "LLaVA JSON(L), or Hub dataset. Default: emoji."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset while training."})
     mixture: list[dict] | None = field(default=None, metadata={"help": "Sources, see examples/configs/mixture.yaml."})
-    mixture_size: int | None = field(default=None, metadata={"help": "Samples in a mixture with weights."})
+    mixture_size: int | None = field(default=None, metadata={"help": "Samples in a mixture with fractions."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     eval_samples: int = field(default=0, metadata={"help": "Samples to hold out for evaluation."})
     precompute: bool = field(default=False, metadata={"help": "Encode all images first, and train without the tower."})
@@ -57,18 +54,13 @@ class ScriptArguments:
     )
     sample_steps: int = field(default=0, metadata={"help": "Steps between two sample answers; 0 for none."})
     visualizer: str | None = field(default=None, metadata={"help": "MetaMorphPipeline that decodes sample answers."})
-    resume: bool = field(
-        default=False, metadata={"help": "Continue from the last complete checkpoint, if output_dir has one."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the checkpoints of an earlier run in output_dir, and start anew."}
-    )
+    resume: bool = field(default=False, metadata={"help": "Continue from output_dir's last complete checkpoint."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run's checkpoints first."})
     merge: bool = field(default=False, metadata={"help": "Also save model and adapter merged, in output_dir/merged."})
 
 
 def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | None:
-    """Return the checkpoint to resume from, or None for a new run. Exit if `output_dir` holds a run and no flag says
-    what to do with it."""
+    """Return the checkpoint to resume from, or None for a new run, for which nothing may be lost without a flag."""
     output_dir = Path(training_args.output_dir)
     if args.resume and args.overwrite_output_dir:
         sys.exit("--resume continues a run and --overwrite_output_dir discards it: pass one of the two.")
@@ -76,17 +68,15 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | N
         return training_args.resume_from_checkpoint
     if args.resume:
         return last_complete_checkpoint(output_dir)
-    earlier = [path for pattern in ("checkpoint-*", "*.safetensors") for path in output_dir.glob(pattern)]
-    if earlier and not args.overwrite_output_dir:
-        sys.exit(
-            f"{output_dir} already holds a run ({earlier[0].name}): continue it with --resume, discard it with "
-            "--overwrite_output_dir, or choose another --output_dir."
-        )
-    state = PartialState()
+    checkpoints, state = [*output_dir.glob("checkpoint-*")], PartialState()
+    if (checkpoints or any(output_dir.glob("*.safetensors"))) and not args.overwrite_output_dir:
+        sys.exit(f"{output_dir} already holds a run: pass --resume, --overwrite_output_dir or another --output_dir.")
     state.wait_for_everyone()  # until every process has looked
     if state.is_main_process:
-        for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob("rejected_samples-*.jsonl")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in checkpoints:
+            shutil.rmtree(path)
+        for path in output_dir.glob("rejected_samples-*.jsonl"):
+            path.unlink()
     state.wait_for_everyone()
     return None
 
@@ -97,12 +87,10 @@ def load_emoji(training_args: VPiTConfig, size: int) -> Dataset:
     from emoji.emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, training_stream
 
     rows, pixels = load_images()
-    images = pixels.permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
     mixture = UNDERSTANDING if training_args.stage == "projector" else MIXTURE
     group = training_args.per_device_train_batch_size
-    return training_stream(
-        EmojiTasks(rows), mixture, size, group, "images", lambda view, image, task: Image.fromarray(images[image])
-    )
+    return training_stream(EmojiTasks(rows), mixture, size, group, "images", lambda view, image, task: images[image])
 
 
 def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
@@ -173,14 +161,11 @@ def main() -> None:
         trainer.add_callback(LogSamplesCallback(trainer, args.sample_prompts, args.sample_steps, visualizer))
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    data = json.dumps(args.mixture) if args.mixture else args.dataset or "the emoji of metamorph_hf"
+    data = str(args.mixture or args.dataset or "the emoji of metamorph_hf")
     trainer.save_model()
     trainer.create_model_card(dataset_name=data)
-    if trainer.is_world_process_zero():
-        output_dir = Path(training_args.output_dir)
-        (output_dir / "training_facts.json").write_text(json.dumps(trainer.training_facts(data), indent=1))
-        if args.merge and model_args.use_peft:
-            merge_adapter(base, revision, output_dir)
+    if args.merge and model_args.use_peft and trainer.is_world_process_zero():
+        merge_adapter(base, revision, Path(training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data)
     trainer.end()

@@ -104,6 +104,7 @@ def test_killed_runs_resume(tmp_path, processes, kill, last):
         "train_sampling_strategy": "random",
         "per_device_train_batch_size": 2 // processes,
         "lr_scheduler_type": "cosine",
+        "save_total_limit": 1,  # An older checkpoint stays until the newer one is complete.
     }
     done = launch(processes, {"output": tmp_path / "cut", "kill": kill, **options})
     assert done.returncode != 0

@@ -48,6 +48,7 @@ SIGNATURES = {
     "transformers GenerationMixin._validate_generation_mode": (
         "self generation_mode generation_config generation_mode_kwargs"
     ),
+    "transformers Trainer._save_rng_state": ("self output_dir"),
 }
 
 

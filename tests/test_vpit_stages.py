@@ -195,6 +195,20 @@ class TestPeft:
         assert completed.modules_to_save == ["projector"]
         assert completed.trainable_token_indices == [1]
 
+    @pytest.mark.parametrize("parallel", [False, True])
+    def test_visual_queries_are_trained_whole(self, tiny_processor, tiny_model, tmp_path, parallel):
+        """A model that generates an image in one pass has them."""
+        model = tiny_model(visual_decoding="parallel" if parallel else "autoregressive")
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path), peft_config=LoraConfig(r=4))
+        trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        assert any("visual_queries.modules_to_save" in name for name in trained) == parallel
+        assert sum(len(group["params"]) for group in trainer.create_optimizer().param_groups) == len(trained)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "visual_queries" in name}
+        trainer.train()
+        for name, parameter in trainer.model.named_parameters():
+            if name in before:
+                assert torch.equal(parameter, before[name]) == ("original_module" in name), name
+
     @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "v_proj"]])
     def test_tower_is_not_adapted(self, tiny_processor, model, tmp_path, target_modules):
         """Its layers have the same names as those of the language model."""

@@ -2,7 +2,6 @@ import copy
 import json
 import math
 import resource
-import shutil
 import signal
 
 import pytest
@@ -161,6 +160,22 @@ class TestTrainer:
         card = (tmp_path / "run" / "README.md").read_text()
         assert "| data | my-data |" in card and "- vpit\n" in card and "- mine\n" in card
 
+    @pytest.mark.parametrize("max_length", [None, 1000, 12])
+    def test_context_limits_the_length(self, tiny_processor, tiny_config, tmp_path, max_length):
+        """A sample longer than the language model's context is treated like one longer than `max_length`."""
+        config = tiny_config()
+        config.text_config.max_position_embeddings = 20
+        model = MetaMorphForConditionalGeneration(config)
+        args = arguments(tmp_path, max_length=max_length, on_bad_sample="skip", max_bad_share=1.0)
+        trainer = build_trainer(model, tiny_processor, args)
+        lengths = [DataCollatorForVPiT(tiny_processor)([example])["input_ids"].shape[1] for example in EXAMPLES]
+        limit = min(max_length or 20, 20)
+        assert min(lengths) <= 20 < max(lengths)
+        rejected = trainer.data_collator(EXAMPLES).get("rejected", [])
+        assert [r["sample"] for r in rejected] == [
+            f"Example {index} of the batch" for index, length in enumerate(lengths) if length > limit
+        ]
+
     def test_lengths_group_samples(self, tiny_processor, model, tmp_path):
         collate = DataCollatorForVPiT(tiny_processor)
         lengths = [collate([example])["input_ids"].shape[1] for example in EXAMPLES]
@@ -188,7 +203,7 @@ class TestRefused:
 
     def test_trained_tower_with_visual_tokens(self, tiny_processor, model, tmp_path):
         args = arguments(tmp_path, vision_tower_learning_rate=1e-3)
-        with pytest.raises(ValueError, match="the dataset has `visual_tokens`, for which the tower does not run"):
+        with pytest.raises(ValueError, match="the tower does not run on `visual_tokens`"):
             build_trainer(model, tiny_processor, args, examples_with_nan())
 
 
@@ -245,29 +260,6 @@ class TestFaults:
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
         assert "checkpoint-4 was not saved completely and is passed over" in caplog.text
         assert damage in caplog.text
-
-    def test_random_states_of_all_processes_are_needed(self, tiny_processor, model, tmp_path):
-        train(model, tiny_processor, self.arguments(tmp_path, max_steps=2))
-        folder = tmp_path / "checkpoint-2"
-        state = json.loads((folder / "trainer_state.json").read_text())
-        (recorded,) = [c for c in state["stateful_callbacks"].values() if "num_processes" in c["attributes"]]
-        recorded["attributes"]["num_processes"] = 2
-        (folder / "trainer_state.json").write_text(json.dumps(state))
-        (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
-        assert last_complete_checkpoint(tmp_path) is None
-        shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
-        assert last_complete_checkpoint(tmp_path) == str(folder)
-
-    def test_resume_without_a_record_of_processes(self, tiny_processor, tiny_model, tmp_path):
-        """Checkpoints of earlier versions have none."""
-        train(tiny_model(), tiny_processor, self.arguments(tmp_path, max_steps=2))
-        path = tmp_path / "checkpoint-2" / "trainer_state.json"
-        state = json.loads(path.read_text())
-        state["stateful_callbacks"] = {"TrainerControl": state["stateful_callbacks"]["TrainerControl"]}
-        path.write_text(json.dumps(state))
-        resumed = build_trainer(tiny_model(), tiny_processor, self.arguments(tmp_path, max_steps=4))
-        resumed.train(resume_from_checkpoint=True)
-        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
     def test_nothing_to_resume_from(self, tiny_processor, model, tmp_path):
         trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path))

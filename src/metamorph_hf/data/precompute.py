@@ -24,9 +24,7 @@ def precompute_visual_tokens(
     Replace the images of a dataset by their visual tokens.
 
     Args:
-        dataset ([`~datasets.Dataset`]):
-            A mixture from [`load_mixture`], or a dataset with a column `images`, lists of anything that [`read_image`]
-            accepts.
+        dataset ([`~datasets.Dataset`]): A mixture, or a dataset with `images`, lists of what [`read_image`] accepts.
         model ([`MetaMorphForConditionalGeneration`]): Encodes the images, on its device and in its dtype.
         processor ([`MetaMorphProcessor`]): The model's processor.
         batch_size (`int`, *optional*, defaults to 32): Number of rows whose images are encoded together.
@@ -40,10 +38,7 @@ def precompute_visual_tokens(
         ValueError: if the dataset is a stream.
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"Visual tokens are computed once for a stored dataset, but this is {type(dataset).__name__}: load it "
-            "without streaming, or train on images."
-        )
+        raise ValueError(f"{type(dataset).__name__} is not a stored dataset: load it without streaming.")
     shape = (model.config.num_image_tokens, model.config.visual_token_dim)
 
     @torch.no_grad()
@@ -66,8 +61,8 @@ def precompute_visual_tokens(
     removed = {"images", "bad"} & set(dataset.column_names) if transform is None else set(dataset.column_names)
     features = {name: feature for name, feature in dataset.features.items() if name not in removed}
     features |= {"visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}
-    options = {"remove_columns": list(removed), "features": Features(features), "desc": "Visual tokens"}
-    encoded = dataset.map(encode, batched=True, batch_size=batch_size, **options)
+    options = {"batched": True, "batch_size": batch_size, "remove_columns": list(removed), "desc": "Visual tokens"}
+    encoded = dataset.map(encode, features=Features(features), **options)
     encoded = encoded.with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
     if transform is None:
         return encoded
@@ -77,8 +72,9 @@ def precompute_visual_tokens(
 
 def _replace_images(columns: dict[str, list], transform: Callable, encoded: Dataset) -> dict[str, list]:
     replaced = encoded[columns.pop("index")]
-    records = {**transform(columns), **replaced}
-    return {name: values for name, values in records.items() if name != "images"}
+    records = transform(columns)
+    del records["images"]
+    return {**records, **replaced}
 
 
 __all__ = ["precompute_visual_tokens"]

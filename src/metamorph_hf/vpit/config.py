@@ -17,17 +17,15 @@ class VPiTConfig(SFTConfig):
     r"""
     Configuration of [`VPiTTrainer`]: [`~trl.SFTConfig`] with the paper's defaults (section 3 and appendix A).
 
-    Learning rates are resolved here: after initialization `learning_rate` and the three module learning rates are the
-    rates that are used and logged. Copying a configuration, for example by `dataclasses.replace`, does not scale them
-    again unless the batch size or `base_batch_size` changes.
+    After initialization, all learning rates are those that are used and logged. A copy, for example by
+    `dataclasses.replace`, does not scale them again unless the batch size or `base_batch_size` changes.
 
     Args:
         stage (`str`, *optional*, defaults to `"full"`):
             `"projector"` for stage 1 (paper, section 3.3), which trains the projector and the embeddings of
             `<image_start>` and `<image_end>`; `"full"` for stage 2, which trains all but the vision tower.
         learning_rate (`float`, *optional*):
-            Learning rate of all modules without a setting of their own. Defaults to the paper's 6.93e-5 for a batch of
-            1,536 conversations, scaled to the actual batch size.
+            Learning rate of modules without one of their own. Defaults to 6.93e-5 at a `base_batch_size` of 1,536.
         base_batch_size (`int`, *optional*):
             Batch size that the given learning rates are meant for. They are multiplied by `sqrt(batch size /
             base_batch_size)`, where the batch size counts all devices and accumulation steps.
@@ -35,52 +33,34 @@ class VPiTConfig(SFTConfig):
         projector_learning_rate, vision_head_learning_rate (`float`, *optional*): Default to `learning_rate`.
         vision_tower_learning_rate (`float`, *optional*): Defaults to None, which freezes the vision tower.
         visual_loss_weight (`float`, *optional*):
-            Weight of the visual loss. Defaults to 0 in stage `"projector"`, which trains no vision head, and to the
-            model configuration's `visual_loss_weight` in stage `"full"`.
+            Defaults to 0 in stage `"projector"`, and to the model configuration's `visual_loss_weight` in `"full"`.
         on_nonfinite_loss (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops at a NaN or infinite loss and names step and samples. `"skip"` warns, skips the update of
-            the optimization step and counts it; evaluation leaves the batch out.
-        max_length (`int`, *optional*, defaults to 4096): Maximum length of a conversation, visual tokens included.
+            `"raise"` stops at a NaN or infinite loss, `"skip"` makes no update, or leaves out the batch in evaluation.
+        max_length (`int`, *optional*, defaults to 4096):
+            Maximum length of a conversation, visual tokens included; never more than the language model's context.
         on_too_long (`str`, *optional*, defaults to `"refuse"`):
             `"refuse"` treats a longer conversation as a bad sample, `"drop_turns"` drops whole turns from its end.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops at a sample that cannot be used. `"skip"` leaves it out, counts it and lists it in
-            `rejected_samples-<process>.jsonl` in `output_dir`.
+            `"raise"` stops at a sample that cannot be used, `"skip"` lists it in `rejected_samples-<process>.jsonl`.
         max_bad_share (`float`, *optional*, defaults to 0.01):
-            Stop when more than this share of an epoch's samples (of a stream: of the samples so far, and at least of
-            1,000) was skipped.
+            Stop when a larger share of an epoch's samples (of a stream: of those so far, or of 1,000) was skipped.
 
     Raises:
-        ValueError: if a choice is unknown, a learning rate is given for a module that the stage freezes, or an option
-            of [`~trl.SFTConfig`] is set that VPiT does not support.
+        ValueError: if a choice is unknown, or an option is set that VPiT or the stage does not support.
     """
 
     stage: Literal["projector", "full"] = field(default="full", metadata={"help": "Stage 1 or stage 2 of the paper."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate. Default: the paper's, scaled to the batch size."}
-    )
-    base_batch_size: int | None = field(
-        default=None, metadata={"help": "Scale learning rates by sqrt(batch size / base_batch_size)."}
-    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: the paper's, for the batch size."})
+    base_batch_size: int | None = field(default=None, metadata={"help": "Batch size that learning rates are for."})
     learning_rate_scale: float | None = field(default=None, metadata={"help": "Set automatically; do not pass it."})
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
     vision_head_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
     vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Default: the tower is frozen."})
-    visual_loss_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the visual loss. Default: 0 in stage 'projector', or the model's."},
-    )
-    on_nonfinite_loss: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "What to do at a NaN or infinite loss: stop, or skip the update."}
-    )
+    visual_loss_weight: float | None = field(default=None, metadata={"help": "Default: the model's; 0 in stage 1."})
+    on_nonfinite_loss: Literal["raise", "skip"] = field(default="raise", metadata={"help": "Stop, or skip the step."})
     max_length: int | None = field(default=4096, metadata={"help": "Maximum tokens of a conversation and its images."})
-    on_too_long: Literal["refuse", "drop_turns"] = field(
-        default="refuse", metadata={"help": "What to do with longer conversations: refuse them, or drop last turns."}
-    )
-    on_bad_sample: Literal["raise", "skip"] = field(
-        default="raise",
-        metadata={"help": "What to do with samples that cannot be used: stop, or skip and count."},
-    )
+    on_too_long: Literal["refuse", "drop_turns"] = field(default="refuse", metadata={"help": "Or drop last turns."})
+    on_bad_sample: Literal["raise", "skip"] = field(default="raise", metadata={"help": "Stop, or skip and count it."})
     max_bad_share: float = field(default=0.01, metadata={"help": "Stop when a larger share of samples was skipped."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rates."})

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
 
@@ -18,9 +19,8 @@ from .config import VPiTConfig
 def set_trainable(model: MetaMorphForConditionalGeneration | PeftModel, args: VPiTConfig) -> None:
     """Freeze what `args.stage` does not train. See [`only_image_token_embeddings`] for the rest of stage 1."""
     if isinstance(model, PeftModel):
-        wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
-        for parameter in (parameter for wrapper in wrappers for parameter in wrapper.parameters()):
-            if parameter.requires_grad:  # In bfloat16, in which TRL leaves them, weights would lose updates of 1e-4.
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # In bfloat16, weights would lose updates of 1e-4.
                 parameter.data = parameter.data.float()
         return
     model.requires_grad_(args.stage == "full")
@@ -56,31 +56,30 @@ def complete_peft_config(
     peft_config: PeftConfig, model: MetaMorphForConditionalGeneration, train_vision_tower: bool = False
 ) -> PeftConfig:
     """
-    Fill in the settings that a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) leaves open: adapters on all linear layers of
-    the language model, whole projector and vision head, and the rows of `<image_start>` and `<image_end>`.
+    Return a copy of a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) with the settings that it leaves open: adapters on all
+    linear layers of the language model, whole projector, vision head and visual queries (of models that decode images
+    in parallel), and the rows of `<image_start>` and `<image_end>`.
 
     Args:
-        peft_config ([`~peft.PeftConfig`]): Only `target_modules`, `exclude_modules`, `modules_to_save` and
-            `trainable_token_indices` that are None are filled in. Configurations other than LoRA's are not changed.
+        peft_config ([`~peft.PeftConfig`]): Configurations other than LoRA's are returned as they are.
         model ([`MetaMorphForConditionalGeneration`]): Model to adapt; it may be on the meta device.
         train_vision_tower (`bool`, *optional*, defaults to `False`): Train the vision tower whole, too.
-
-    Returns:
-        A copy of `peft_config`.
     """
     if not isinstance(peft_config, LoraConfig):
         return peft_config
-    peft_config = copy.deepcopy(peft_config)
+    peft_config, modules = copy.deepcopy(peft_config), dict(model.named_modules())
     if peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"  # PEFT leaves out lm_head and what is excluded below.
     if peft_config.exclude_modules is None:
         peft_config.exclude_modules = r"(model\.)?(vision_tower|projector|vision_head)\..*"
     if peft_config.modules_to_save is None:
-        peft_config.modules_to_save = ["projector", "vision_head"] + ["vision_tower"] * train_vision_tower
+        whole = ["model.projector", "vision_head", "model.visual_queries"] + [
+            "model.vision_tower"
+        ] * train_vision_tower
+        peft_config.modules_to_save = [name.removeprefix("model.") for name in whole if name in modules]
     if peft_config.trainable_token_indices is None:
         rows = [model.config.image_start_token_id, model.config.image_end_token_id]
-        embeddings = model.get_input_embeddings()
-        name = next(name for name, module in model.named_modules() if module is embeddings)
+        name = next(name for name, module in modules.items() if module is model.get_input_embeddings())
         peft_config.trainable_token_indices = {name.rsplit(".")[-1]: rows}
         if not model.config.tie_word_embeddings and "lm_head" not in peft_config.modules_to_save:
             peft_config.trainable_token_indices["lm_head"] = rows
@@ -89,31 +88,19 @@ def complete_peft_config(
 
 def group_parameters(model: MetaMorphForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of each module, adapters included. Tied weights belong to the embeddings."""
-    modules = {
-        "vision_tower": model.model.vision_tower,
-        "projector": model.model.projector,
-        "embeddings": model.get_input_embeddings(),
-        "language_model": model.model.language_model,
-        "vision_head": model.vision_head,
-        "lm_head": model.lm_head,
-    }
     wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
-    seen = {parameter for wrapper in wrappers for parameter in wrapper.original_module.parameters()}  # frozen copies
-    groups = {}
-    for name, module in modules.items():
-        if parameters := [parameter for parameter in module.parameters() if parameter not in seen]:
-            groups[name] = parameters
-            seen.update(parameters)
+    frozen_copies = {parameter for wrapper in wrappers for parameter in wrapper.original_module.parameters()}
+    embeddings, groups = set(model.get_input_embeddings().parameters()), defaultdict(list)
+    for name, parameter in model.named_parameters():
+        module = "embeddings" if parameter in embeddings else name.removeprefix("model.").split(".")[0]
+        if parameter not in frozen_copies:
+            groups[module].append(parameter)
     return groups
 
 
 def get_learning_rate(module: str, args: VPiTConfig) -> float:
     """Return the peak learning rate of a module named as in [`group_parameters`]."""
-    own = {
-        "projector": args.projector_learning_rate,
-        "vision_head": args.vision_head_learning_rate,
-        "vision_tower": args.vision_tower_learning_rate,
-    }.get(module)
+    own = vars(args).get(f"{module}_learning_rate")
     return args.learning_rate if own is None else own
 
 

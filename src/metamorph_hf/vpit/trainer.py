@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from peft import LoraConfig, PeftConfig, PeftModel
+from accelerate.utils import gather_object
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
@@ -23,22 +24,22 @@ from ..model_cards import create_model_card
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
 from . import stages
-from .checkpoints import RecordProcesses, last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint
 from .collator import DataCollatorForVPiT
 from .config import MODULE_LEARNING_RATES, VPiTConfig
 
 
 logger = get_logger(__name__)
 
-# What is summed between two logs, and for means the count that they are divided by.
-METRICS = dict.fromkeys(("text_loss", "mean_token_accuracy", "entropy"), "num_text_labels")
-METRICS |= dict.fromkeys(("visual_loss", "visual_cosine"), "num_visual_labels")
-METRICS |= dict.fromkeys(("num_text_labels", "num_visual_labels", "num_images", "num_tokens"))
-METRICS |= dict.fromkeys(("samples", "skipped_samples", "shortened_samples"))
+# What is summed between two logs. Means are divided by the count that they name.
+MEANS = dict.fromkeys(("text_loss", "mean_token_accuracy", "entropy"), "num_text_labels")
+MEANS |= dict.fromkeys(("visual_loss", "visual_cosine"), "num_visual_labels")
+COUNTS = ("num_text_labels", "num_visual_labels", "num_images")
+RUN_COUNTS = ("num_tokens", "samples", "skipped_samples", "shortened_samples")
 
 
-class _CheckLosses(TrainerCallback):
-    """Look at the losses of an optimization step before its update, and prevent that if one is not finite."""
+class _WatchSteps(TrainerCallback):
+    """Prevent the update of an optimization step if a loss is not finite, and measure the step's time."""
 
     def __init__(self, trainer: "VPiTTrainer"):
         self.trainer = trainer
@@ -48,6 +49,9 @@ class _CheckLosses(TrainerCallback):
             optimizer.zero_grad(set_to_none=True)  # Optimizers pass over parameters without gradients.
             self.trainer.totals["skipped_steps"] += 1
 
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.seconds += time.monotonic() - self.trainer.step_start
+
 
 class VPiTTrainer(SFTTrainer):
     """
@@ -56,9 +60,9 @@ class VPiTTrainer(SFTTrainer):
 
     Each loss is a mean over its own labels in the whole optimization step, over all devices and accumulation steps.
     Training and evaluation log, over all processes since the last log, `text_loss`, `visual_loss`, `visual_cosine`,
-    `num_text_labels`, `num_visual_labels`, `num_images` and TRL's `mean_token_accuracy` and `entropy` (of text labels)
-    and `num_tokens` (of the whole training); training also `images_per_second`; and, if they are not 0, the run's or
-    the evaluation's `skipped_samples`, `shortened_samples` and `skipped_steps`.
+    `mean_token_accuracy` and `entropy` (of text labels), `num_text_labels`, `num_visual_labels`, `num_images` and, in
+    training, `images_per_second`; and of the whole run `num_tokens` and, if they are not 0, `skipped_samples`,
+    `shortened_samples` and `skipped_steps`.
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
@@ -71,8 +75,7 @@ class VPiTTrainer(SFTTrainer):
         kwargs: Further arguments of [`~trl.SFTTrainer`].
 
     Raises:
-        ValueError: if model and processor do not fit together, a setting does not fit the stage, or a loss is NaN or
-            infinite.
+        ValueError: if model and processor, or settings and stage, do not fit together, or a loss is NaN or infinite.
     """
 
     _tag_names = ["trl", "vpit", "metamorph"]
@@ -99,31 +102,33 @@ class VPiTTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = MetaMorphProcessor.from_pretrained(path, revision=revision)
         self._check_agreement(config, processing_class)
+        trains_tower = args.vision_tower_learning_rate is not None
         if peft_config is not None:
             with torch.device("meta"):
                 skeleton = MetaMorphForConditionalGeneration(config) if is_path else model
-            peft_config = stages.complete_peft_config(
-                peft_config, skeleton, args.vision_tower_learning_rate is not None
-            )
+            peft_config = stages.complete_peft_config(peft_config, skeleton, trains_tower)
         if data_collator is None:
-            options = (args.max_length, args.on_bad_sample, args.on_too_long)
-            data_collator = DataCollatorForVPiT(processing_class, *options)
+            # Some language models, such as state space models, have no limit.
+            limits = (args.max_length, getattr(config.text_config, "max_position_embeddings", None))
+            max_length = min((limit for limit in limits if limit is not None), default=None)
+            data_collator = DataCollatorForVPiT(processing_class, max_length, args.on_bad_sample, args.on_too_long)
+        weight = config.visual_loss_weight if args.visual_loss_weight is None else args.visual_loss_weight
         if args.ddp_find_unused_parameters is None:
             # Every batch reaches all trained parameters but the tower's final norm and a vision head without a loss.
-            weight = config.visual_loss_weight if args.visual_loss_weight is None else args.visual_loss_weight
-            has_unused_head = args.stage == "full" and weight == 0
-            args.ddp_find_unused_parameters = has_unused_head or args.vision_tower_learning_rate is not None
+            args.ddp_find_unused_parameters = weight == 0 or trains_tower
+        self.visual_loss_weight = 0.0 if args.stage == "projector" and args.visual_loss_weight is None else weight
         self.totals = Counter()  # samples, skipped_samples, shortened_samples, skipped_steps and num_tokens of the run
+        self.step_start, self.seconds = 0.0, 0.0  # and the seconds of all steps since the last log
+        self._rejected = Counter()  # training samples of this process, by task and kind
         self._sums = {"train": defaultdict(int), "eval": defaultdict(int)}
         self._unchecked_losses = []
-        self._last_log_time = time.monotonic()
-        options = {"processing_class": processing_class, "data_collator": data_collator, "peft_config": peft_config}
-        super().__init__(model, args, **options, **kwargs)
+        super().__init__(
+            model, args, data_collator, processing_class=processing_class, peft_config=peft_config, **kwargs
+        )
         self._has_visual_tokens = "visual_tokens" in next(iter(self.train_dataset))
         stages.set_trainable(self.model, args)
         self._check_options()
-        self.add_callback(RecordProcesses())
-        self.add_callback(_CheckLosses(self))
+        self.add_callback(_WatchSteps(self))
         self.accelerator.print(stages.format_trainable_table(self.metamorph, args))
         if args.base_batch_size is not None:
             self.accelerator.print(
@@ -134,15 +139,12 @@ class VPiTTrainer(SFTTrainer):
     @staticmethod
     def _check_agreement(config: MetaMorphConfig, processor: MetaMorphProcessor) -> None:
         for name in ("image_token_id", "image_start_token_id", "image_end_token_id", "num_image_tokens"):
-            if getattr(config, name) != getattr(processor, name):
-                raise ValueError(
-                    f"The model's {name} is {getattr(config, name)}, but the processor's is "
-                    f"{getattr(processor, name)}: they must come from the same checkpoint."
-                )
-        if len(processor.tokenizer) > config.text_config.vocab_size:
+            if (expected := getattr(config, name)) != (found := getattr(processor, name)):
+                raise ValueError(f"The model's {name} is {expected}, but the processor's is {found}: use its own.")
+        if (size := len(processor.tokenizer)) > config.text_config.vocab_size:
             raise ValueError(
-                f"The tokenizer has {len(processor.tokenizer)} tokens, but the model's vocabulary has "
-                f"{config.text_config.vocab_size}: call model.resize_token_embeddings(len(processor.tokenizer))."
+                f"The tokenizer has {size} tokens, but the model's vocabulary has {config.text_config.vocab_size}: "
+                "call model.resize_token_embeddings(len(processor.tokenizer))."
             )
 
     def _check_options(self) -> None:
@@ -160,10 +162,7 @@ class VPiTTrainer(SFTTrainer):
                     "peft_config's modules_to_save."
                 )
         if self.args.vision_tower_learning_rate is not None and self._has_visual_tokens:
-            raise ValueError(
-                "vision_tower_learning_rate is set, but the dataset has `visual_tokens`, for which the tower does not "
-                "run: leave it out, or train on images."
-            )
+            raise ValueError("vision_tower_learning_rate is set, but the tower does not run on `visual_tokens`.")
 
     @property
     def metamorph(self) -> MetaMorphForConditionalGeneration:
@@ -171,28 +170,19 @@ class VPiTTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
-    @property
-    def visual_loss_weight(self) -> float:
-        """Weight of the visual loss, as [`VPiTConfig`] describes it."""
-        if self.args.visual_loss_weight is not None:
-            return self.args.visual_loss_weight
-        return 0.0 if self.args.stage == "projector" else self.metamorph.config.visual_loss_weight
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See [`~transformers.Trainer.create_optimizer`]. Its parameter groups are split by learning rate."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
         modules = {p: name for name, parameters in stages.group_parameters(self.metamorph).items() for p in parameters}
-        groups = list(optimizer.param_groups)
-        optimizer.param_groups.clear()
+        groups, optimizer.param_groups = optimizer.param_groups, []
         for group in groups:
             split = defaultdict(list)
             for parameter in group["params"]:
-                module = modules[parameter]
                 # In stage 1, weight decay would change the embeddings of all other tokens.
-                is_decayed = self.args.stage == "full" or module != "embeddings"
-                rate = stages.get_learning_rate(module, self.args)
+                is_decayed = self.args.stage == "full" or modules[parameter] != "embeddings"
+                rate = stages.get_learning_rate(modules[parameter], self.args)
                 split[rate, group["weight_decay"] * is_decayed].append(parameter)
             for (learning_rate, weight_decay), parameters in split.items():
                 changed = {"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}
@@ -208,14 +198,12 @@ class VPiTTrainer(SFTTrainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
-        self._last_log_time = time.monotonic()
         only_rows = self.args.stage == "projector"
         with stages.only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._sums["train"]:  # The last steps may not have been logged.
             self._pop_metrics("train")
-        self.accelerator.wait_for_everyone()
-        self.accelerator.print(self.rejected_table(), end="")
+        self.accelerator.print(self._format_rejected(), end="")
         return result
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -223,15 +211,13 @@ class VPiTTrainer(SFTTrainer):
         See [`~transformers.Trainer.get_batch_samples`]. The second value is a tensor of shape (2,), the text and
         visual label counts of the optimization step over all processes, or None without batches.
         """
+        self.step_start = time.monotonic()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = torch.zeros(2, dtype=torch.long, device=device)
-        for batch in batches:
-            labels = batch["labels"][:, 1:]
-            num_visual = (labels == self.metamorph.config.image_token_id).sum()
-            counts += torch.stack([(labels != -100).sum() - num_visual, num_visual]).to(device)
-        return batches, self.accelerator.gather(counts.unsqueeze(0)).sum(0)
+        labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in batches]).to(device)
+        num_visual = (labels == self.metamorph.config.image_token_id).sum()
+        return batches, self.accelerator.reduce(torch.stack([(labels != -100).sum() - num_visual, num_visual]))
 
     def compute_loss(
         self, model, inputs, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
@@ -264,9 +250,7 @@ class VPiTTrainer(SFTTrainer):
         }.items():
             sums[name] += torch.where(is_finite, value.float(), 0)
         sums["samples"] += len(sample_ids)
-        for sample in rejected:
-            sums[f"{sample['kind']}_samples"] += 1
-        self._write_rejected(rejected)
+        self._record_rejected(rejected, sums)
 
         loss = torch.where(is_finite, loss, 0)  # Logged losses are means over the other batches.
         if num_items_in_batch is not None:
@@ -288,23 +272,24 @@ class VPiTTrainer(SFTTrainer):
         blank = torch.zeros(1, 3, config.vision_config.image_size, config.vision_config.image_size, device=device)
         return {**inputs, "pixel_values": blank, "image_indices": torch.zeros(0, dtype=torch.long, device=device)}
 
-    def _write_rejected(self, rejected: list[dict[str, str]]) -> None:
-        """Append samples that the collator skipped or shortened to the list of this process."""
-        if rejected:
+    def _record_rejected(self, rejected: list[dict[str, str]], sums: dict[str, Any]) -> None:
+        """Count samples that the collator skipped or shortened, and append them to the list of this process."""
+        for sample in rejected:
+            sums[f"{sample['kind']}_samples"] += 1
+            self._rejected[str(sample["task"]), sample["kind"]] += self.model.training
             path = Path(self.args.output_dir) / f"rejected_samples-{self.accelerator.process_index}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in rejected)
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
-    def rejected_table(self) -> str:
-        """Return a table of the samples that were skipped or shortened, one line per task; empty if there are none."""
-        counts = defaultdict(Counter)
-        for path in Path(self.args.output_dir).glob("rejected_samples-*.jsonl"):
-            for line in path.read_text().splitlines():
-                sample = json.loads(line)
-                counts[str(sample["task"])][sample["kind"]] += 1
-        lines = [f"{task:<24}{kinds['skipped']:>10}{kinds['shortened']:>12}" for task, kinds in sorted(counts.items())]
-        return "\n".join([f"{'task':<24}{'skipped':>10}{'shortened':>12}", *lines, ""]) if lines else ""
+    def _format_rejected(self) -> str:
+        """Return a table by task of the training samples that were skipped or shortened on any process, if any."""
+        counts = sum(gather_object([self._rejected]), Counter())
+        lines = [
+            f"{task:<24}{counts[task, 'skipped']:>10}{counts[task, 'shortened']:>12}\n"
+            for task in sorted({task for task, _ in counts})
+        ]
+        return "".join([f"{'task':<24}{'skipped':>10}{'shortened':>12}\n", *lines]) if lines else ""
 
     def has_nonfinite_loss(self) -> bool:
         """
@@ -314,24 +299,20 @@ class VPiTTrainer(SFTTrainer):
         Raises:
             ValueError: if there was one and `on_nonfinite_loss` is `"raise"`.
         """
-        if not self._unchecked_losses:
-            return False
-        losses, names = zip(*self._unchecked_losses)
-        self._unchecked_losses, losses = [], torch.stack(losses)
-        skips = self.args.on_nonfinite_loss == "skip"
-        num_nonfinite = (~losses[:, 0].isfinite()).sum()
-        if skips and self.model.training:
+        unchecked, self._unchecked_losses = self._unchecked_losses, []
+        num_nonfinite = sum((~losses[0].isfinite()).long() for losses, _ in unchecked)
+        if self.model.training:
             num_nonfinite = self.accelerator.reduce(num_nonfinite)
         if num_nonfinite == 0:
             return False
-        for (loss, text_loss, visual_loss), sample_ids in zip(losses.tolist(), names):
+        for (loss, text_loss, visual_loss), sample_ids in ((losses.tolist(), ids) for losses, ids in unchecked):
             if math.isfinite(loss):
                 continue
             sentence = (
                 f"Step {self.state.global_step + 1}, process {self.accelerator.process_index}: text_loss is "
                 f"{text_loss}, visual_loss is {visual_loss}. Samples of the batch: {', '.join(map(str, sample_ids))}."
             )
-            if not skips:
+            if self.args.on_nonfinite_loss == "raise":
                 raise ValueError(f"{sentence} Inspect them, lower the learning rate, or set on_nonfinite_loss='skip'.")
             done = "optimization step is skipped" if self.model.training else "batch is left out of the evaluation"
             logger.warning(f"{sentence} This {done}.", main_process_only=False)
@@ -339,11 +320,9 @@ class VPiTTrainer(SFTTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         """See [`~transformers.Trainer.evaluation_loop`]."""
-        started = time.monotonic()
         self._sums["eval"].clear()  # `predict` leaves sums that are not logged.
         output = super().evaluation_loop(*args, **kwargs)
         self.has_nonfinite_loss()
-        self._last_log_time += time.monotonic() - started  # images_per_second leaves out evaluation.
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -353,9 +332,8 @@ class VPiTTrainer(SFTTrainer):
         if loss_name in logs and self._sums[mode]:
             metrics = self._pop_metrics(mode)
             if mode == "train":
-                now = time.monotonic()
-                metrics["images_per_second"] = metrics["num_images"] / (now - self._last_log_time)
-                self._last_log_time = now
+                metrics["images_per_second"] = metrics["num_images"] / self.seconds
+                self.seconds = 0.0
             else:  # Trainer's eval_loss is a mean over batches, whatever they hold.
                 visual_loss = metrics.get("visual_loss", 0.0)
                 metrics["loss"] = metrics.get("text_loss", 0.0) + self.visual_loss_weight * visual_loss
@@ -364,80 +342,62 @@ class VPiTTrainer(SFTTrainer):
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         """Return means and counts over all processes since the last call, which they must make together."""
-        sums = self._sums[mode]
-        local = [torch.as_tensor(sums[name], dtype=torch.float, device=self.accelerator.device) for name in METRICS]
-        totals = self.accelerator.gather(torch.stack(local).unsqueeze(0)).sum(0).tolist()
-        totals = dict(zip(METRICS, totals, strict=True))
+        sums, names, device = self._sums[mode], (*MEANS, *COUNTS, *RUN_COUNTS), self.accelerator.device
+        local = torch.stack([torch.as_tensor(sums[name], dtype=torch.float, device=device) for name in names])
         sums.clear()
-        metrics = {}
-        for name, count in METRICS.items():
-            if count is None:
-                metrics[name] = round(totals[name])
-            elif totals[count]:
-                metrics[name] = totals[name] / totals[count]
-        counts = Counter({name: metrics.pop(name) for name in ("samples", "skipped_samples", "shortened_samples")})
+        totals = dict(zip(names, self.accelerator.reduce(local).tolist()))
+        metrics = {name: totals[name] / totals[count] for name, count in MEANS.items() if totals[count]}
+        metrics |= {name: round(totals[name]) for name in COUNTS}
+        counts = Counter({name: round(totals[name]) for name in RUN_COUNTS})
         if mode == "train":
-            self.totals.update({**counts, "num_tokens": metrics["num_tokens"]})
-            self._check_bad_share()
-            counts = self.totals
-        metrics["num_tokens"] = self.totals["num_tokens"]
+            self.totals.update(counts)
+            counts, skipped = self.totals, self.totals["skipped_samples"]
+            # Relative to a whole epoch, or to a thousand samples of a stream: one sample early on is a large share.
+            expected = len(self.train_dataset) if has_length(self.train_dataset) else 1000
+            if skipped > self.args.max_bad_share * max(counts["samples"] + skipped, expected):
+                raise ValueError(
+                    f"{skipped} of {counts['samples'] + skipped} samples were skipped, a larger share than "
+                    f"max_bad_share={self.args.max_bad_share:g}. {self.args.output_dir}/rejected_samples-*.jsonl "
+                    "gives the reasons: correct the data, or raise max_bad_share."
+                )
         named = ("skipped_samples", "shortened_samples", "skipped_steps")
-        return metrics | {name: counts[name] for name in named if counts[name]}
+        metrics |= {name: counts[name] for name in named if counts[name]}
+        return {**metrics, "num_tokens": self.totals["num_tokens"]}
 
-    def _check_bad_share(self) -> None:
-        # Relative to a whole epoch, or to a thousand samples of a stream: one sample early on is a large share.
-        skipped, seen = self.totals["skipped_samples"], self.totals["skipped_samples"] + self.totals["samples"]
-        expected = len(self.train_dataset) if has_length(self.train_dataset) else 1000
-        if skipped > self.args.max_bad_share * max(seen, expected):
-            raise ValueError(
-                f"{skipped} of {seen} samples were skipped, a larger share than max_bad_share="
-                f"{self.args.max_bad_share:g}. {self.args.output_dir}/rejected_samples-*.jsonl gives the reasons: "
-                "correct the data, or raise max_bad_share."
-            )
-
-    def training_facts(self, dataset_name: str | None = None) -> dict[str, Any]:
-        """Return the facts of training that the model card lists: data, stage, adapter, steps, losses, versions."""
-        args, base = self.args, self.metamorph.config._name_or_path
-        adapter = "none"
-        if isinstance(self.model, PeftModel):
-            peft_config = self.model.peft_config["default"]
-            adapter = peft_config.peft_type.value
-            if isinstance(peft_config, LoraConfig):
-                adapter += f", rank {peft_config.r}, alpha {peft_config.lora_alpha}"
-        last_log = next((log for log in reversed(self.state.log_history) if "loss" in log), {})
-        losses = ("loss", "text_loss", "visual_loss", "visual_cosine", "mean_token_accuracy")
-        return {
-            "base model": Path(base).name if Path(base).exists() else base,  # Paths of this machine mean nothing.
-            "stage": args.stage,
-            "data": dataset_name or "not recorded",
-            "adapter": adapter,
-            "steps": self.state.global_step,
-            "batch (over all devices and accumulation steps)": args.total_train_batch_size,
-            "processes": args.world_size,
-            "peak learning rate": f"{args.learning_rate:.3g}",
-            "schedule": f"{args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
-            "visual loss weight": self.visual_loss_weight,
-            "mixed precision": args.mixed_precision,
-            **{f"last {name}": f"{last_log[name]:.4f}" for name in losses if name in last_log},
-            "metamorph_hf": __version__,
-            "torch": torch.__version__,
-        }
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process then marks the checkpoint as complete, and deletes older ones beyond save_total_limit.
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """
-        Write the model's card with a table of [`training_facts`] to `README.md` in `output_dir`. Its name is
+        Write the model's card with the facts of its training to `README.md` in `output_dir`. Its name is
         `hub_model_id`, or else `model_name`, or else that of the folder. Checkpoints and `push_to_hub` call this, too.
         """
         if not self.is_world_process_zero():
             return
-        name = self.args.hub_model_id or model_name or Path(self.args.output_dir).name
+        args, base = self.args, self.metamorph.config._name_or_path
+        name = args.hub_model_id or model_name or Path(args.output_dir).name
         tags = [tags] if isinstance(tags, str) else tags or []
         card = create_model_card(self.metamorph.config, name, [*self._tag_names, *tags])
-        rows = (f"| {fact} | {value} |\n" for fact, value in self.training_facts(dataset_name).items())
-        card.text += "\n\n## Training facts\n\n| | |\n|---|---|\n" + "".join(rows)
-        card.save(Path(self.args.output_dir) / "README.md")
+        last_log = next((log for log in reversed(self.state.log_history) if "loss" in log), {})
+        facts = {
+            "base model": Path(base).name if Path(base).exists() else base,  # Paths of this machine mean nothing.
+            "stage": args.stage,
+            "data": dataset_name or "not recorded",
+            "adapter": self.model.active_peft_config.peft_type.value if isinstance(self.model, PeftModel) else "none",
+            "steps": self.state.global_step,
+            "batch (over all devices and accumulation steps)": args.total_train_batch_size,
+            "peak learning rate": f"{args.learning_rate:.3g}",
+            "visual loss weight": self.visual_loss_weight,
+            **{f"last {name}": f"{last_log[name]:.4f}" for name in ("loss", *MEANS) if name in last_log},
+            "metamorph_hf": __version__,
+        }
+        rows = "".join(f"| {fact} | {value} |\n" for fact, value in facts.items())
+        card.text += f"\n\n## Training facts\n\n| | |\n|---|---|\n{rows}"
+        card.save(Path(args.output_dir) / "README.md")
 
 
 __all__ = ["VPiTTrainer", "last_complete_checkpoint"]
