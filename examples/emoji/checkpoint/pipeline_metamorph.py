@@ -1,0 +1,455 @@
+"""The pipeline: prompts and images in, text and images out.
+
+Shapes: B prompts, I generated images of all prompts together, N visual tokens per image, V vision width, L
+cross-attention states of width C per image.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partialmethod
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .pipeline_saving import PipelineSavingMixin
+
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+Conversation = list[dict]
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+@dataclass
+class MetaMorphPipelineOutput(BaseOutput):
+    """
+    Output of [`MetaMorphPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, or `np.ndarray` or `torch.Tensor` with I as the first dimension):
+            The images of all answers, in order. The `num_images_per_prompt` decodings of one image are adjacent.
+        text (`list[str]` of length B): The answers, with `<image>` in the place of each image.
+        image_counts (`list[int]` of length B): The number of `images` that belong to each answer.
+    """
+
+    images: Images
+    text: list[str]
+    image_counts: list[int]
+
+
+@dataclass
+class DecodingOptions:
+    """
+    Options of [`MetaMorphPipeline`] for decoding the visual tokens of I images.
+
+    Args:
+        num_inference_steps (`int`), guidance_scale (`float`): Default to the pipeline's. A scale above 1 follows the
+            visual tokens more closely, and takes twice as long.
+        timesteps (`list[int]`), sigmas (`list[float]`): A custom schedule, if the scheduler takes one.
+        num_images_per_prompt (`int`): Number of decodings of each image, from different noise.
+        height, width (`int`): In pixels; default to the U-Net's `sample_size`.
+        latents (`torch.Tensor` of shape (I * num_images_per_prompt, C, h, w)): Initial noise.
+        negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V)): Visual tokens to guide away from,
+            instead of the projector's unconditional states (zeros, or learned).
+        eta (`float`): The noise of DDIM; ignored by other schedulers.
+        generator (`torch.Generator` or list of them): Source of the noise. A list has one generator (or
+            `num_images_per_prompt` of them) for each prompt, or for each image if there are no prompts.
+        cross_attention_kwargs (`dict`): For the attention processors: `{"scale": 0.5}` halves a LoRA's effect.
+        output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+        callback_on_step_end (`Callable`): Called after every step as `callback(pipe, step, timestep, tensors)` with a
+            view of the pipeline that belongs to this call; returns the tensors to replace.
+        callback_on_step_end_tensor_inputs (`list[str]`): Names of `tensors`: `latents`, `prompt_embeds`.
+    """
+
+    num_inference_steps: int | None = None
+    timesteps: list[int] | None = None
+    sigmas: list[float] | None = None
+    guidance_scale: float | None = None
+    num_images_per_prompt: int = 1
+    height: int | None = None
+    width: int | None = None
+    latents: torch.Tensor | None = None
+    negative_visual_tokens: torch.Tensor | None = None
+    eta: float = 0.0
+    generator: torch.Generator | list[torch.Generator] | None = None
+    cross_attention_kwargs: dict | None = None
+    output_type: str = "pil"
+    callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None
+    callback_on_step_end_tensor_inputs: list[str] = ("latents",)
+
+
+def _build_conversations(prompt, image, messages, template: str | None) -> list[Conversation]:
+    """Bring the forms of input that a call accepts to a list of B conversations."""
+    if (prompt is None) == (messages is None):
+        raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
+    if messages is not None:
+        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        if image is not None or not all(conversations):
+            raise ValueError(
+                "`messages` must be a conversation or a list of conversations, none of them empty. Their images are "
+                'not passed as `image`, but are part of the content: {"type": "image", "image": image}.'
+            )
+        return conversations
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
+    entries = image if isinstance(image, list) and isinstance(prompt, list) else [image] * len(prompts)
+    if len(entries) != len(prompts):
+        raise ValueError(
+            f"Got {len(prompts)} prompts but {len(entries)} entries in `image`: pass one entry per prompt (a list of "
+            "images where a prompt has several), or one image for all prompts."
+        )
+    images = [[] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
+    if template is not None and not any(images):
+        prompts = [template.replace("{}", text) for text in prompts]
+    conversations = []
+    for row, text in zip(images, prompts):
+        content = [{"type": "image", "image": item} for item in row] + [{"type": "text", "text": text}]
+        conversations.append([{"role": "user", "content": content}])
+    return conversations
+
+
+class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
+    r"""
+    Pipeline that answers prompts with text and images: MetaMorph generates text and visual tokens, and a latent
+    diffusion U-Net that attends to the visual tokens decodes them into images. Threads may share a pipeline.
+
+    Args:
+        model ([`MetaMorphForConditionalGeneration`], *optional*): Answers; without it, the pipeline can only decode.
+        processor ([`MetaMorphProcessor`], *optional*): Prepares messages for the model and decodes its answers.
+        projector ([`VisualTokenProjector`]): Maps visual tokens to the U-Net's cross-attention states.
+        unet ([`UNet2DConditionModel`]): Denoises latents; its `sample_size` is the default size of the images.
+        vae ([`AutoencoderKL`] or [`PatchVAE`]): Decodes latents into pixels.
+        scheduler ([`SchedulerMixin`]): Any scheduler that works with a Stable Diffusion U-Net.
+        instruction_template (`str`, *optional*): Request with a caption at `{}`. `None` sends captions verbatim.
+        default_num_inference_steps (`int`, defaults to 50), default_guidance_scale (`float`, defaults to 7.5):
+            Settings that suit these weights, for calls that do not choose their own.
+
+    Raises:
+        ValueError: If the template has no `{}`, or if the widths or channels of two components do not fit together.
+
+    Example:
+
+        ```py
+        >>> pipe = MetaMorphPipeline.from_pretrained("path/to/pipeline")
+        >>> pipe("a red apple").images[0]
+        >>> pipe("Make it green.", image=image).images[0]
+        >>> pipe(messages=[{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]).text[0]
+        ```
+    """
+
+    model_cpu_offload_seq = "model->projector->unet->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _optional_components = ["model", "processor"]
+    # Stable Diffusion's LoRAs load into the U-Net; their text encoder layers are ignored.
+    _lora_loadable_modules = ["unet"]
+    text_encoder_name = "model"
+    _interrupt = False  # set to True by callbacks, or from another thread to stop all calls
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None,
+        processor: ProcessorMixin | None,
+        projector: ModelMixin,
+        unet: UNet2DConditionModel | ModelMixin,  # `from_pipe` only takes over the classes named here
+        vae: AutoencoderKL | ModelMixin,
+        scheduler: SchedulerMixin,
+        instruction_template: str | None = "Generate an image of {}.",
+        default_num_inference_steps: int = 50,
+        default_guidance_scale: float = 7.5,
+    ):
+        super().__init__()
+        if instruction_template is not None and "{}" not in instruction_template:
+            raise ValueError(f"`instruction_template` is {instruction_template!r}, but needs a {{}} for the caption.")
+        pairs = [(projector, "cross_attention_dim", unet, "cross_attention_dim")]
+        pairs += [(vae, "latent_channels", unet, "in_channels")]
+        if model is not None:
+            self._optional_components = []  # a saved folder may lack the model, but this pipeline needs it to answer
+            pairs += [(model, "visual_token_dim", projector, "visual_token_dim")]
+        for part, field, other, other_field in pairs:
+            value, other_value = getattr(part.config, field), getattr(other.config, other_field)
+            if value != other_value:
+                raise ValueError(
+                    f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field} "
+                    f"is {other_value}: they do not fit together."
+                )
+        self.register_modules(
+            model=model, processor=processor, projector=projector, unet=unet, vae=vae, scheduler=scheduler
+        )
+        self.register_to_config(
+            instruction_template=instruction_template,
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+        )
+        # An AutoencoderKL halves the size in every block but the first; a PatchVAE states its patch size.
+        blocks = vae.config.get("block_out_channels")
+        self.vae_scale_factor = vae.config.patch_size if blocks is None else 2 ** (len(blocks) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels, unless a call asks for another size."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    def _require_model(self) -> None:
+        if self.model is None or self.processor is None:
+            raise ValueError(
+                "This pipeline was saved without a model or its processor, so it can only decode visual tokens: use "
+                "`decode_visual_tokens`, or pass `model=` and `processor=` to `from_pretrained`."
+            )
+
+    def generate_visual_tokens(
+        self, conversations: list[Conversation], max_new_tokens: int = 512, generation_kwargs: dict | None = None
+    ) -> tuple[list[str], list[torch.Tensor]]:
+        """
+        Return B answers with `<image>` in the place of each image, and their visual tokens (images, N, V), B tensors.
+
+        Args:
+            conversations (list of B `list[dict]`): Messages in the standard chat format.
+            max_new_tokens (`int`), generation_kwargs (`dict`): As in [`~MetaMorphPipeline.__call__`].
+        """
+        self._require_model()
+        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
+        inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
+        # Offloading moves a model to the device when `forward` is called, but `generate` reads its device before that.
+        generate = apply_forward_hook(type(self.model).generate)
+        options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, **(generation_kwargs or {})}
+        with self.progress_bar(total=max_new_tokens) as progress_bar:
+            progress_bar.set_description("Answering")
+
+            def advance(*args, **kwargs) -> bool:  # as a criterion, it never stops
+                progress_bar.update()
+                return False
+
+            options["stopping_criteria"] = [*options.get("stopping_criteria", []), advance]
+            answers = generate(self.model, **inputs, **options)
+        text = self.processor.decode_generated(answers.sequences[:, inputs["input_ids"].shape[1] :])
+        # Beam search and assisted decoding only generate text.
+        none = torch.zeros(0, self.model.config.num_image_tokens, self.model.config.visual_token_dim)
+        return text, answers.get("visual_tokens", [none] * len(text))
+
+    @torch.no_grad()
+    def get_visual_tokens(self, images: PIL.Image.Image | list[PIL.Image.Image]) -> torch.Tensor:
+        """Encode images to visual tokens (I, N, V) with the model's vision tower."""
+        self._require_model()
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        encode = apply_forward_hook(type(self.model).get_visual_tokens)
+        return encode(self.model, pixels.to(self._execution_device))
+
+    def reconstruct(self, images: PIL.Image.Image | list[PIL.Image.Image], **options) -> Images:
+        """Encode images and decode them again, which bounds the quality of any answer."""
+        return self.decode_visual_tokens(self.get_visual_tokens(images), **options)
+
+    def encode_visual_tokens(
+        self,
+        visual_tokens: torch.Tensor,
+        negative_visual_tokens: torch.Tensor | None = None,
+        do_classifier_free_guidance: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Return the states (I, L, C) that the U-Net attends to, and those to guide away from, `None` without guidance.
+
+        Args:
+            visual_tokens (`torch.Tensor` of shape (I, N, V)): The images.
+            negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*): Those to guide away from.
+                Their states default to the projector's unconditional ones.
+            do_classifier_free_guidance (`bool`, defaults to `True`): Whether there is guidance.
+        """
+        if not visual_tokens.isfinite().all():
+            raise ValueError("`visual_tokens` contain NaN or infinite values: the model that made them is broken.")
+        placement = {"device": self._execution_device, "dtype": self.projector.dtype}
+        visual_tokens = visual_tokens.to(**placement)
+        embeds = self.projector(visual_tokens).to(self.unet.dtype)
+        if not do_classifier_free_guidance:
+            return embeds, None
+        if negative_visual_tokens is None:  # the projector replaces images that are not kept
+            kept = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
+            return embeds, self.projector(visual_tokens, kept).to(embeds.dtype)
+        negative_visual_tokens = negative_visual_tokens.to(**placement).expand(len(embeds), -1, -1)
+        return embeds, self.projector(negative_visual_tokens).to(embeds.dtype)
+
+    def _start_call(self, num_inputs: int, options: dict) -> "MetaMorphPipeline":
+        """Check the options of a call, and return a copy of this pipeline with them and a scheduler of its own."""
+        height, width = self.default_size
+        steps, scale = self.config.default_num_inference_steps, self.config.default_guidance_scale
+        defaults = {"num_inference_steps": steps, "guidance_scale": scale, "height": height, "width": width}
+        options = DecodingOptions(**defaults | {name: value for name, value in options.items() if value is not None})
+        if isinstance(options.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            options.callback_on_step_end_tensor_inputs = options.callback_on_step_end.tensor_inputs
+        factor, negative = self.vae_scale_factor, options.negative_visual_tokens
+        unknown = {*options.callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}
+        for name, is_valid, rule in (
+            ("num_inference_steps", options.num_inference_steps >= 1, "at least 1"),
+            ("num_images_per_prompt", options.num_images_per_prompt >= 1, "at least 1"),
+            ("guidance_scale", math.isfinite(options.guidance_scale), "a finite number"),
+            ("eta", math.isfinite(options.eta), "a finite number"),
+            ("height", options.height >= 1 and options.height % factor == 0, f"a multiple of {factor}"),
+            ("width", options.width >= 1 and options.width % factor == 0, f"a multiple of {factor}"),
+            ("latents", options.latents is None or options.latents.isfinite().all(), "free of NaN and infinity"),
+            ("negative_visual_tokens", negative is None or negative.isfinite().all(), "free of NaN and infinity"),
+            ("output_type", options.output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+            ("callback_on_step_end_tensor_inputs", not unknown, f"from {self._callback_tensor_inputs}"),
+        ):
+            if not is_valid:
+                raise ValueError(f"`{name}` is {getattr(options, name)!r}, but must be {rule}.")
+        repeats, generator = options.num_images_per_prompt, options.generator
+        if isinstance(generator, list) and len(generator) not in (num_inputs, num_inputs * repeats):
+            raise ValueError(
+                f"Got {len(generator)} generators for {num_inputs} prompts or images: pass one for each, or one for "
+                f"each of their {repeats} decodings."
+            )
+        self._interrupt = False
+        call = copy.copy(self)  # callbacks receive the copy, so that they only change their own call
+        call.scheduler = copy.deepcopy(self.scheduler)
+        call._options, call._guidance_scale = options, options.guidance_scale
+        schedule = (options.num_inference_steps, self._execution_device, options.timesteps, options.sigmas)
+        _, call.num_timesteps = retrieve_timesteps(call.scheduler, *schedule)
+        return call
+
+    def _decode(self, call, visual_tokens: torch.Tensor, image_counts: list[int], num_inputs: int) -> Images:
+        """Decode visual tokens (I, N, V) with the options of a call, given the number of images in each answer."""
+        options, device, dtype = call._options, self._execution_device, self.unet.dtype
+        repeats, generator = options.num_images_per_prompt, options.generator
+        if isinstance(generator, list) and generator:  # an input may have several answers, with several images
+            each, answers = len(generator) // num_inputs, len(image_counts) // num_inputs
+            starts = [index // answers * each for index in range(len(image_counts))]
+            rows = [generator[start : start + each] * (n * repeats // each) for start, n in zip(starts, image_counts)]
+            generator = sum(rows, [])
+        # 1. Encode the visual tokens
+        guided = call.do_classifier_free_guidance
+        embeds, negative_embeds = self.encode_visual_tokens(visual_tokens, options.negative_visual_tokens, guided)
+        prompt_embeds = torch.cat([negative_embeds, embeds]) if guided else embeds
+        prompt_embeds = prompt_embeds.repeat_interleave(repeats, dim=0)
+        # 2. Prepare the noise
+        size = (options.height // self.vae_scale_factor, options.width // self.vae_scale_factor)
+        shape = (len(embeds) * repeats, self.unet.config.in_channels, *size)
+        latents = options.latents
+        if latents is None or not len(embeds):  # an answer without an image leaves nothing to decode
+            latents = randn_tensor(shape, generator or None, device, dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"`latents` have shape {tuple(latents.shape)}, but must have shape {shape}.")
+        latents = latents.to(device, dtype) * call.scheduler.init_noise_sigma
+        # 3. Denoise
+        accepted = inspect.signature(call.scheduler.step).parameters  # schedulers differ in this
+        step_kwargs = {"generator": generator, "eta": options.eta}
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
+        for index, timestep in enumerate(call.progress_bar(call.scheduler.timesteps if len(latents) else [])):
+            if call._interrupt or self._interrupt:
+                continue
+            guided = call.do_classifier_free_guidance  # a callback may end guidance
+            noise_pred = self.unet(
+                call.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep),
+                timestep,
+                encoder_hidden_states=prompt_embeds,
+                cross_attention_kwargs=options.cross_attention_kwargs,
+                return_dict=False,
+            )[0]
+            if guided:
+                unconditional, conditional = noise_pred.chunk(2)
+                noise_pred = unconditional + call.guidance_scale * (conditional - unconditional)
+            latents = call.scheduler.step(noise_pred, timestep, latents, **step_kwargs, return_dict=False)[0]
+            if options.callback_on_step_end is not None:
+                tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                tensors = {name: tensors[name] for name in options.callback_on_step_end_tensor_inputs}
+                changed = options.callback_on_step_end(call, index, timestep, tensors)
+                latents = changed.pop("latents", latents)
+                prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+        # 4. Decode the latents
+        images = latents
+        if options.output_type != "latent":
+            batch = latents if len(latents) else latents.new_zeros(1, *shape[1:])  # not every VAE decodes empty ones
+            scaled = batch.to(self.vae.dtype) / self.vae.config.scaling_factor
+            images = self.vae.decode(scaled, return_dict=False)[0][: len(latents)]
+            images = self.image_processor.postprocess(images, output_type=options.output_type)
+        self.maybe_free_model_hooks()
+        return images
+
+    # The defaults of diffusers include a text encoder.
+    fuse_lora = partialmethod(StableDiffusionLoraLoaderMixin.fuse_lora, components=["unet"])
+    unfuse_lora = partialmethod(StableDiffusionLoraLoaderMixin.unfuse_lora, components=["unet"])
+
+    @torch.no_grad()
+    def decode_visual_tokens(self, visual_tokens: torch.Tensor, **options) -> Images:
+        """
+        Decode visual tokens into I * `num_images_per_prompt` images. If memory is short, call with a few at a time.
+
+        Args:
+            visual_tokens (`torch.Tensor` of shape (I, N, V)): From `model.generate` or [`get_visual_tokens`].
+            options: Those of [`DecodingOptions`].
+
+        Raises:
+            ValueError: If shapes, counts or options do not fit, or a value is NaN or infinite.
+        """
+        count = len(visual_tokens)
+        return self._decode(self._start_call(count, options), visual_tokens, [1] * count, count)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PIL.Image.Image | str | list | None = None,
+        messages: Conversation | list[Conversation] | None = None,
+        max_new_tokens: int = 512,
+        generation_kwargs: dict | None = None,
+        return_dict: bool = True,
+        **options,
+    ) -> MetaMorphPipelineOutput | tuple:
+        """
+        Answer B prompts or conversations.
+
+        Args:
+            prompt (`str` or `list[str]`): A caption for `instruction_template`, or with `image` a verbatim request.
+            image (`PIL.Image.Image`, path or URL, or list): Precedes the prompt. A list has the images of a single
+                prompt, or one entry (or list) per prompt; one image goes with all prompts.
+            messages (`list[dict]` or list of them): Instead of `prompt`, whole conversations: `[{"role": "user",
+                "content": [{"type": "image", "image": image}, {"type": "text", "text": "..."}]}]`.
+            max_new_tokens (`int`): Maximum length of an answer, in which an image takes N + 2 tokens.
+            generation_kwargs (`dict`): Additional arguments of `model.generate`, such as `{"do_sample": True}`. A
+                sampled answer follows `torch.manual_seed`, not `generator`.
+            return_dict (`bool`): `False` returns a tuple (images, text, image_counts).
+            options: Those of [`DecodingOptions`].
+        """
+        # 1. Check the inputs
+        conversations = _build_conversations(prompt, image, messages, self.config.instruction_template)
+        call = self._start_call(len(conversations), options)
+        # 2. Answer with text and visual tokens
+        text, visual_tokens = self.generate_visual_tokens(conversations, max_new_tokens, generation_kwargs)
+        image_counts = [len(images) for images in visual_tokens]
+        for index, (answer, count) in enumerate(zip(text, image_counts)):
+            if not count:
+                logger.warning("Prompt %d was answered without an image: %r", index, answer)
+        # 3. Encode, denoise and decode the visual tokens
+        images = self._decode(call, torch.cat(visual_tokens), image_counts, len(conversations))
+        image_counts = [count * call._options.num_images_per_prompt for count in image_counts]
+        output = MetaMorphPipelineOutput(images, text, image_counts)
+        return output if return_dict else output.to_tuple()
+
+
+__all__ = ["DecodingOptions", "MetaMorphPipeline", "MetaMorphPipelineOutput"]

@@ -1,0 +1,184 @@
+"""Processor of MetaMorph: chat messages with images to model inputs, and generated ids back to text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import ProcessorMixin
+from transformers.processing_utils import MultiModalData
+
+from .image_reading import read_image
+
+
+# A format without newlines for tokenizers that have no chat template of their own. The model learns the text between
+# the generation marks, which includes the end-of-turn token.
+DEFAULT_CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content -%}
+{%- if part['type'] == 'image' -%}<image>{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- render(message['content']) + eos_token -}}{%- endgeneration -%}
+{%- else -%}{{- render(message['content']) + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+IMAGE_TYPES, TEXT_TYPES = ("image", "image_url", "input_image"), ("text", "input_text", "output_text")
+IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+
+
+def normalize_part(part: Any) -> dict[str, Any]:
+    """
+    Return a content part in the form of transformers. OpenAI's chat and responses APIs are known, too.
+
+    Raises:
+        ValueError: if the part is neither text nor an image: a template would leave it out silently.
+    """
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in IMAGE_TYPES:
+        image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
+        image = image["url"] if isinstance(image, Mapping) and "url" in image else image
+        return {"type": "image"} if image is None else {"type": "image", "image": image}
+    if kind in TEXT_TYPES and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise ValueError(
+        f"A content part is neither text nor an image: {str(part)[:100]}. Its type must be one of "
+        f"{', '.join(TEXT_TYPES + IMAGE_TYPES)}."
+    )
+
+
+class MetaMorphProcessor(ProcessorMixin):
+    r"""
+    Joins an image processor and a tokenizer. In the text, each `<image>` becomes `<image_start>`, N times `<image>`,
+    `<image_end>`. Images are given in any form that [`read_image`] reads.
+
+    Args:
+        image_processor: Any image processor of transformers that returns `pixel_values`.
+        tokenizer: A tokenizer with the three image tokens.
+        num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N, as in the model's config.
+        chat_template (`str`, *optional*): Jinja template; defaults to the tokenizer's.
+        image_token, image_start_token, image_end_token (`str`): The three tokens.
+
+    Raises:
+        ValueError: if one of the three image tokens is not in the tokenizer's vocabulary.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int = 64,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        image_start_token: str = "<image_start>",
+        image_end_token: str = "<image_end>",
+        **kwargs,
+    ):
+        self.num_image_tokens = num_image_tokens
+        self.image_token, self.image_start_token, self.image_end_token = (
+            image_token,
+            image_start_token,
+            image_end_token,
+        )
+        vocabulary = tokenizer.get_vocab()
+        unknown = [token for token in (image_token, image_start_token, image_end_token) if token not in vocabulary]
+        if unknown:
+            raise ValueError(
+                f"The tokenizer has no token {', '.join(unknown)}. Add it first: "
+                f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}}), and resize the model's "
+                "embeddings to match."
+            )
+        self.image_token_id = vocabulary[image_token]
+        self.image_start_token_id = vocabulary[image_start_token]
+        self.image_end_token_id = vocabulary[image_end_token]
+        self.auto_map = {"AutoProcessor": "processing_metamorph.MetaMorphProcessor"}  # as saving sets it
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
+        """Return the text of one image."""
+        return self.image_start_token + self.image_token * self.num_image_tokens + self.image_end_token
+
+    def __call__(self, images=None, text=None, **kwargs):
+        """See [`~transformers.ProcessorMixin.__call__`]. Pads on the left by default, as generation needs."""
+        if "padding_side" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding_side", "left")
+        return super().__call__(images, text, **kwargs)
+
+    def apply_chat_template(self, conversation, chat_template=None, **kwargs):
+        """See [`~transformers.ProcessorMixin.apply_chat_template`]. Content parts may have OpenAI's forms."""
+        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = [
+            [
+                {**message, "content": [normalize_part(part) for part in message["content"]]}
+                if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple))
+                else message
+                for message in one
+            ]
+            for one in (conversation if is_batch else [conversation])
+        ]
+        return super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """See [`~transformers.ProcessorMixin.prepare_inputs_layout`]. Reads all images with [`read_image`]."""
+        if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) and not row for row in images):
+            images = None  # [] and [[], []] say that a batch has no images
+        if images is not None:
+            images = self._read_images(images)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _read_images(self, images: Any) -> Any:
+        if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
+            return [self._read_images(image) for image in images]
+        return read_image(images)
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if text is not None and isinstance(images, (list, tuple)) and all(isinstance(row, list) for row in images):
+            placeholders, counts = [sample.count(self.image_token) for sample in text], [len(row) for row in images]
+            if placeholders != counts:
+                raise ValueError(
+                    f"The texts have {placeholders} {self.image_token} placeholders, but their lists of images have "
+                    f"{counts} images: pass one image per placeholder, in a list per text."
+                )
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+    def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
+        """
+        Decode generated ids to text with one `<image>` for each finished image, without other special tokens.
+
+        Args:
+            ids (`torch.LongTensor` of shape (B, S) or list of lists): Generated ids, without the prompt.
+
+        Returns:
+            `list[str]` of length B.
+        """
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        skipped = {*self.tokenizer.all_special_ids, self.image_start_token_id, self.image_end_token_id}
+        kept_ids = []
+        for row in ids:
+            kept, placeholders = [], 0
+            for token in row:
+                placeholders = placeholders + 1 if token == self.image_token_id else 0
+                whole_image = placeholders and placeholders % self.num_image_tokens == 0
+                if whole_image or not (placeholders or token in skipped):
+                    kept.append(token)
+            kept_ids.append(kept)
+        return [text.strip() for text in self.tokenizer.batch_decode(kept_ids)]
+
+
+__all__ = ["MetaMorphProcessor"]

@@ -1,0 +1,149 @@
+"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and a VAE in closed form."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import nn
+
+
+class GridUNet2DConditionModel(UNet2DConditionModel):
+    r"""
+    [`UNet2DConditionModel`] that attends to the visual tokens, and also receives their grid beside the sample.
+
+    Cross-attention alone does not tell where in the image a token belongs. A large U-Net learns this in time, but a
+    small one does not. The grid, resized to the sample's size, adds input channels to `conv_in`.
+
+    Args:
+        grid_channels (`int`, defaults to 64): Number of channels that the grid adds. The other arguments are those of
+            [`UNet2DConditionModel`]; its arguments that are not listed are not supported.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 8,
+        in_channels: int = 32,
+        out_channels: int = 32,
+        down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels: tuple[int, ...] = (96, 160),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 16,
+        attention_head_dim: int = 4,
+        cross_attention_dim: int = 192,
+        grid_channels: int = 64,
+    ):
+        own = {name for name in self.config if name.startswith("_")} | {"grid_channels"}
+        super().__init__(**{name: value for name, value in self.config.items() if name not in own})
+        self.grid_proj = nn.Linear(cross_attention_dim, 4 * grid_channels)
+        self.conv_in = nn.Conv2d(in_channels + grid_channels, block_out_channels[0], kernel_size=3, padding=1)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
+        # The saved configuration has all arguments of the parent class, and diffusers would warn about each of them.
+        inherited = cls._get_init_keys(UNet2DConditionModel) - cls._get_init_keys(cls)
+        own = {name: value for name, value in config_dict.items() if name not in inherited}
+        return super().extract_init_dict(own, **kwargs)
+
+    def forward(self, sample: torch.Tensor, timestep, encoder_hidden_states: torch.Tensor, **kwargs):
+        """
+        Args:
+            sample (`torch.Tensor` of shape (I, in_channels, height, width)): Noisy latents.
+            encoder_hidden_states (`torch.Tensor` of shape (I, N, cross_attention_dim)): Projected visual tokens.
+
+        Raises:
+            ValueError: If N is not a square number, for example after padding.
+        """
+        count = encoder_hidden_states.shape[1]
+        side = round(count**0.5)
+        if side**2 != count:
+            raise ValueError(
+                f"`encoder_hidden_states` have {count} positions, which do not form a square grid. Create the "
+                "VisualTokenProjector with `sequence_length=None`, so that it does not pad them."
+            )
+        grid = self.grid_proj(encoder_hidden_states).transpose(1, 2).unflatten(2, (side, side))
+        grid = F.interpolate(F.pixel_shuffle(grid, 2), size=sample.shape[2:])  # each token fills 2x2 cells of its own
+        return super().forward(torch.cat([sample, grid], dim=1), timestep, encoder_hidden_states, **kwargs)
+
+
+class PatchVAE(ModelMixin, ConfigMixin):
+    r"""
+    Linear VAE that maps each patch of pixels to one latent vector. It takes the place of `AutoencoderKL`.
+
+    The optimum of a linear VAE's ELBO (Lucas et al., 2019, arXiv 1911.02469) is known in closed form: probabilistic
+    principal components (Tipping and Bishop, 1999). [`PatchVAE.fit`] computes them.
+
+    Args:
+        in_channels (`int`, defaults to 3): Number of image channels.
+        latent_channels (`int`, defaults to 32): Number of principal components.
+        patch_size (`int`, defaults to 8): Side of a patch in pixels.
+        scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
+    """
+
+    @register_to_config
+    def __init__(
+        self, in_channels: int = 3, latent_channels: int = 32, patch_size: int = 8, scaling_factor: float = 1.0
+    ):
+        super().__init__()
+        self.encoder = nn.Conv2d(in_channels, latent_channels, patch_size, stride=patch_size, bias=False)
+        self.decoder = nn.ConvTranspose2d(latent_channels, in_channels, patch_size, stride=patch_size)
+        self.latent_mean = nn.Parameter(torch.zeros(latent_channels, 1, 1))
+        self.log_variance = nn.Parameter(torch.zeros(latent_channels, 1, 1))
+
+    @classmethod
+    def fit(cls, images: torch.Tensor, latent_channels: int = 32, patch_size: int = 8) -> "PatchVAE":
+        """
+        Fit a VAE to images.
+
+        Args:
+            images (`torch.Tensor` of shape (I, C, height, width)): Pixels in [-1, 1].
+
+        Raises:
+            ValueError: If the images cannot be divided into patches, or a patch has too few values.
+        """
+        channels, height, width = images.shape[1:]
+        size = channels * patch_size**2
+        if height % patch_size or width % patch_size or latent_channels >= size:
+            raise ValueError(
+                f"Got images of {height}x{width} and {latent_channels} latent channels, but the sides must be "
+                f"multiples of the patch, {patch_size}, and the channels fewer than {size}."
+            )
+        patches = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2).reshape(-1, size).double()
+        mean = patches.mean(0)
+        variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        variances, directions = variances.flip(0).clamp(min=1e-8), directions.flip(1)[:, :latent_channels]
+        noise = variances[latent_channels:].mean()  # variance of a pixel, given the latent
+        # A compromise between equal weights and weights by variance: details must neither drown in the noise of the
+        # diffusion nor count as much as the colors.
+        scale = variances[:latent_channels] ** -0.25
+        encoding = (directions * scale).T
+        decoding = directions / scale
+        variance = (encoding @ (patches - mean).T).square().mean().item()
+        vae = cls(channels, latent_channels, patch_size, scaling_factor=variance**-0.5)
+        weights = {
+            "encoder.weight": encoding.reshape(vae.encoder.weight.shape),
+            "decoder.weight": decoding.T.reshape(vae.decoder.weight.shape),
+            # The part of the mean patch outside of the components is nearly one value per channel.
+            "decoder.bias": (mean - decoding @ (encoding @ mean)).reshape(channels, -1).mean(1),
+            "latent_mean": (encoding @ mean)[:, None, None],
+            "log_variance": (scale**2 * noise).log()[:, None, None],
+        }
+        vae.load_state_dict(weights)
+        return vae.eval()
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Encode images (I, C, height, width) in [-1, 1] into a distribution of latents."""
+        mean = self.encoder(x) - self.latent_mean
+        posterior = DiagonalGaussianDistribution(torch.cat([mean, self.log_variance.expand_as(mean)], dim=1))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
+        """Decode latents (I, latent_channels, height, width) into images."""
+        images = self.decoder(z + self.latent_mean)
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+
+__all__ = ["GridUNet2DConditionModel", "PatchVAE"]
