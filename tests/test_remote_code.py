@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from copy_checkpoint_code import CODE, SOURCES
+from diffusers import DDIMScheduler
 from helpers import EMOJI_CHECKPOINT, run_as_stranger
 
 from metamorph_hf import GridUNet2DConditionModel, MetaMorphPipeline, PatchVAE, VisualTokenProjector
