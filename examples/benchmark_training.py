@@ -197,7 +197,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = measure_steps(args) | compare_gradients(folder)
     for name, value in results.items():
-        print(f"{name:<82} {value:10.3g}")
+        print(f"{name:<86} {value:10.3g}")
     print(json.dumps({"settings": vars(args), "results": results}))
 
 

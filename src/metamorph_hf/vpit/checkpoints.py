@@ -1,17 +1,17 @@
 """Finding the checkpoint from which an interrupted run resumes."""
 
 import json
+import logging
 import re
 import zipfile
 from pathlib import Path
 
-from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

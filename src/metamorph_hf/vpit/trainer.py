@@ -140,7 +140,9 @@ class VPiTTrainer(SFTTrainer):
     def _check_agreement(config: MetaMorphConfig, processor: MetaMorphProcessor) -> None:
         for name in ("image_token_id", "image_start_token_id", "image_end_token_id", "num_image_tokens"):
             if (expected := getattr(config, name)) != (found := getattr(processor, name)):
-                raise ValueError(f"The model's {name} is {expected}, but the processor's is {found}: use its own.")
+                raise ValueError(
+                    f"The model's {name} is {expected}, but the processor's is {found}: take both from one checkpoint."
+                )
         if (size := len(processor.tokenizer)) > config.text_config.vocab_size:
             raise ValueError(
                 f"The tokenizer has {size} tokens, but the model's vocabulary has {config.text_config.vocab_size}: "
