@@ -1,4 +1,4 @@
-"""Small real objects for every test: the released implementation's golden numbers, and a tiny model of our own."""
+"""Fixtures for every test: the released implementation's golden numbers, and tiny models of our own."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, Met
 from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 
 
-# pytest-xdist's workers, and what they start, share the cores: more threads than cores slow torch down tenfold.
+# The workers of pytest-xdist share the cores: more threads than cores slow torch down tenfold.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
@@ -33,7 +33,7 @@ from convert_metamorph_to_hf import build_processor, convert  # noqa: E402
 
 @dataclass
 class Golden:
-    """What the released implementation gave: `tensors` by name, `facts` (golden.json), the four `images`."""
+    """Outputs of the released implementation: `tensors` by name, `facts` (golden.json), the four `images`."""
 
     tensors: dict[str, torch.Tensor]
     facts: dict
@@ -41,7 +41,7 @@ class Golden:
     converted: Path
 
     def build_model(self, **config) -> MetaMorphForConditionalGeneration:
-        """The converted checkpoint; `config` overrides. A head of another shape gets random weights."""
+        """Load the converted checkpoint; `config` overrides. A head of another shape gets random weights."""
         stored = MetaMorphConfig.from_pretrained(self.converted).to_dict()
         return MetaMorphForConditionalGeneration.from_pretrained(
             self.converted, config=MetaMorphConfig(**{**stored, **config}), ignore_mismatched_sizes=True
@@ -62,7 +62,7 @@ def golden(tmp_path_factory) -> Golden:
 
 @pytest.fixture(scope="session")
 def golden_model(golden) -> MetaMorphForConditionalGeneration:
-    """The released weights in our model. Leave its weights and its configuration as they are."""
+    """Return our model with the released weights. Tests must not change its weights or its configuration."""
     return golden.build_model()
 
 
@@ -84,7 +84,7 @@ def tiny_processor(tiny_tokenizer) -> MetaMorphProcessor:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_tokenizer):
-    """Makes a tiny configuration; keyword arguments override."""
+    """Return a function that makes a tiny configuration; keyword arguments override."""
 
     def make(**config) -> MetaMorphConfig:
         token_id = tiny_tokenizer.convert_tokens_to_ids
@@ -123,12 +123,12 @@ def tiny_config(tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
-    """Makes a fresh tiny model with seeded random weights, in eval mode; keyword arguments override its config."""
+    """Return a function that makes a tiny random model in eval mode; keyword arguments override its config."""
 
     def make(**config) -> MetaMorphForConditionalGeneration:
         torch.manual_seed(0)
         model = MetaMorphForConditionalGeneration(tiny_config(**config)).eval()
-        for parameter in model.parameters():  # at initialisation's 0.02 all outputs are nearly alike
+        for parameter in model.parameters():  # with the usual 0.02 all outputs would be nearly alike
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
         return model
@@ -145,7 +145,7 @@ def tiny_images() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer(tmp_path_factory):
-    """The real one, from the tiktoken file of the package `llama-models`, without the two image tokens."""
+    """Return a function that makes the real tokenizer, from the package `llama-models`, without image tokens."""
     from importlib.resources import files
 
     from tokenizers.processors import TemplateProcessing
@@ -172,13 +172,13 @@ def llama3_tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama3_processor(llama3_tokenizer, golden_image_processor) -> MetaMorphProcessor:
-    """With the released code's chat format and 4 visual tokens an image."""
+    """Return a processor with the released code's chat format and 4 visual tokens per image."""
     return build_processor(llama3_tokenizer(), golden_image_processor, MetaMorphConfig(num_image_tokens=4))
 
 
 @pytest.fixture
 def components(tiny_model, tiny_processor):
-    """Everything a pipeline is made of: 4 visual tokens 16 wide, 4x4 latents, 8x8 pixels."""
+    """Return all components of a pipeline: 4 visual tokens 16 wide, 4x4 latents, 8x8 pixels."""
     model = tiny_model()
     torch.manual_seed(0)
     projector = VisualTokenProjector(
@@ -217,7 +217,7 @@ def components(tiny_model, tiny_processor):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """Ten pictures, each of its own grey."""
+    """Return a folder with ten images, each in its own shade of gray."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(10):
         Image.new("RGB", (20, 16), (25 * number,) * 3).save(folder / f"{number}.png")
@@ -226,7 +226,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def video(tmp_path_factory) -> Path:
-    """Ten seconds; frame by frame brighter. 10 frames a second in the first half, 2 in the second."""
+    """Return a video of ten seconds that gets brighter: 10 frames a second in the first half, then 2."""
     path = tmp_path_factory.mktemp("video") / "clip.mp4"
     times = [*np.arange(0, 5, 0.1), *np.arange(5, 10, 0.5)]
     with av.open(str(path), "w") as container:
@@ -244,7 +244,7 @@ def video(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def row(pictures, video):
-    """Makes a row of a family with all paths in place."""
+    """Return a function that makes a row of a family with existing paths."""
 
     def make(family: str) -> dict:
         made = {k: str(pictures / v) if str(v).endswith(".png") else v for k, v in ROWS[family].items()}

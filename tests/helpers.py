@@ -1,4 +1,4 @@
-"""What several test modules share: golden paths, tiny examples, and a process without this package."""
+"""Helpers of several test modules: golden paths, tiny examples, and a process without this package."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def run_example(script: str, *arguments, cwd: Path) -> subprocess.CompletedProce
 
 
 def import_example(script: str) -> ModuleType:
-    """Import a script of `examples/` as its own process would: its folder first on `sys.path`, `common` from there."""
+    """Import a script of `examples/` as its own process would, with its folder first on `sys.path`."""
     path = EXAMPLES_FOLDER / script
     conversion_common = sys.modules.pop("common", None)
     sys.path.insert(0, str(path.parent))
@@ -48,7 +48,7 @@ def import_example(script: str) -> ModuleType:
 
 
 def byte_tokenizer(special_tokens: tuple[str, ...], **kwargs) -> PreTrainedTokenizerFast:
-    """One token per byte, and the special ones: padding, end of turn, and more."""
+    """Return a tokenizer with one token per byte and special tokens for padding, end of turn and more."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special_tokens, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -118,7 +118,7 @@ def arguments(tmp_path, **kwargs) -> VPiTConfig:
 
 
 def examples_with_nan() -> list[dict]:
-    """Visual tokens instead of images; those of sample 5 are NaN."""
+    """Return examples with visual tokens instead of images; those of sample 5 are NaN."""
     examples = []
     for number, example in enumerate(EXAMPLES):
         tokens = torch.full((len(example["images"]), 4, 16), float("nan") if number == 5 else 0.1)
@@ -127,7 +127,7 @@ def examples_with_nan() -> list[dict]:
 
 
 def dataset_of(examples):
-    # A transform keeps PIL images and mixed contents as they are, which Arrow columns would not.
+    # A transform keeps PIL images and mixed contents as they are; Arrow columns would not.
     return Dataset.from_dict({"place": list(range(len(examples)))}).with_transform(
         lambda columns: {key: [examples[place][key] for place in columns["place"]] for key in examples[0]}
     )
@@ -161,7 +161,7 @@ folder, out = sys.argv[1:]
 
 
 def run_as_stranger(code: str, folder: Path, tmp_path: Path):
-    """Runs `code`, which puts what it found in `found`, and gives it back."""
+    """Run `code` in a process without this package, and return its variable `found`."""
     result = subprocess.run(
         [
             sys.executable,

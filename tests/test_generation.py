@@ -40,7 +40,7 @@ def without_placeholders(ids):
 
 @pytest.fixture(scope="module")
 def prompt(golden, golden_image_processor):
-    """The prompt of a golden greedy run, as generate() takes it."""
+    """Return a function that makes the prompt of a golden greedy run, as generate() takes it."""
 
     def make(case):
         facts = golden.facts["greedy"][case]
@@ -55,7 +55,7 @@ def prompt(golden, golden_image_processor):
 
 @pytest.fixture(scope="module")
 def batch(prompt):
-    """Four prompts of two lengths, padded on the left: text, or an image; answers with 0, 1, 1 and 2 images."""
+    """Return four prompts of two lengths, padded on the left, which are answered with 0, 1, 1 and 2 images."""
     prompts = [prompt(case) for case in GREEDY]
     return join(prompts)
 
@@ -77,7 +77,7 @@ def generate(model, inputs, **kwargs):
 
 
 def answers(outputs, inputs):
-    """New ids of each row, up to its end."""
+    """Return the new ids of each row, up to its end."""
     rows = []
     for row in outputs.sequences[:, inputs["input_ids"].shape[1] :].tolist():
         ends = [index for index, token in enumerate(row) if token in EOS]
@@ -131,7 +131,7 @@ def plain_greedy(model, inputs, max_new_tokens=80):
 
 
 class TestReleasedGreedy:
-    """Against the released implementation's own decoding loop."""
+    """Compare with the released implementation's own decoding loop."""
 
     @pytest.mark.parametrize("case", [*GREEDY, "image_end_then_image_again_adjacent"])
     def test_same_answer(self, golden, golden_model, prompt, case):
@@ -152,7 +152,7 @@ class TestReleasedGreedy:
 
     @pytest.mark.parametrize("case", ["stop_inside_image", "stop_at_first_visual_token"])
     def test_we_begin_no_image_that_does_not_fit(self, golden, golden_model, prompt, case):
-        """There, `max_new_tokens` ends in the middle of an image, and one step late."""
+        """In the released code, `max_new_tokens` ends in the middle of an image, and one step late."""
         facts, inputs = golden.facts["greedy"][case], prompt(case)
         outputs = generate(golden_model, inputs, max_new_tokens=facts["max_new_tokens"])
         (ids,) = answers(outputs, inputs)
@@ -165,7 +165,7 @@ class TestReleasedGreedy:
         torch.testing.assert_close(longer.visual_tokens[0][0, : len(released)], released, rtol=0, atol=5e-6)
 
     def test_we_ignore_the_text_head_inside_an_image(self, golden, golden_model, prompt):
-        """There, an end-of-text argmax of the untrained lm_head(projector(v)) ends it after 6 visual tokens."""
+        """In the released code, an end-of-text argmax of lm_head(projector(v)) ends it after 6 visual tokens."""
         case = "eos_argmax_inside_image"
         inputs, released = prompt(case), golden.tensors[f"greedy.{case}.image_embeds"]
         outputs = generate(golden_model, inputs, max_new_tokens=2 + N + 1)
@@ -174,7 +174,7 @@ class TestReleasedGreedy:
         torch.testing.assert_close(outputs.visual_tokens[0][0, :6], released, rtol=0, atol=5e-6)
 
     def test_we_close_every_image(self, golden, golden_model, prompt):
-        """There, without a predicted <image_end>, the next <image_start> gives no visual token at all."""
+        """In the released code, without a predicted <image_end> the next <image_start> gives no visual token."""
         case = "no_image_end_after_image"
         inputs, released = prompt(case), golden.tensors[f"greedy.{case}.image_embeds"]
         outputs = generate(golden_model, inputs, max_new_tokens=2 + N + 1)
@@ -241,13 +241,13 @@ class TestDecoding:
         row = torch.tensor([[208, 92, IMAGE_START, *[IMAGE] * length]])
         with pytest.raises(ValueError, match=f"has {length} image token positions, but the images fill 0"):
             generate(golden_model, {"input_ids": row})
-        # Counts that happen to agree do not help.
+        # It is refused even where the counts happen to agree.
         row = torch.tensor([[208, *[IMAGE] * (N - length), IMAGE_START, *[IMAGE] * length]])
         with pytest.raises(ValueError, match=r"Prompts \[0\] end in the middle of an image.*all of its 16"):
             generate(golden_model, {"input_ids": row, "visual_tokens": torch.zeros(1, N, 32)})
 
     def test_prompt_ends_before_image_end(self, golden_model, prompt):
-        """A whole image without <image_end> gets it."""
+        """A whole image without <image_end> is closed."""
         inputs = prompt("image_prompt_image_answer")
         end = inputs["input_ids"][0].tolist().index(IMAGE_END)
         cut = {**inputs, "input_ids": inputs["input_ids"][:, :end]}
@@ -264,7 +264,7 @@ class TestDecoding:
         for inputs, kwargs in ((encoded, {}), (encoded, {"use_cache": False}), (several, {})):
             assert_same(generate(golden_model, inputs, **kwargs), generate(golden_model, batch))
 
-    def test_one_image_at_several_places(self, golden_model, prompt):
+    def test_one_image_at_several_positions(self, golden_model, prompt):
         inputs = prompt("image_prompt_image_answer")
         twice = {"input_ids": inputs["input_ids"].repeat(2, 1), "image_indices": torch.tensor([0, 0])}
         with torch.no_grad():
@@ -277,7 +277,7 @@ class TestDecoding:
     @pytest.mark.parametrize("kwargs", [{}, {"num_return_sequences": 2, "do_sample": True}])
     @pytest.mark.parametrize("count", [0, 2, 4])
     def test_number_of_images(self, golden_model, batch, kwargs, count):
-        """Three places for images."""
+        """The prompts have three images."""
         inputs = {**batch, "pixel_values": batch["pixel_values"][:1].repeat(count, 1, 1, 1)}
         if count == 0:
             del inputs["pixel_values"]
@@ -308,7 +308,7 @@ class TestDecoding:
         assert len(continued.visual_tokens[0]) == 1
 
     def test_second_turn_after_a_stop_at_a_visual_token(self, golden_model):
-        """The cache has not seen that one, and an id alone does not say what it was."""
+        """The cache has not read that token, and its id alone does not say what it was."""
         prompt, cache = {"input_ids": torch.tensor([[208, 92, IMAGE_START]])}, DynamicCache()
         first = generate(golden_model, prompt, cache=cache, stopping_criteria=[StopAfter(3 + N)])
         assert len(first.visual_tokens[0]) == 1
@@ -319,7 +319,7 @@ class TestDecoding:
 
 
 class TestLimits:
-    """Where answers end, and where an image may begin."""
+    """Answers end at their limits, and images begin only where they fit."""
 
     @pytest.mark.parametrize("kwargs", [{}, {"do_sample": True, "sequence_bias": [[[IMAGE_START], 5.0]]}])
     def test_rows_without_an_end(self, golden, batch, kwargs):
@@ -350,7 +350,7 @@ class TestLimits:
     @pytest.mark.parametrize("where", ["context", "context, embeddings", "static cache"])
     @pytest.mark.parametrize("fits", [True, False])
     def test_image_begins_only_where_it_fits(self, tiny_config, tiny_model, where, fits):
-        """An image takes 6 tokens, the last of which is not read, and 16 positions are there."""
+        """An image takes 6 tokens, the last of which is not read; there are 16 positions."""
         config = GPT2Config(
             vocab_size=tiny_config().text_config.vocab_size,
             n_positions=16 if "context" in where else 100,
@@ -383,7 +383,7 @@ class TestLimits:
                 model.generate(**inputs, **kwargs, force_image=True)
 
     def test_stop_that_is_seen_a_step_late(self, golden_model, prompt, batch, monkeypatch):
-        """As on MPS, where the loop does not wait for the device."""
+        """Simulate MPS, where the loop does not wait for the device."""
         expected = [generate(golden_model, inputs, max_new_tokens=24) for inputs in (prompt("one_image"), batch)]
 
         class Event:
@@ -403,7 +403,7 @@ class TestLimits:
 
 
 class Script(LogitsProcessor):
-    """Forces the given ids, one per step, whatever the model says."""
+    """Forces the given ids, one per step, whatever the model predicts."""
 
     def __init__(self, prompt_length, *ids):
         self.prompt_length, self.ids = prompt_length, ids
@@ -448,7 +448,7 @@ NEEDS_TORCHVISION = pytest.mark.skipif(not is_torchvision_available(), reason="t
 @pytest.mark.parametrize("task", ["image-text-to-text", pytest.param("any-to-any", marks=NEEDS_TORCHVISION)])
 @pytest.mark.parametrize("max_images", [0, 1])
 def test_transformers_pipeline(tiny_model, tiny_processor, tiny_images, tmp_path, task, max_images):
-    """transformers' pipelines give the text that `generate()` gives."""
+    """transformers' pipelines return the text that `generate()` writes."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)
@@ -465,7 +465,7 @@ def test_transformers_pipeline(tiny_model, tiny_processor, tiny_images, tmp_path
 
 
 class TestGenerateFeatures:
-    """What people do with `generate()` elsewhere works here, or says why not."""
+    """Features of `generate()` work, or an error says why not."""
 
     def test_sampling(self, golden_model, batch):
         torch.manual_seed(0)
@@ -481,7 +481,7 @@ class TestGenerateFeatures:
         assert generate(golden_model, batch, **kwargs).sequences.tolist() != outputs.sequences.tolist()
 
     def test_num_return_sequences(self, golden_model, prompt):
-        """Prompts with 0, 1 and 2 images, each of which answers with an image first."""
+        """The prompts have 0, 1 and 2 images, and each is answered with an image first."""
         prompts = [prompt("one_image"), prompt("text_after_image_prompt"), prompt("two_images")]
         second = prompt("image_prompt_image_answer")
         prompts[2] = {key: torch.cat([prompts[2][key], second[key]], dim=int(key == "input_ids")) for key in second}
@@ -520,7 +520,7 @@ class TestGenerateFeatures:
 
     @pytest.mark.parametrize("case", GREEDY)
     def test_our_streamer(self, golden_model, prompt, case):
-        """Text and finished images in reading order; the pieces are the answer's."""
+        """Text and finished images arrive in reading order and make up the answer."""
         processor = SimpleNamespace(tokenizer=IdsAsText(), image_token_id=IMAGE, num_image_tokens=N)
         streamer = MetaMorphStreamer(processor)
         inputs = prompt(case)
@@ -536,7 +536,7 @@ class TestGenerateFeatures:
             assert text.split() == [str(token) for token in ids]
 
     def test_a_reader_learns_that_generation_failed(self, tiny_model, tiny_processor):
-        """Instead of waiting forever for the next piece."""
+        """It does not wait forever for the next piece."""
         streamer = MetaMorphStreamer(tiny_processor, timeout=60)
         inputs = tiny_processor.tokenizer("Hello there", return_tensors="pt")
 
@@ -551,7 +551,7 @@ class TestGenerateFeatures:
         thread.join()
 
     def test_streamed_text_comes_as_it_is_written(self, tiny_model, tiny_processor):
-        """In another thread, before the answer is finished, in the pieces that transformers' own streamer makes."""
+        """It comes before the answer is finished, in the pieces that transformers' own streamer makes."""
         model = tiny_model()
         inputs = tiny_processor.tokenizer("Hello there", return_tensors="pt")
         written = Script(inputs.input_ids.shape[1], *tiny_processor.tokenizer("one two three ").input_ids)
@@ -583,7 +583,7 @@ class TestGenerateFeatures:
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_force_image(self, golden_model, batch, use_cache):
-        """As if the prompt ended with `<image_start>`, but the answer holds it."""
+        """It equals a prompt that ends with `<image_start>`, except that the answer holds that token."""
         outputs = generate(golden_model, batch, force_image=True, max_images=1, use_cache=use_cache)
         begun = torch.full((4, 1), IMAGE_START)
         asked = {
@@ -625,13 +625,13 @@ class TestGenerateFeatures:
             generate(golden_model, prompt("one_image"), **kwargs)
 
     def test_logits_processor(self, golden_model, prompt):
-        """It decides about text; inside an image nobody does."""
+        """A processor decides about text, but not inside an image."""
         inputs = prompt("text_after_image_prompt")
         length = inputs["input_ids"].shape[1]
         script = Script(length, 92, IMAGE_START, *[93] * (N + 1), 94, IMAGE_START)
         outputs = generate(golden_model, inputs, logits_processor=[script], max_new_tokens=2 * N + 6)
-        picture = [IMAGE_START, *[IMAGE] * N, IMAGE_END]
-        assert answers(outputs, inputs) == [[92, *picture, 94, *picture]]
+        image_ids = [IMAGE_START, *[IMAGE] * N, IMAGE_END]
+        assert answers(outputs, inputs) == [[92, *image_ids, 94, *image_ids]]
         assert outputs.visual_tokens[0].shape == (2, N, 32)
 
     def test_text_settings_do_not_disturb_images(self, golden_model, prompt):
@@ -701,7 +701,7 @@ class TestGenerateFeatures:
             guided = golden_model(**inputs).logits[0, -1].log_softmax(-1)
             plain = golden_model(input_ids=inputs["input_ids"][:, -1:]).logits[0, -1].log_softmax(-1)
         shift = outputs.scores[0][0, :IMAGE_START] - (plain + 1.5 * (guided - plain))[:IMAGE_START]
-        torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=1e-3, atol=1e-3)  # softmax takes no notice
+        torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("how", ["generate_batch", "paged"])
     def test_continuous_batching(self, golden_model, prompt, how):
@@ -743,7 +743,7 @@ class TestGenerateFeatures:
 
     @pytest.mark.parametrize("num_beams", [1, 2])
     def test_image_asked_for_and_switched_off(self, golden_model, num_beams):
-        """`suppress_tokens` wins, also in beam search, which cannot draw."""
+        """`suppress_tokens` wins, also in beam search, which cannot generate images."""
         outputs = generate(
             golden_model,
             {"input_ids": torch.tensor([[208, 92, IMAGE_START]])},

@@ -23,22 +23,22 @@ from metamorph_hf import MetaMorphConfig, MetaMorphModel
 from metamorph_hf.model_cards import create_model_card
 
 
-PICTURE = [5, 4, 4, 4, 4, 6]  # ids of the tiny tokenizer
+IMAGE_IDS = [5, 4, 4, 4, 4, 6]  # ids of the tiny tokenizer
 IMAGE_START = 5
 OPTIONAL = pytest.mark.optional
 
 
 @pytest.fixture
 def inputs():
-    """An image in the prompt, one in the answer."""
-    ids = torch.tensor([[40, *PICTURE, 41, IMAGE_START]])
+    """Return a prompt with an image, answered by an image."""
+    ids = torch.tensor([[40, *IMAGE_IDS, 41, IMAGE_START]])
     pixel_values = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values}
 
 
 @pytest.fixture
 def wide_model(tiny_config, tiny_model):
-    """Wide enough for 4 bits, whose blocks are of 64 values."""
+    """Return a model that is wide enough for 4 bits, which come in blocks of 64 values."""
     text_config = tiny_config().text_config
     text_config.update({"hidden_size": 64, "head_dim": 16})
     vision_config = SiglipVisionConfig(
@@ -62,7 +62,7 @@ def assert_same_answer(model, expected, inputs, atol=1e-4):
 
 
 class TestPlacement:
-    """Parts of the model on another device or on the disk."""
+    """Parts of the model may be on another device or on the disk."""
 
     @pytest.mark.parametrize("where", ["cpu", "disk"])
     def test_offload(self, tiny_model, inputs, tmp_path, where):
@@ -80,7 +80,7 @@ class TestPlacement:
 
     @pytest.mark.parametrize("share", [1.0, 0.9, 0.5])
     def test_auto(self, tiny_model, inputs, tmp_path, share):
-        """Where memory ends, the disk begins; no layer is split."""
+        """Layers that do not fit into memory are on the disk, and no layer is split."""
         model = tiny_model()
         model.save_pretrained(tmp_path)
         size = sum(parameter.nbytes for parameter in model.parameters())
@@ -100,7 +100,7 @@ class TestPlacement:
 
 class TestPrecision:
     def test_float16(self, tiny_model, inputs, tmp_path):
-        """Loaded in float16, vision tower, projector and vision head stay in float32, and all works together."""
+        """In float16, vision tower, projector and vision head stay in float32."""
         model = tiny_model()
         for parameter in model.parameters():
             parameter.data *= 0.5
@@ -145,7 +145,7 @@ class TestPrecision:
         assert torch.equal(model.get_visual_tokens(pixels), wide_model.get_visual_tokens(pixels))
         found, expected = answer(model, inputs), answer(wide_model, inputs)
         assert len(found.visual_tokens[0]) == 1
-        first = 0  # later tokens see the errors of earlier ones
+        first = 0  # errors of earlier tokens reach the later ones
         error = (found.visual_tokens[0][0, first] - expected.visual_tokens[0][0, first]).norm()
         assert 0 < error < (0.5 if "4" in library else 0.1)
         model.save_pretrained(tmp_path / "quantized")
@@ -197,10 +197,10 @@ class TestAttention:
 
     @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed shapes", "any shapes"])
     def test_export(self, tiny_model, dynamic):
-        """`torch.export`, by transformers' own exporter: one graph of both towers."""
+        """transformers' exporter gives one graph of both towers."""
 
         def inputs(rows, words):
-            ids = torch.tensor([[40, *PICTURE, *range(41, 41 + words)]] * rows)
+            ids = torch.tensor([[40, *IMAGE_IDS, *range(41, 41 + words)]] * rows)
             pixel_values = torch.randn(rows, 3, 16, 16)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixel_values}
 
@@ -219,10 +219,10 @@ class TestAttention:
 
 
 class TestTrainer:
-    """transformers' own, without VPiT."""
+    """transformers' own Trainer works, too."""
 
     def test_evaluate(self, tiny_model, inputs, tmp_path):
-        """It gathers logits, and not what the tower gave."""
+        """Evaluation gathers logits but not the tower's outputs."""
         model = tiny_model()
         rows = [{**{name: value[0] for name, value in inputs.items()}, "labels": inputs["input_ids"][0]}] * 3
         seen = []
@@ -241,7 +241,7 @@ class TestTrainer:
 class TestAdapters:
     @pytest.fixture
     def adapter(self, tiny_model, inputs, tmp_path):
-        """A LoRA of language model, projector and vision head: its folder and its answer."""
+        """Return the folder and the answer of a LoRA of language model, projector and vision head."""
         peft = pytest.importorskip("peft")
         model = tiny_model()
         model.save_pretrained(tmp_path / "base")
@@ -279,7 +279,7 @@ class TestSaving:
         assert_same_answer(AutoModel.from_pretrained(tmp_path), answer(model, inputs), inputs)
 
     def test_pooling_head_of_older_checkpoints(self, tiny_model, tmp_path, caplog):
-        """SigLIP's pooling head is never built, and not missed in a checkpoint that has it."""
+        """SigLIP's pooling head is not built, and older checkpoints that have it load without a warning."""
         model = tiny_model()
         assert not model.model.vision_tower.use_head
         state = {**model.state_dict(), "model.vision_tower.head.probe": torch.zeros(1, 1, 16)}

@@ -24,14 +24,14 @@ N = 16
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Relative to the largest value: logits reach 30, where an absolute 1e-5 rejects correct code."""
+    """Compare relative to the largest value: logits reach 30, where an absolute 1e-5 would reject correct code."""
     assert actual.shape == expected.shape
     error = (actual - expected).abs().max() / expected.abs().max()
     assert error < tolerance, f"off by {error:.1e} of the largest value"
 
 
 def golden_batch(golden, golden_image_processor, case):
-    """A batch of the released collator in our form: N placeholders per image, `labels` say which are targets."""
+    """Return a batch of the released collator in our form, where `labels` mark targets."""
     tensors, length = golden.tensors, golden.tensors[f"{case}.expanded_labels"].shape[1]
     image_files = list(golden.facts["forward"][case]["image_files"])
     rows, kept = [], []
@@ -39,7 +39,7 @@ def golden_batch(golden, golden_image_processor, case):
         expanded, fits = [], True
         for token in row:
             if token == RELEASED_PLACEHOLDER:
-                # The released code drops an image that does not fit, and all after it ("truncated").
+                # The released code drops an image that does not fit and everything after it ("truncated").
                 fits = fits and len(expanded) + N <= length
                 kept += image_files[:1] if fits else []
                 image_files.pop(0)
@@ -62,7 +62,7 @@ def golden_batch(golden, golden_image_processor, case):
 
 
 class TestReleasedVision:
-    """The released implementation's visual path, at 1e-5 of each tensor's largest value."""
+    """Compare with the released implementation's visual path, to 1e-5 of each tensor's largest value."""
 
     @pytest.fixture(scope="class")
     def pixel_values(self, golden, golden_image_processor):
@@ -85,7 +85,7 @@ class TestReleasedVision:
         assert_close(features.pooler_output, golden.tensors["vision.projected"])
 
     @torch.no_grad()
-    def test_unnormalised(self, golden, pixel_values):
+    def test_unnormalized(self, golden, pixel_values):
         model = golden.build_model(normalize_visual_tokens=False)
         assert_close(model.get_visual_tokens(pixel_values), golden.tensors["vision.visual_tokens_unnormalised"])
 
@@ -99,7 +99,7 @@ class TestReleasedVision:
 
     @torch.no_grad()
     def test_not_the_normed_output(self, golden, golden_model, pixel_values):
-        """A library upgrade, or a configuration entry, must not turn visual tokens into post-norm features."""
+        """Neither a library upgrade nor a configuration may turn visual tokens into features after the final norm."""
         normed = golden_model.model.vision_tower(pixel_values[:1]).last_hidden_state
         assert_close(normed, golden.tensors["vision.last_hidden_state_unused"])
         model = golden_model.model
@@ -115,7 +115,7 @@ class TestReleasedVision:
 
 
 class TestReleasedForward:
-    """Losses, logits and gradients of the released implementation's batches."""
+    """Compare losses, logits and gradients on the released implementation's batches."""
 
     FORWARD = {  # case -> its batch, our configuration
         "mixed": ("mixed", {}),
@@ -208,9 +208,9 @@ PAD, END = 0, 1
 
 @pytest.fixture
 def batch():
-    """Row 0: an image in the prompt, one in the answer. Row 1: an image in the answer, padded. Row 2: text."""
-    picture = [IMAGE_START, *[IMAGE] * 4, IMAGE_END]
-    rows = [[40, *picture, 41, 42, *picture, 43, END], [44, 45, 46, *picture, END], [47, 48, 49, 50, END]]
+    """Return three rows: an image in prompt and answer; an image in the answer, padded; and text."""
+    image_ids = [IMAGE_START, *[IMAGE] * 4, IMAGE_END]
+    rows = [[40, *image_ids, 41, 42, *image_ids, 43, END], [44, 45, 46, *image_ids, END], [47, 48, 49, 50, END]]
     prompt_lengths = [8, 2, 2]
     input_ids = torch.tensor([row + [PAD] * (17 - len(row)) for row in rows])
     labels = input_ids.masked_fill(input_ids == PAD, -100)
@@ -353,7 +353,7 @@ class TestLosses:
     @torch.no_grad()
     @pytest.mark.parametrize("rows_at_once", [1, 1000])
     def test_accuracy_and_entropy(self, tiny_model, batch, monkeypatch, rows_at_once):
-        """Compared with the logits of all positions, whether or not the losses are computed in chunks."""
+        """Compare with the logits of all positions, whether or not the losses are computed in chunks."""
         model = tiny_model()
         monkeypatch.setattr(modeling_metamorph, "MAX_LOGITS", rows_at_once * model.config.text_config.vocab_size)
         logits = model(**batch).logits.index_fill(-1, torch.tensor([IMAGE]), -torch.inf)[:, :-1]
@@ -418,7 +418,7 @@ class TestForward:
     @torch.no_grad()
     @pytest.mark.parametrize("training", [True, False])
     def test_noise(self, tiny_model, batch, training):
-        """Only on what is fed in, only for images in answers, only in training."""
+        """Noise is added to inputs only, not targets; to answer images only; and in training only."""
         model = tiny_model(visual_token_noise=1.0).train(training)
         clean = model.get_visual_tokens(batch["pixel_values"])
         fed_in = []
@@ -456,7 +456,7 @@ class TestForward:
 
     @torch.no_grad()
     def test_quantised_projector(self, tiny_model, batch):
-        """Integer weights, as of QLoRA, must not turn the visual tokens that they multiply into integers."""
+        """Integer weights, as in QLoRA, must not turn visual tokens into integers."""
 
         class Int8Linear(torch.nn.Module):
             def __init__(self, linear):
@@ -501,7 +501,7 @@ TEXT_CONFIGS = {
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
     "gpt2": {},
-    "bloom": {},  # no limit of positions, no static cache
+    "bloom": {},  # no limit of positions and no static cache
     "mamba": {"state_size": 8},  # no attention
 }
 VISION_CONFIGS = {
@@ -512,7 +512,7 @@ VISION_CONFIGS = {
 
 
 class TestOtherParts:
-    """Any causal language model, any vision transformer."""
+    """Any causal language model works with any vision transformer."""
 
     @pytest.mark.parametrize("tie", [True, False])
     @pytest.mark.parametrize("model_type", TEXT_CONFIGS)
@@ -546,7 +546,7 @@ class TestOtherParts:
         )
         assert uncached == dynamic == static
         assert uncached[0][3:8] == [IMAGE] * 4 + [IMAGE_END]
-        if model_type == "mamba":  # its cache does not say how much it has seen, so transformers reads all again
+        if model_type == "mamba":  # its cache does not say how much it has read, so transformers reads all again
             return
         cache, options = DynamicCache(config=text_config), {"do_sample": False, "max_new_tokens": 8}
         first = model.generate(prompt, **options, cache=cache, return_dict_in_generate=True)
@@ -589,7 +589,7 @@ class TestOtherParts:
 
     @torch.no_grad()
     def test_ids_outside_the_vocabulary(self, tiny_model, batch):
-        """A checkpoint of a language model whose embeddings were not resized yet."""
+        """Refuse a language model whose embeddings were not resized."""
         model = tiny_model(image_token_id=300)
         with pytest.raises(ValueError, match="300.*vocabulary of 263.*resize_token_embeddings"):
             model(input_ids=batch["input_ids"][2:])
@@ -625,11 +625,11 @@ class TestSaving:
         assert type(loaded.text_config) is type(config.text_config)
         assert type(loaded.vision_config) is type(config.vision_config)
 
-    def test_missing_tower_is_initialised_as_a_new_one(self, tiny_config):
-        """SigLIP sets weights of its attention and MLP as a whole, not layer by layer."""
+    def test_missing_tower_is_initialized_like_a_new_one(self, tiny_config):
+        """SigLIP initializes its attention and MLP as a whole, not layer by layer."""
         model = MetaMorphForConditionalGeneration.from_pretrained(None, config=tiny_config(), state_dict={})
         layer = model.model.vision_tower.encoder.layers[0]
-        assert 0 < layer.mlp.fc1.bias.abs().max() < 1e-5  # a linear layer of its own would have zeros
+        assert 0 < layer.mlp.fc1.bias.abs().max() < 1e-5  # a plain linear layer would have zeros
         bound = (6 / (16 + 16)) ** 0.5  # Glorot's, uniform
         assert 0.9 * bound < layer.self_attn.q_proj.weight.abs().max() <= bound
 

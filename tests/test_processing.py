@@ -18,7 +18,7 @@ def ids(tiny_tokenizer):
     return lambda text: tiny_tokenizer(text, add_special_tokens=False).input_ids
 
 
-def picture_part(image):
+def image_part(image):
     return {"type": "image", "image": image}
 
 
@@ -32,8 +32,8 @@ def turn(role, *parts):
 
 @pytest.fixture
 def conversations(tiny_images):
-    """With 0, 1 and 4 images, which stand in prompts and answers, at their beginning, middle and end."""
-    red, green, blue, gray = map(picture_part, tiny_images)
+    """Return conversations with 0, 1 and 4 images in prompts and answers, at their beginning, middle and end."""
+    red, green, blue, gray = map(image_part, tiny_images)
     return [
         [turn("user", text_part("hi")), turn("assistant", text_part("hello there"))],
         [turn("user", text_part("draw")), turn("assistant", text_part("here"), red)],
@@ -110,7 +110,7 @@ class TestExpansion:
         assert inputs.input_ids == [[*ids("a"), *PICTURE, *ids("b")]]
 
     def test_sizes_for_serving(self, tiny_processor, tiny_images):
-        """Servers of models count the positions of visual tokens, without <image_start> and <image_end>."""
+        """Model servers count the positions of visual tokens, without <image_start> and <image_end>."""
         texts = ["a<image>", "<image>bc"]
         options = {"padding": True, "return_mm_token_type_ids": True, "return_tensors": "pt"}
         inputs = tiny_processor(images=tiny_images[:2], text=texts, **options)
@@ -120,7 +120,7 @@ class TestExpansion:
 
 class TestChat:
     def test_format(self, tiny_processor, conversations, tiny_images, ids):
-        prompt = [turn("user", picture_part(tiny_images[0]), text_part("what?"))]
+        prompt = [turn("user", image_part(tiny_images[0]), text_part("what?"))]
         inputs = encode(tiny_processor, prompt, add_generation_prompt=True)
         assert inputs.input_ids[0].tolist() == [USER, *PICTURE, *ids("what?"), END, ASSISTANT]
         plain = [{"role": "user", "content": "what?"}]
@@ -134,7 +134,7 @@ class TestChat:
         assert torch.equal(inputs.pixel_values, expected)
 
     def test_assistant_mask(self, tiny_processor, conversations):
-        """1 on every token of an answer, its images' and its end-of-turn token included; 0 on prompts and padding."""
+        """The mask is 1 on every token of an answer, images and end-of-turn token included, and 0 elsewhere."""
         inputs = encode(
             tiny_processor, conversations, return_assistant_tokens_mask=True, processor_kwargs={"padding": True}
         )
@@ -157,10 +157,10 @@ class TestChat:
         assert outputs.num_text_labels.item() == 12 + (4 + 2 + 1) + (2 + 2 + 2 + 1) + (2 + 4 + 1)
 
     def test_placeholder_in_the_text(self, tiny_processor, tiny_images):
-        """A user who types <image> makes no room for a picture."""
+        """A user who types <image> does not make room for an image."""
         with pytest.raises(ValueError, match="1 <image> tokens in the text but no images"):
             encode(tiny_processor, [turn("user", text_part("what is <image> ?"))])
-        message = turn("user", picture_part(tiny_images[0]), text_part("what is <image> ?"))
+        message = turn("user", image_part(tiny_images[0]), text_part("what is <image> ?"))
         with pytest.raises(ValueError, match="total 2 <image> tokens and 1 images"):
             encode(tiny_processor, [message])
 
@@ -169,7 +169,7 @@ class TestImages:
     @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
     @pytest.mark.parametrize("do_convert_rgb", [True, None])
     def test_modes(self, tiny_tokenizer, tiny_images, mode, do_convert_rgb):
-        """Also with the image processor of a checkpoint that says nothing about colours."""
+        """It works with the image processor of a checkpoint that does not mention colors, too."""
         image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16}, do_convert_rgb=do_convert_rgb)
         processor = MetaMorphProcessor(image_processor, tiny_tokenizer, num_image_tokens=4)
         images = [tiny_images[0], tiny_images[1].convert(mode)]
@@ -180,20 +180,20 @@ class TestImages:
             assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
 
     def test_path(self, tiny_processor, tiny_images, tmp_path):
-        path = str(tmp_path / "picture.png")
+        path = str(tmp_path / "image.png")
         tiny_images[0].save(path)
         for image in (path, Image.open(path)):
-            inputs = encode(tiny_processor, [turn("user", picture_part(image))])
+            inputs = encode(tiny_processor, [turn("user", image_part(image))])
             expected = tiny_processor.image_processor(tiny_images[0], return_tensors="pt").pixel_values
             assert torch.equal(inputs.pixel_values, expected)
 
     def test_missing_path(self, tiny_processor):
         with pytest.raises(ValueError, match=r"The image cannot be read \(nowhere.png\): the file does not exist"):
-            encode(tiny_processor, [turn("user", picture_part("nowhere.png"))])
+            encode(tiny_processor, [turn("user", image_part("nowhere.png"))])
 
     def test_file_that_is_no_image(self, tiny_processor):
         with pytest.raises(ValueError, match=rf"The image cannot be read \({__file__}\)"):
-            encode(tiny_processor, [turn("user", picture_part(__file__))])
+            encode(tiny_processor, [turn("user", image_part(__file__))])
 
 
 class TestParts:
@@ -209,7 +209,7 @@ class TestParts:
     @pytest.mark.parametrize("text", ["text", "input_text"])
     def test_forms_of_other_apis(self, tiny_processor, tiny_images, tmp_path, part, text):
         tiny_images[0].save(tmp_path / "image.png")
-        expected = encode(tiny_processor, [turn("user", picture_part(tiny_images[0]), text_part("What?"))])
+        expected = encode(tiny_processor, [turn("user", image_part(tiny_images[0]), text_part("What?"))])
         given = part(str(tmp_path / "image.png"))
         inputs = encode(tiny_processor, [turn("user", given, {"type": text, "text": "What?"})])
         assert torch.equal(inputs.input_ids, expected.input_ids)
