@@ -30,7 +30,7 @@ from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration
 PROMPTS = [f"a {color} {thing}" for color in ("red", "blue", "tiny", "huge") for thing in ("cat", "dog", "car", "hat")]
 
 
-def build_model(args: argparse.Namespace) -> MetaMorphForConditionalGeneration:
+def build_model(args: argparse.Namespace, visual_decoding: str) -> MetaMorphForConditionalGeneration:
     """Build a Llama and a SigLIP tower of the sizes in `args`."""
     text_config = LlamaConfig(
         vocab_size=args.vocabulary,
@@ -60,6 +60,7 @@ def build_model(args: argparse.Namespace) -> MetaMorphForConditionalGeneration:
         image_token_id=args.vocabulary - 1,
         image_end_token_id=args.vocabulary - 2,
         image_start_token_id=args.vocabulary - 3,
+        visual_decoding=visual_decoding,
     )
     return MetaMorphForConditionalGeneration(config).to(args.device, getattr(torch, args.dtype)).eval()
 
@@ -116,7 +117,8 @@ def generate_image(model, batch: int, length: int, **kwargs) -> Callable[[], obj
 
 
 def measure_generation(args: argparse.Namespace) -> dict[str, float]:
-    timer, model, results = Timer(args.device, args.repeats), build_model(args), {}
+    timer, results = Timer(args.device, args.repeats), {}
+    model, parallel = (build_model(args, visual_decoding) for visual_decoding in ("autoregressive", "parallel"))
     steps, length = args.visual_tokens, args.prompts[0]
     with torch.device("meta"):  # the bare language model shares the weights
         llm = AutoModelForCausalLM.from_config(model.config.text_config).eval()
@@ -124,6 +126,7 @@ def measure_generation(args: argparse.Namespace) -> dict[str, float]:
     inputs, count = make_prompt(model, 1, length), steps + 2  # room for an image
     rows = [
         (f"visual steps / text steps of the bare LLM, prompt {length}", generate_image(model, 1, length), steps + 1),
+        ("the same with parallel decoding", generate_image(parallel, 1, length), steps + 1),
         ("text-only generate / bare LLM", write_text(model, inputs, count), count),
         ("text-only generate with max_images=0 / bare LLM", write_text(model, inputs, count, max_images=0), count),
     ]
@@ -132,11 +135,12 @@ def measure_generation(args: argparse.Namespace) -> dict[str, float]:
         results[name] = (seconds / tokens) / (bare / count)
 
     for prompt in args.prompts:
-        (ours,) = timer(generate_image(model, 1, prompt))
+        ours, in_one_pass = timer(generate_image(model, 1, prompt), generate_image(parallel, 1, prompt))
         # Four steps of the released loop, evenly spread over the image, stand for all.
         lengths = [prompt + round((number + 0.5) * steps / 4) for number in range(4)]
         released = Timer(args.device, 1)(*(partial(run_released_step, model, current) for current in lengths))
-        results[f"released loop / ours, batch 1, prompt {prompt}"] = sum(released) * steps / 4 / ours
+        for name, seconds in (("ours", ours), ("parallel decoding", in_one_pass)):
+            results[f"released loop / {name}, batch 1, prompt {prompt}"] = sum(released) * steps / 4 / seconds
 
     static = {"cache_implementation": "static", "disable_compile": True}
     rows = [
@@ -144,6 +148,7 @@ def measure_generation(args: argparse.Namespace) -> dict[str, float]:
         ("batch 16", generate_image(model, 16, length), 16),
         ("batch 16, static cache", generate_image(model, 16, length, **static), 16),
         ("batch 1, static cache", generate_image(model, 1, length, **static), 1),
+        ("batch 16, parallel decoding", generate_image(parallel, 16, length), 16),
     ]
     if args.compile:
         compile_config = CompileConfig()
@@ -154,6 +159,9 @@ def measure_generation(args: argparse.Namespace) -> dict[str, float]:
     results["images per second, batch 1"] = 1 / one
     for (name, _, images), seconds in zip(rows, others):
         results[f"images per second, {name} / batch 1"] = images * one / seconds
+    name = "images per second, batch 16{} / batch 1"
+    ratio = results[name.format(", parallel decoding")] / results[name.format("")]
+    results["images per second, batch 16, parallel / autoregressive"] = ratio
 
     statements = ("import metamorph_hf", "from transformers import LlamaForCausalLM")
     commands = [[sys.executable, "-c", statement] for statement in statements]
