@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .vpit.config import VPiTConfig
     from .vpit.trainer import VPiTTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 AutoConfig.register("metamorph", MetaMorphConfig, exist_ok=True)
 AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor, exist_ok=True)
