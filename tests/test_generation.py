@@ -615,7 +615,7 @@ class TestGenerateFeatures:
         "kwargs, sentence",
         [
             ({"max_images": -1}, "is -1, but must be 0"),
-            ({"max_images": "two"}, "is 'two', but must be 0"),
+            ({"max_images": "two"}, "is 'two', but must be an integer"),
             ({"max_images": 0, "force_image": True}, "asks for an image, but `max_images=0`"),
             ({"suppress_tokens": [IMAGE_START], "force_image": True}, "asks for an image, but .*`suppress_tokens`"),
         ],

@@ -199,10 +199,10 @@ class TestCollator:
             ),
             ({"messages": [{"role": "user", "content": "hi"}]}, "has no answer"),
             ({"messages": [{"role": "assistant", "content": "  "}]}, "has an empty answer"),
-            ({"messages": [{"role": "assistant", "content": 7}]}, "has a message whose content is int"),
+            ({"messages": [{"role": "assistant", "content": 7}]}, "A message's content must be text .*, but it is int"),
             (
                 {"messages": [{"role": "assistant", "content": [{"type": "audio"}]}]},
-                "has a content part that is neither an image nor text",
+                "content part is neither text nor an image",
             ),
             ({"messages": [{"role": "assistant", "content": "<image_start>"}]}, "has <image_start> in a text"),
             (
@@ -215,7 +215,7 @@ class TestCollator:
             ({"bad": "has no caption."}, "has no caption"),
             (
                 {"messages": [{"role": "assistant", "content": "\ud83d"}]},
-                "has a content part that is neither .* valid Unicode",
+                "is not valid Unicode",
             ),
             ({"images": ["1.png"]}, "has 0 image parts in its messages, but 1 images"),
         ],
