@@ -199,7 +199,10 @@ class TestCollator:
             ),
             ({"messages": [{"role": "user", "content": "hi"}]}, "has no answer"),
             ({"messages": [{"role": "assistant", "content": "  "}]}, "has an empty answer"),
-            ({"messages": [{"role": "assistant", "content": 7}]}, "A message's content must be text .*, but it is int"),
+            (
+                {"messages": [{"role": "assistant", "content": 7}]},
+                "A message's content must be text .*, but it is int",
+            ),
             (
                 {"messages": [{"role": "assistant", "content": [{"type": "audio"}]}]},
                 "content part is neither text nor an image",
@@ -207,7 +210,7 @@ class TestCollator:
             ({"messages": [{"role": "assistant", "content": "<image_start>"}]}, "has <image_start> in a text"),
             (
                 {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": []}]},
-                "has a message whose",
+                "content must be text or a list of parts, but it is NoneType",
             ),
             ({"tools": "{"}, "has tools that are not a list or the JSON of one"),
             ({"tools": 3}, "has tools that are not a list"),

@@ -35,12 +35,21 @@ logger = logging.get_logger(__name__)
 TENSORS = "inputs input_ids attention_mask position_ids pixel_values inputs_embeds image_indices"
 # transformers compares, counts and calls these without looking at them, so that a wrong one ends in its own code.
 OPTION_TYPES = {
-    "an integer": (Integral, "max_new_tokens min_new_tokens max_length min_length num_beams num_return_sequences top_k pad_token_id "
-    "bos_token_id no_repeat_ngram_size encoder_no_repeat_ngram_size max_images prompt_lookup_num_tokens"),
-    "a number": (Real, "max_time temperature top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty length_penalty "
-    "encoder_repetition_penalty guidance_scale"),
-    "True or False": (bool, "do_sample use_cache force_image output_scores output_logits output_attentions output_hidden_states "
-    "return_dict_in_generate remove_invalid_values renormalize_logits"),
+    "an integer": (
+        Integral,
+        "max_new_tokens min_new_tokens max_length min_length num_beams num_return_sequences top_k "
+        "pad_token_id bos_token_id no_repeat_ngram_size encoder_no_repeat_ngram_size max_images prompt_lookup_num_tokens",
+    ),
+    "a number": (
+        Real,
+        "max_time temperature top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+        "length_penalty encoder_repetition_penalty guidance_scale",
+    ),
+    "True or False": (
+        bool,
+        "do_sample use_cache force_image output_scores output_logits output_attentions "
+        "output_hidden_states return_dict_in_generate remove_invalid_values renormalize_logits",
+    ),
     "a tensor": (torch.Tensor, TENSORS),
     "a list": (list, "logits_processor stopping_criteria suppress_tokens begin_suppress_tokens bad_words_ids"),
     "a dictionary": (Mapping, "mm_encoder_outputs"),
@@ -193,7 +202,7 @@ class MetaMorphStreamer(TextIteratorStreamer):
 
 
 def check_types(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError for an option of `generate()` of another type than in `OPTION_TYPES`, or that is not finite."""
+    """Raise a ValueError for an option of `generate()` that has another type than in `OPTION_TYPES`."""
     for expected, (kind, names) in OPTION_TYPES.items():
         for name in names.split():
             value = options.get(name)
@@ -203,16 +212,18 @@ def check_types(options: Mapping[str, Any]) -> None:
                 raise ValueError(f"`{name}` is {value}, but must be a finite number of at most 64 bits.")
             if kind is torch.Tensor and value is not None and not value.isfinite().all():
                 raise ValueError(f"`{name}` has NaN or infinite values, but all must be finite.")
-            if name in ("logits_processor", "stopping_criteria") and not all(callable(function) for function in value or ()):
+            is_functions = name in ("logits_processor", "stopping_criteria")
+            if is_functions and not all(callable(function) for function in value or ()):
                 raise ValueError(f"`{name}` is {value!r:.100}, but must be a list of functions.")
     for name in TOKEN_IDS:
         ids = options.get(name)
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
         if ids is not None and not all(isinstance(i, Integral) for i in (ids if isinstance(ids, list) else [ids])):
             raise ValueError(f"`{name}` is {ids!r:.100}, but must be token ids.")
-    words = options.get("bad_words_ids")
-    if words is not None and not all(isinstance(word, list) for word in words):
-        raise ValueError(f"`bad_words_ids` is {words!r:.100}, but must be a list of lists of token ids.")
+    for name in ("bad_words_ids", "sequence_bias"):
+        words = options.get(name)
+        if isinstance(words, list) and not all(isinstance(word, list) for word in words):
+            raise ValueError(f"`{name}` is {words!r:.100}, but must be a list of lists.")
     if options.get("mm_encoder_outputs") and not isinstance(options["mm_encoder_outputs"].get("image"), ModelOutput):
         raise ValueError("`mm_encoder_outputs` must have an entry `image`, the output of `get_image_features`.")
     ids, length = options.get("input_ids", options.get("inputs")), None
@@ -302,8 +313,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             assisted decoding return transformers' own outputs).
 
         Raises:
-            ValueError: if options have wrong types or exclude each other, images and image tokens differ in number, the prompt is too
-                long, or an image that is asked for does not fit.
+            ValueError: if options have wrong types or exclude each other, images and image tokens differ in number,
+                the prompt is too long, or an image that is asked for does not fit.
         """
         if generation_mode != "text":
             raise ValueError(
@@ -311,6 +322,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "tokens into images. Use MetaMorphPipeline, or `generate` with force_image=True and "
                 "return_dict_in_generate=True for the visual tokens."
             )
+        # transformers compares these without a default for None.
+        kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in ("num_beams", "num_return_sequences")}
         given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
         check_types({**given, **vars(generation_config)} if isinstance(generation_config, GenerationConfig) else given)
         if not isinstance(self.generation_config, MetaMorphGenerationConfig):  # a plain one lacks our two fields

@@ -32,8 +32,8 @@ from .model_cards import create_model_card
 MAX_LOGITS = 2**26
 
 # Language models that do not return the cache which `generate()` hands them.
-WITHOUT_COMMON_CACHE = ("electra", "git", "minimax", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm", "xlnet")
-WITHOUT_COMMON_CACHE += ("xlstm",)
+WITHOUT_COMMON_CACHE = ("electra", "git", "minimax", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm")
+WITHOUT_COMMON_CACHE += ("xlnet", "xlstm")
 
 
 @dataclass
@@ -141,8 +141,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         super().__init__(config)
         if config.text_config.model_type in WITHOUT_COMMON_CACHE:
             raise ValueError(
-                f"A language model of type {config.text_config.model_type} keeps its state in a form of its own, which "
-                "`generate` cannot use: choose one with the cache that transformers' models share, such as Llama."
+                f"A language model of type {config.text_config.model_type} keeps its state in a form of its own, "
+                "which `generate` cannot use: choose one with the cache that transformers' models share, such as Llama."
             )
         width = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -201,7 +201,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """Run the vision tower; return its output and the visual tokens (I, N, V)."""
         wants_all = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
         if pixel_values.ndim != 4:
-            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}, expected (images, 3, height, width).")
+            shape = tuple(pixel_values.shape)
+            raise ValueError(f"`pixel_values` has shape {shape}, expected (images, 3, height, width).")
         patch_size = self.config.vision_config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         # Gradient checkpointing makes the inputs of every layer require gradients, even in a frozen tower.

@@ -149,9 +149,10 @@ class MetaMorphProcessor(ProcessorMixin):
         is_batch = all(isinstance(turns, (list, tuple)) for turns in conversation)
         if is_batch and not all(conversation):
             raise ValueError("A conversation of the batch has no messages.")
-        conversations = [[normalize_message(turn) for turn in one] for one in (conversation if is_batch else [conversation])]
+        given = conversation if is_batch else [conversation]
+        batch = [[normalize_message(message) for message in turns] for turns in given]
         try:
-            return super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **kwargs)
+            return super().apply_chat_template(batch if is_batch else batch[0], chat_template, **kwargs)
         except jinja2.TemplateError as error:
             raise ValueError(f"The messages do not fit the chat template: {error}") from error
 
