@@ -201,16 +201,16 @@ class TestCollator:
             ({"messages": [{"role": "assistant", "content": "  "}]}, "has an empty answer"),
             (
                 {"messages": [{"role": "assistant", "content": 7}]},
-                "A message's content must be text .*, but it is int",
+                "has a bad message .* content must be text .*, but it is int",
             ),
             (
                 {"messages": [{"role": "assistant", "content": [{"type": "audio"}]}]},
-                "content part is neither text nor an image",
+                "has a bad message .* content part is neither text nor",
             ),
             ({"messages": [{"role": "assistant", "content": "<image_start>"}]}, "has <image_start> in a text"),
             (
                 {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": []}]},
-                "content must be text or a list of parts, but it is NoneType",
+                "has a bad message .* content must be text or a list of parts, but it is NoneType",
             ),
             ({"tools": "{"}, "has tools that are not a list or the JSON of one"),
             ({"tools": 3}, "has tools that are not a list"),
@@ -218,7 +218,7 @@ class TestCollator:
             ({"bad": "has no caption."}, "has no caption"),
             (
                 {"messages": [{"role": "assistant", "content": "\ud83d"}]},
-                "is not valid Unicode",
+                "has a bad message .* is not valid Unicode",
             ),
             ({"images": ["1.png"]}, "has 0 image parts in its messages, but 1 images"),
         ],

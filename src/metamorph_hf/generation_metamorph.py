@@ -37,8 +37,8 @@ TENSORS = "inputs input_ids attention_mask position_ids pixel_values inputs_embe
 OPTION_TYPES = {
     "an integer": (
         Integral,
-        "max_new_tokens min_new_tokens max_length min_length num_beams num_return_sequences top_k "
-        "pad_token_id bos_token_id no_repeat_ngram_size encoder_no_repeat_ngram_size max_images prompt_lookup_num_tokens",
+        "max_new_tokens min_new_tokens max_length min_length num_beams num_return_sequences top_k pad_token_id "
+        "bos_token_id no_repeat_ngram_size encoder_no_repeat_ngram_size max_images prompt_lookup_num_tokens",
     ),
     "a number": (
         Real,
@@ -322,8 +322,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "tokens into images. Use MetaMorphPipeline, or `generate` with force_image=True and "
                 "return_dict_in_generate=True for the visual tokens."
             )
-        # transformers compares these without a default for None.
-        kwargs = {k: v for k, v in kwargs.items() if v is not None or k not in ("num_beams", "num_return_sequences")}
+        unset = [
+            name for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs") if kwargs.get(name) is None
+        ]
+        kwargs = {name: value for name, value in kwargs.items() if name not in unset}  # transformers needs a default
         given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
         check_types({**given, **vars(generation_config)} if isinstance(generation_config, GenerationConfig) else given)
         if not isinstance(self.generation_config, MetaMorphGenerationConfig):  # a plain one lacks our two fields

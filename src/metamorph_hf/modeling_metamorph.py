@@ -142,7 +142,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if config.text_config.model_type in WITHOUT_COMMON_CACHE:
             raise ValueError(
                 f"A language model of type {config.text_config.model_type} keeps its state in a form of its own, "
-                "which `generate` cannot use: choose one with the cache that transformers' models share, such as Llama."
+                "which `generate` cannot use: choose one with transformers' common cache, such as Llama."
             )
         width = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
