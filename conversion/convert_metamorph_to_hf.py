@@ -72,7 +72,13 @@ def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
     head = source.get("vision_head_type")
     try:
         text_config = LlamaConfig(**text, name_or_path=source.get("_name_or_path", ""))
-    except (AttributeError, TypeError, ZeroDivisionError) as error:  # the class calculates before it validates
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ZeroDivisionError,
+    ) as error:  # the class calculates before it validates
         raise ConversionError(f"{file} has a value of a wrong kind for a Llama configuration: {error}") from error
     config = MetaMorphConfig(
         text_config=text_config,

@@ -115,7 +115,13 @@ class MetaMorphConfig(PreTrainedConfig):
         self.text_config, self.vision_config = copy.deepcopy(self.text_config), copy.deepcopy(self.vision_config)
         try:
             super().__post_init__(**kwargs)
-        except (AttributeError, TypeError, ZeroDivisionError) as error:  # the classes of transformers calculate first
+        except (
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ZeroDivisionError,
+        ) as error:  # the classes of transformers calculate first
             raise ValueError(f"text_config or vision_config has a value of a wrong kind: {error}") from error
         if getattr(self, "auto_map", None) is None:  # saving adds AutoConfig and AutoModel
             model_class = "modeling_metamorph.MetaMorphForConditionalGeneration"

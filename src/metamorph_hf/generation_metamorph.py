@@ -206,7 +206,8 @@ def check_types(options: Mapping[str, Any]) -> None:
     for expected, (kind, names) in OPTION_TYPES.items():
         for name in names.split():
             value = options.get(name)
-            if value is not None and not isinstance(value, kind):
+            is_bool = kind is Integral and isinstance(value, bool)
+            if value is not None and (is_bool or not isinstance(value, kind)):
                 raise ValueError(f"`{name}` is {value!r:.100}, but must be {expected}.")
             if kind in (Integral, Real) and value is not None and not abs(value) < 2**63:
                 raise ValueError(f"`{name}` is {value}, but must be a finite number of at most 64 bits.")
@@ -218,7 +219,8 @@ def check_types(options: Mapping[str, Any]) -> None:
     for name in TOKEN_IDS:
         ids = options.get(name)
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
-        if ids is not None and not all(isinstance(i, Integral) for i in (ids if isinstance(ids, list) else [ids])):
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(token, Integral) and abs(token) < 2**63 for token in listed):
             raise ValueError(f"`{name}` is {ids!r:.100}, but must be token ids.")
     for name in ("bad_words_ids", "sequence_bias"):
         words = options.get(name)
@@ -230,10 +232,22 @@ def check_types(options: Mapping[str, Any]) -> None:
     if ids is not None and (ids.ndim != 2 or ids.is_floating_point()):
         raise ValueError(f"`input_ids` has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected (B, S) and int64.")
     length = ids.shape[1] if ids is not None and ids.shape[1] else None
+    embeds = options.get("inputs_embeds")
+    if embeds is not None and (embeds.ndim != 3 or not embeds.is_floating_point()):
+        raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}, expected floats of shape (B, S, D).")
     for name in ("attention_mask", "position_ids"):
         tensor = options.get(name)
         if tensor is not None and length is not None and (tensor.ndim < 2 or tensor.shape[-1] != length):
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but `input_ids` has {tuple(ids.shape)}.")
+
+
+def check_image_indices(indices: torch.Tensor | None, images: torch.Tensor | None) -> None:
+    """Raise a ValueError unless `image_indices` (I,) are indices of the images, pixels or visual tokens."""
+    if indices is None or images is None:
+        return
+    is_valid = indices.ndim == 1 and not indices.is_floating_point() and images.ndim > 0
+    if not is_valid or not ((indices >= 0) & (indices < len(images))).all():
+        raise ValueError(f"`image_indices` is {indices!r:.100}, but must be integers below the number of images.")
 
 
 def join_visual_tokens(visual_tokens: Any) -> torch.Tensor:
@@ -341,8 +355,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
                     "Images are given twice: pass one of `visual_tokens`, `pixel_values` and `mm_encoder_outputs`."
                 )
             visual_tokens = join_visual_tokens(visual_tokens).to(self.device)
+            check_image_indices(kwargs.get("image_indices"), visual_tokens)
             features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
+        check_image_indices(kwargs.get("image_indices"), kwargs.get("pixel_values"))
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and kwargs.get("cache") is None:  # a cache holds images of earlier turns
             # With `num_return_sequences`, transformers would drop surplus images silently.
@@ -520,6 +536,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
         if num_given == 0:
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
+        width = config.text_config.hidden_size
+        if inputs_embeds is not None and inputs_embeds.shape[-1] != width:
+            raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (B, S, {width}).")
         if num_given >= self._context:
             raise ValueError(
                 f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "

@@ -54,7 +54,7 @@ def normalize_part(part: Any) -> dict[str, Any]:
     Raises:
         ValueError: if the part is neither an image nor text in valid Unicode: a template would leave it out silently.
     """
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = str(part.get("type")) if isinstance(part, Mapping) else None
     if kind in IMAGE_TYPES:
         image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
         image = image["url"] if isinstance(image, Mapping) and "url" in image else image

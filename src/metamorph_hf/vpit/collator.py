@@ -153,7 +153,9 @@ class DataCollatorForVPiT:
         given = example.get(column)
         if given is None and column == "images":
             given = within if example.get("image") is None else [example["image"]]
-        if not isinstance(given, (list, tuple, np.ndarray, torch.Tensor)):
+        if isinstance(given, (np.ndarray, torch.Tensor)) and given.ndim:
+            given = list(given)
+        if not isinstance(given, (list, tuple)):
             raise BadSample(f"has `{column}` of type {type(given).__name__}, expected a list.")
         if len(given) != (count := count_images(messages)):
             raise BadSample(f"has {count} image parts in its messages, but {len(given)} images.")
