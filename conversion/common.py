@@ -107,7 +107,7 @@ def check_layers(config: dict, source: str | Path) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             check_layers(value, source)
-        elif "layers" in name and isinstance(value, int) and value > MAX_LAYERS:
+        elif "layers" in str(name) and isinstance(value, int) and value > MAX_LAYERS:
             raise ConversionError(f"{source} says {name} = {value}, but at most {MAX_LAYERS} layers can be converted.")
 
 

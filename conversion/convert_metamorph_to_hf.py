@@ -70,8 +70,18 @@ def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
     vocab_size = require_value(source, "vocab_size", int, file)
     normalized = require_value(source, "normalize_vision", bool, file)
     head = source.get("vision_head_type")
+    try:
+        text_config = LlamaConfig(**text, name_or_path=source.get("_name_or_path", ""))
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ZeroDivisionError,
+    ) as error:  # the class calculates before it validates
+        raise ConversionError(f"{file} has a value of a wrong kind for a Llama configuration: {error}") from error
     config = MetaMorphConfig(
-        text_config=LlamaConfig(**text, name_or_path=source.get("_name_or_path", "")),
+        text_config=text_config,
         vision_config=tower,
         # The released code appends its two image tokens last and marks images by -200, which becomes one more id.
         image_start_token_id=vocab_size - 2,

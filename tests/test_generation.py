@@ -2,6 +2,7 @@ import copy
 from threading import Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import PLACEHOLDER
@@ -252,6 +253,21 @@ class TestDecoding:
         end = inputs["input_ids"][0].tolist().index(IMAGE_END)
         cut = {**inputs, "input_ids": inputs["input_ids"][:, :end]}
         assert generate(golden_model, cut, max_new_tokens=1).sequences[0, -1].item() == IMAGE_END
+
+    @pytest.mark.parametrize("form", [list, tuple, np.array, lambda rows: [np.array(row) for row in rows]])
+    def test_forms_of_visual_tokens(self, golden_model, batch, form):
+        """A tensor, an array, or a list or tuple of either, with an entry per row, mean the same images."""
+        inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+        visual_tokens = golden_model.get_visual_tokens(batch["pixel_values"]).detach()
+        expected = golden_model.generate(**inputs, visual_tokens=visual_tokens, max_new_tokens=3)
+        given = form(visual_tokens[:, None].cpu())
+        given = given[:, 0] if isinstance(given, np.ndarray) else given
+        assert torch.equal(golden_model.generate(**inputs, visual_tokens=given, max_new_tokens=3), expected)
+
+    @pytest.mark.parametrize("given", [[], "x", [None], np.array(2), torch.full((1, 4, 16), torch.nan)])
+    def test_visual_tokens_of_no_form(self, golden_model, batch, given):
+        with pytest.raises(ValueError, match="`visual_tokens`"):
+            golden_model.generate(batch["input_ids"], visual_tokens=given)
 
     def test_visual_tokens_stand_for_pixels(self, golden_model, batch):
         with torch.no_grad():
@@ -615,7 +631,7 @@ class TestGenerateFeatures:
         "kwargs, sentence",
         [
             ({"max_images": -1}, "is -1, but must be 0"),
-            ({"max_images": "two"}, "is 'two', but must be 0"),
+            ({"max_images": "two"}, "is 'two', but must be an integer"),
             ({"max_images": 0, "force_image": True}, "asks for an image, but `max_images=0`"),
             ({"suppress_tokens": [IMAGE_START], "force_image": True}, "asks for an image, but .*`suppress_tokens`"),
         ],

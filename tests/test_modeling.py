@@ -514,6 +514,11 @@ VISION_CONFIGS = {
 class TestOtherParts:
     """Any causal language model works with any vision transformer."""
 
+    @pytest.mark.parametrize("model_type", ["rwkv", "recurrent_gemma", "minimax"])
+    def test_language_models_with_a_cache_of_their_own(self, tiny_model, model_type):
+        with pytest.raises(ValueError, match=f"language model of type {model_type} keeps its state"):
+            tiny_model(text_config=AutoConfig.for_model(model_type, vocab_size=263, hidden_size=32))
+
     @pytest.mark.parametrize("tie", [True, False])
     @pytest.mark.parametrize("model_type", TEXT_CONFIGS)
     def test_language_models(self, tiny_model, batch, tmp_path, model_type, tie):

@@ -199,15 +199,18 @@ class TestCollator:
             ),
             ({"messages": [{"role": "user", "content": "hi"}]}, "has no answer"),
             ({"messages": [{"role": "assistant", "content": "  "}]}, "has an empty answer"),
-            ({"messages": [{"role": "assistant", "content": 7}]}, "has a message whose content is int"),
+            (
+                {"messages": [{"role": "assistant", "content": 7}]},
+                "has a bad message .* content must be text .*, but it is int",
+            ),
             (
                 {"messages": [{"role": "assistant", "content": [{"type": "audio"}]}]},
-                "has a content part that is neither an image nor text",
+                "has a bad message .* content part is neither text nor",
             ),
             ({"messages": [{"role": "assistant", "content": "<image_start>"}]}, "has <image_start> in a text"),
             (
                 {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": []}]},
-                "has a message whose",
+                "has a bad message .* content must be text or a list of parts, but it is NoneType",
             ),
             ({"tools": "{"}, "has tools that are not a list or the JSON of one"),
             ({"tools": 3}, "has tools that are not a list"),
@@ -215,7 +218,7 @@ class TestCollator:
             ({"bad": "has no caption."}, "has no caption"),
             (
                 {"messages": [{"role": "assistant", "content": "\ud83d"}]},
-                "has a content part that is neither .* valid Unicode",
+                "has a bad message .* is not valid Unicode",
             ),
             ({"images": ["1.png"]}, "has 0 image parts in its messages, but 1 images"),
         ],

@@ -8,7 +8,10 @@ With `visual_decoding="parallel"` it reads a learned query instead, so that one 
 Shapes: B rows, S sequence, I images, N visual tokens per image, V width of a visual token.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from transformers import (
@@ -21,13 +24,41 @@ from transformers import (
     TextIteratorStreamer,
 )
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metamorph import MetaMorphConfig
 
 
 logger = logging.get_logger(__name__)
+
+TENSORS = "inputs input_ids attention_mask position_ids pixel_values inputs_embeds image_indices"
+# transformers compares, counts and calls these without looking at them, so that a wrong one ends in its own code.
+OPTION_TYPES = {
+    "an integer": (
+        Integral,
+        "max_new_tokens min_new_tokens max_length min_length num_beams num_return_sequences top_k pad_token_id "
+        "bos_token_id no_repeat_ngram_size encoder_no_repeat_ngram_size max_images prompt_lookup_num_tokens",
+    ),
+    "a number": (
+        Real,
+        "max_time temperature top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+        "length_penalty encoder_repetition_penalty guidance_scale",
+    ),
+    "True or False": (
+        bool,
+        "do_sample use_cache force_image output_scores output_logits output_attentions "
+        "output_hidden_states return_dict_in_generate remove_invalid_values renormalize_logits",
+    ),
+    "a tensor": (torch.Tensor, TENSORS),
+    "a list": (list, "logits_processor stopping_criteria suppress_tokens begin_suppress_tokens bad_words_ids"),
+    "a dictionary": (Mapping, "mm_encoder_outputs"),
+    "a string": (str, "cache_implementation"),
+    "a GenerationConfig": (GenerationConfig, "generation_config"),
+    "a streamer": (BaseStreamer, "streamer"),
+    "a Cache": (Cache, "cache"),
+}
+TOKEN_IDS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 
 
 class MetaMorphGenerationConfig(GenerationConfig):
@@ -170,6 +201,74 @@ class MetaMorphStreamer(TextIteratorStreamer):
             self.text_queue.put(torch.cat(steps, dim=1)[0])
 
 
+def check_types(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an option of `generate()` that has another type than in `OPTION_TYPES`."""
+    for expected, (kind, names) in OPTION_TYPES.items():
+        for name in names.split():
+            value = options.get(name)
+            is_bool = kind is Integral and isinstance(value, bool)
+            if value is not None and (is_bool or not isinstance(value, kind)):
+                raise ValueError(f"`{name}` is {value!r:.100}, but must be {expected}.")
+            if kind in (Integral, Real) and value is not None and not abs(value) < 2**63:
+                raise ValueError(f"`{name}` is {value}, but must be a finite number of at most 64 bits.")
+            if kind is torch.Tensor and value is not None and not value.isfinite().all():
+                raise ValueError(f"`{name}` has NaN or infinite values, but all must be finite.")
+            is_functions = name in ("logits_processor", "stopping_criteria")
+            if is_functions and not all(callable(function) for function in value or ()):
+                raise ValueError(f"`{name}` is {value!r:.100}, but must be a list of functions.")
+    for name in TOKEN_IDS:
+        ids = options.get(name)
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(token, Integral) and abs(token) < 2**63 for token in listed):
+            raise ValueError(f"`{name}` is {ids!r:.100}, but must be token ids.")
+    for name in ("bad_words_ids", "sequence_bias"):
+        words = options.get(name)
+        if isinstance(words, list) and not all(isinstance(word, list) for word in words):
+            raise ValueError(f"`{name}` is {words!r:.100}, but must be a list of lists.")
+    if options.get("mm_encoder_outputs") and not isinstance(options["mm_encoder_outputs"].get("image"), ModelOutput):
+        raise ValueError("`mm_encoder_outputs` must have an entry `image`, the output of `get_image_features`.")
+    ids, length = options.get("input_ids", options.get("inputs")), None
+    if ids is not None and (ids.ndim != 2 or ids.is_floating_point()):
+        raise ValueError(f"`input_ids` has shape {tuple(ids.shape)} and dtype {ids.dtype}, expected (B, S) and int64.")
+    length = ids.shape[1] if ids is not None and ids.shape[1] else None
+    embeds = options.get("inputs_embeds")
+    if embeds is not None and (embeds.ndim != 3 or not embeds.is_floating_point()):
+        raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}, expected floats of shape (B, S, D).")
+    for name in ("attention_mask", "position_ids"):
+        tensor = options.get(name)
+        if tensor is not None and length is not None and (tensor.ndim < 2 or tensor.shape[-1] != length):
+            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but `input_ids` has {tuple(ids.shape)}.")
+
+
+def check_image_indices(indices: torch.Tensor | None, images: torch.Tensor | None) -> None:
+    """Raise a ValueError unless `image_indices` (I,) are indices of the images, pixels or visual tokens."""
+    if indices is None or images is None:
+        return
+    is_valid = indices.ndim == 1 and not indices.is_floating_point() and images.ndim > 0
+    if not is_valid or not ((indices >= 0) & (indices < len(images))).all():
+        raise ValueError(f"`image_indices` is {indices!r:.100}, but must be integers below the number of images.")
+
+
+def join_visual_tokens(visual_tokens: Any) -> torch.Tensor:
+    """
+    Join visual tokens, a tensor or array (I, N, V) or a list of them for each row, into one tensor (I, N, V).
+
+    Raises:
+        ValueError: if they are something else, or have NaN or infinite values.
+    """
+    try:
+        if isinstance(visual_tokens, (list, tuple)):
+            visual_tokens = torch.cat([torch.as_tensor(tokens) for tokens in visual_tokens])
+        visual_tokens = torch.as_tensor(visual_tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        sentence = "`visual_tokens` must be a tensor or an array of shape (images, N, V), or a list of them"
+        raise ValueError(f"{sentence}: {error}") from error
+    if not visual_tokens.is_floating_point() or not visual_tokens.isfinite().all():
+        raise ValueError("`visual_tokens` must be floating-point numbers, none of them NaN or infinite.")
+    return visual_tokens
+
+
 class TrackedStoppingCriteria(StoppingCriteriaList):
     """Stopping criteria that remember which rows have finished, `finished` of shape (B,)."""
 
@@ -217,7 +316,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         See [`~transformers.GenerationMixin.generate`] for all other arguments.
 
         Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V) or list of (images, N, V) tensors, *optional*):
+            visual_tokens (`torch.Tensor` or `np.ndarray` of shape (I, N, V), or list of (images, N, V), *optional*):
                 The prompts' images as `get_visual_tokens` or an earlier answer returns them, instead of
                 `pixel_values`. As in `forward`, `image_indices` says which of them stands at each position.
             generation_mode (`str`, *optional*, defaults to `"text"`):
@@ -228,8 +327,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             assisted decoding return transformers' own outputs).
 
         Raises:
-            ValueError: if options exclude each other, images and image tokens differ in number, the prompt is too
-                long, or an image that is asked for does not fit.
+            ValueError: if options have wrong types or exclude each other, images and image tokens differ in number,
+                the prompt is too long, or an image that is asked for does not fit.
         """
         if generation_mode != "text":
             raise ValueError(
@@ -237,6 +336,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "tokens into images. Use MetaMorphPipeline, or `generate` with force_image=True and "
                 "return_dict_in_generate=True for the visual tokens."
             )
+        unset = [
+            name for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs") if kwargs.get(name) is None
+        ]
+        kwargs = {name: value for name, value in kwargs.items() if name not in unset}  # transformers needs a default
+        given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
+        check_types({**given, **vars(generation_config)} if isinstance(generation_config, GenerationConfig) else given)
         if not isinstance(self.generation_config, MetaMorphGenerationConfig):  # a plain one lacks our two fields
             self.generation_config = MetaMorphGenerationConfig(**self.generation_config.to_dict())
         # An option of the call outweighs a stored option that contradicts it.
@@ -249,10 +354,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 raise ValueError(
                     "Images are given twice: pass one of `visual_tokens`, `pixel_values` and `mm_encoder_outputs`."
                 )
-            if not isinstance(visual_tokens, torch.Tensor):
-                visual_tokens = torch.cat(list(visual_tokens))
+            visual_tokens = join_visual_tokens(visual_tokens).to(self.device)
+            check_image_indices(kwargs.get("image_indices"), visual_tokens)
             features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
+        check_image_indices(kwargs.get("image_indices"), kwargs.get("pixel_values"))
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and kwargs.get("cache") is None:  # a cache holds images of earlier turns
             # With `num_return_sequences`, transformers would drop surplus images silently.
@@ -430,6 +536,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
         if num_given == 0:
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
+        width = config.text_config.hidden_size
+        if inputs_embeds is not None and inputs_embeds.shape[-1] != width:
+            raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (B, S, {width}).")
         if num_given >= self._context:
             raise ValueError(
                 f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "

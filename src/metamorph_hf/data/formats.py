@@ -92,7 +92,7 @@ def extract_images(messages: list) -> tuple[list, list]:
         if isinstance(message, Mapping) and isinstance(message.get("content"), list):
             message = {**message, "content": list(message["content"])}
             for index, part in enumerate(message["content"]):
-                if isinstance(part, Mapping) and part.get("type") in IMAGE_TYPES:
+                if isinstance(part, Mapping) and str(part.get("type")) in IMAGE_TYPES:
                     part = normalize_part(part)
                     images += [part["image"]] if "image" in part else []
                     message["content"][index] = IMAGE_PART
@@ -129,7 +129,9 @@ def chat(row: Row, rng: random.Random, resolve: Callable = resolve_path) -> Reco
     messages = require_column(row, "messages")
     if not isinstance(messages, list):
         raise BadSample(f"has messages of type {type(messages).__name__}, expected a list.")
-    given = row["images"] if row.get("images") else row.get("image")
+    given = row.get("images")
+    if given is None or (isinstance(given, (list, tuple)) and not given):
+        given = row.get("image")
     messages, within = extract_images(messages)
     images = [resolve(image) for image in (within if given is None else as_list(given))]
     if images and messages and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
@@ -199,7 +201,7 @@ def visual_thinking(row: Row, rng: random.Random, resolve: Callable = resolve_pa
     if show == "crop":
         shown = image.crop(boxes[0])
     else:
-        names = as_list(row.get("names") or [""] * len(boxes))
+        names = as_list([""] * len(boxes) if row.get("names") is None else row["names"])
         if len(names) != len(boxes):
             raise BadSample(f"has {len(boxes)} boxes, but {len(names)} names.")
         shown, width = image.copy(), max(1, min(image.size) // 100)

@@ -21,7 +21,7 @@ from trl.trainer.utils import remove_none_values
 
 from ..data.formats import BadSample, count_images, extract_images, text_part
 from ..image_reading import read_image
-from ..processing_metamorph import MetaMorphProcessor, normalize_part
+from ..processing_metamorph import MetaMorphProcessor, normalize_message
 
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,8 @@ class DataCollatorForVPiT:
         rows, sample_ids, rejected = [], [], []
         images: dict[str | int, PIL.Image.Image] = {}
         for index, example in enumerate(examples):
+            if not isinstance(example, Mapping):
+                raise TypeError(f"Example {index} of the batch is {type(example).__name__}, expected a dictionary.")
             source = f" of {example['source']}" if example.get("source") is not None else ""
             name = f"Example {f'{index} of the batch' if example.get('id') is None else example['id']}{source}"
             report = {"sample": name, "task": example.get("task")}
@@ -151,7 +153,9 @@ class DataCollatorForVPiT:
         given = example.get(column)
         if given is None and column == "images":
             given = within if example.get("image") is None else [example["image"]]
-        if not isinstance(given, (list, tuple, np.ndarray, torch.Tensor)):
+        if isinstance(given, (np.ndarray, torch.Tensor)) and given.ndim:
+            given = list(given)
+        if not isinstance(given, (list, tuple)):
             raise BadSample(f"has `{column}` of type {type(given).__name__}, expected a list.")
         if len(given) != (count := count_images(messages)):
             raise BadSample(f"has {count} image parts in its messages, but {len(given)} images.")
@@ -230,32 +234,21 @@ class DataCollatorForVPiT:
             raise BadSample("has no messages.")
         messages, images = extract_images(messages)
         for index, message in enumerate(messages):
-            role = message.get("role") if isinstance(message, Mapping) else None
+            try:
+                message = normalize_message(remove_none_values(message))
+            except (TypeError, ValueError) as error:
+                raise BadSample(f"has a bad message (index {index}). {error}") from error
+            role, content, calls_tools = message["role"], message.get("content", ""), bool(message.get("tool_calls"))
             if role not in ROLES:
                 raise BadSample(f"has a message of role {role!r}, expected one of {', '.join(ROLES)}.")
-            message = remove_none_values(message)
-            calls_tools = bool(message.get("tool_calls"))
-            content = message.get("content", "" if calls_tools else None)
-            if not isinstance(content, (str, list)):
-                raise BadSample(f"has a message whose content is {type(content).__name__}, expected text or parts.")
-            parts = [check_part(part) for part in ([text_part(content)] if isinstance(content, str) else content)]
+            parts = [text_part(content)] if isinstance(content, str) else content
             is_empty = not any(part.get("text", "image").strip() for part in parts)
             if role == "assistant" and is_empty and not calls_tools:
                 raise BadSample("has an empty answer.")
-            messages[index] = {**message, "content": content if isinstance(content, str) else parts}
+            messages[index] = {**message, "content": content}
         if all(message["role"] != "assistant" for message in messages):
             raise BadSample("has no answer: without an assistant message there is nothing to learn.")
         return messages, images
-
-
-def check_part(part: Any) -> dict[str, str]:
-    """Return a part in the form of transformers, whatever API it is from."""
-    try:
-        part = normalize_part(part)
-        part.get("text", "").encode()
-    except ValueError as error:
-        raise BadSample(f"has a content part that is neither an image nor text in valid Unicode. {error}") from error
-    return part
 
 
 __all__ = ["DataCollatorForVPiT"]
