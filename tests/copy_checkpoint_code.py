@@ -12,6 +12,7 @@ CODE = [
         "pipeline_metamorph.py",
         "pipeline_saving.py",
         "model/configuration_metamorph.py",
+        "model/generation_checks.py",
         "model/generation_metamorph.py",
         "model/model_cards.py",
         "model/modeling_metamorph.py",

@@ -113,7 +113,16 @@ class MetaMorphConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.text_config, self.vision_config = copy.deepcopy(self.text_config), copy.deepcopy(self.vision_config)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ZeroDivisionError,
+        ) as error:  # the classes of transformers calculate first
+            raise ValueError(f"text_config or vision_config has a value of a wrong kind: {error}") from error
         if getattr(self, "auto_map", None) is None:  # saving adds AutoConfig and AutoModel
             model_class = "modeling_metamorph.MetaMorphForConditionalGeneration"
             self.auto_map = {"AutoModelForImageTextToText": model_class, "AutoModelForMultimodalLM": model_class}

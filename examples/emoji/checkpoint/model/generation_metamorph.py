@@ -25,6 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metamorph import MetaMorphConfig
+from .generation_checks import check_image_indices, check_types, join_visual_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -217,7 +218,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         See [`~transformers.GenerationMixin.generate`] for all other arguments.
 
         Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V) or list of (images, N, V) tensors, *optional*):
+            visual_tokens (`torch.Tensor` or `np.ndarray` of shape (I, N, V), or list of (images, N, V), *optional*):
                 The prompts' images as `get_visual_tokens` or an earlier answer returns them, instead of
                 `pixel_values`. As in `forward`, `image_indices` says which of them stands at each position.
             generation_mode (`str`, *optional*, defaults to `"text"`):
@@ -228,8 +229,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             assisted decoding return transformers' own outputs).
 
         Raises:
-            ValueError: if options exclude each other, images and image tokens differ in number, the prompt is too
-                long, or an image that is asked for does not fit.
+            ValueError: if options have wrong types or exclude each other, images and image tokens differ in number,
+                the prompt is too long, or an image that is asked for does not fit.
         """
         if generation_mode != "text":
             raise ValueError(
@@ -237,6 +238,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "tokens into images. Use MetaMorphPipeline, or `generate` with force_image=True and "
                 "return_dict_in_generate=True for the visual tokens."
             )
+        unset = [
+            name for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs") if kwargs.get(name) is None
+        ]
+        kwargs = {name: value for name, value in kwargs.items() if name not in unset}  # transformers needs a default
+        given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
+        check_types({**given, **vars(generation_config)} if isinstance(generation_config, GenerationConfig) else given)
         if not isinstance(self.generation_config, MetaMorphGenerationConfig):  # a plain one lacks our two fields
             self.generation_config = MetaMorphGenerationConfig(**self.generation_config.to_dict())
         # An option of the call outweighs a stored option that contradicts it.
@@ -249,10 +256,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 raise ValueError(
                     "Images are given twice: pass one of `visual_tokens`, `pixel_values` and `mm_encoder_outputs`."
                 )
-            if not isinstance(visual_tokens, torch.Tensor):
-                visual_tokens = torch.cat(list(visual_tokens))
+            visual_tokens = join_visual_tokens(visual_tokens).to(self.device)
+            check_image_indices(kwargs.get("image_indices"), visual_tokens)
             features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
+        check_image_indices(kwargs.get("image_indices"), kwargs.get("pixel_values"))
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and kwargs.get("cache") is None:  # a cache holds images of earlier turns
             # With `num_return_sequences`, transformers would drop surplus images silently.
@@ -430,6 +438,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
         if num_given == 0:
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
+        width = config.text_config.hidden_size
+        if inputs_embeds is not None and inputs_embeds.shape[-1] != width:
+            raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (B, S, {width}).")
         if num_given >= self._context:
             raise ValueError(
                 f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "

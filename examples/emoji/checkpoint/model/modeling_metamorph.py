@@ -31,6 +31,10 @@ from .model_cards import create_model_card
 # backward pass.
 MAX_LOGITS = 2**26
 
+# Language models that do not return the cache which `generate()` hands them.
+WITHOUT_COMMON_CACHE = ("electra", "git", "minimax", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm")
+WITHOUT_COMMON_CACHE += ("xlnet", "xlstm")
+
 
 @dataclass
 class MetaMorphImageFeatures(BaseModelOutputWithPooling):
@@ -135,6 +139,11 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
 
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
+        if config.text_config.model_type in WITHOUT_COMMON_CACHE:
+            raise ValueError(
+                f"A language model of type {config.text_config.model_type} keeps its state in a form of its own, "
+                "which `generate` cannot use: choose one with transformers' common cache, such as Llama."
+            )
         width = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.projector = MetaMorphMLP(config.visual_token_dim, width, width, config.projector_layers)
@@ -191,6 +200,9 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
         """Run the vision tower; return its output and the visual tokens (I, N, V)."""
         wants_all = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
+        if pixel_values.ndim != 4:
+            shape = tuple(pixel_values.shape)
+            raise ValueError(f"`pixel_values` has shape {shape}, expected (images, 3, height, width).")
         patch_size = self.config.vision_config.patch_size
         num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
         # Gradient checkpointing makes the inputs of every layer require gradients, even in a frozen tower.

@@ -93,8 +93,8 @@ def _from_array(pixels: np.ndarray | torch.Tensor) -> PIL.Image.Image:
 
 def describe_image(image: Any) -> str:
     """Name an image or a video in a message: by its path or address if it has one, else by its type."""
-    if isinstance(image, Mapping):
-        image = image.get("path") or image.get("bytes")
+    if isinstance(image, Mapping) and isinstance(image.get("path"), (str, Path)):
+        image = image["path"]
     if not isinstance(image, (str, Path)):
         return type(image).__name__
     return str(image).partition(",")[0] if str(image).startswith("data:") else str(image)[:200]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from transformers import ProcessorMixin
@@ -37,24 +38,51 @@ IMAGE_TYPES, TEXT_TYPES = ("image", "image_url", "input_image"), ("text", "input
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 
 
+def check_unicode(text: str) -> str:
+    """Return the text, or raise a ValueError for half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"A text of the conversation is not valid Unicode: {error}.") from error
+    return text
+
+
 def normalize_part(part: Any) -> dict[str, Any]:
     """
     Return a content part in the form of transformers. OpenAI's chat and responses APIs are known, too.
 
     Raises:
-        ValueError: if the part is neither text nor an image: a template would leave it out silently.
+        ValueError: if the part is neither an image nor text in valid Unicode: a template would leave it out silently.
     """
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = str(part.get("type")) if isinstance(part, Mapping) else None
     if kind in IMAGE_TYPES:
         image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
         image = image["url"] if isinstance(image, Mapping) and "url" in image else image
         return {"type": "image"} if image is None else {"type": "image", "image": image}
     if kind in TEXT_TYPES and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
+        return {"type": "text", "text": check_unicode(part["text"])}
     raise ValueError(
         f"A content part is neither text nor an image: {str(part)[:100]}. Its type must be one of "
         f"{', '.join(TEXT_TYPES + IMAGE_TYPES)}."
     )
+
+
+def normalize_message(message: Any) -> dict[str, Any]:
+    """
+    Return a message with its content parts in the form of transformers.
+
+    Raises:
+        ValueError: if it has no role, or its content is neither text nor a list of parts.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"A message must have a role and a content, but it is {str(message)[:100]}.")
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        check_unicode((content or "") + message["role"])
+        return dict(message)
+    if isinstance(content, (list, tuple)):
+        return {**message, "content": [normalize_part(part) for part in content]}
+    raise ValueError(f"A message's content must be text or a list of parts, but it is {type(content).__name__}.")
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -116,17 +144,17 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """See [`~transformers.ProcessorMixin.apply_chat_template`]. Content parts may have OpenAI's forms."""
-        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = [
-            [
-                {**message, "content": [normalize_part(part) for part in message["content"]]}
-                if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple))
-                else message
-                for message in one
-            ]
-            for one in (conversation if is_batch else [conversation])
-        ]
-        return super().apply_chat_template(conversations if is_batch else conversations[0], chat_template, **kwargs)
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"A conversation must be a list of messages, but it is {str(conversation)[:100]}.")
+        is_batch = all(isinstance(turns, (list, tuple)) for turns in conversation)
+        if is_batch and not all(conversation):
+            raise ValueError("A conversation of the batch has no messages.")
+        given = conversation if is_batch else [conversation]
+        batch = [[normalize_message(message) for message in turns] for turns in given]
+        try:
+            return super().apply_chat_template(batch if is_batch else batch[0], chat_template, **kwargs)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The messages do not fit the chat template: {error}") from error
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """See [`~transformers.ProcessorMixin.prepare_inputs_layout`]. Reads all images with [`read_image`]."""
