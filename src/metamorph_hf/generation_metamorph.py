@@ -25,7 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metamorph import MetaMorphConfig
-from .generation_checks import check_image_indices, check_types, join_visual_tokens
+from .generation_checks import check_types, join_visual_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -257,10 +257,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
                     "Images are given twice: pass one of `visual_tokens`, `pixel_values` and `mm_encoder_outputs`."
                 )
             visual_tokens = join_visual_tokens(visual_tokens).to(self.device)
-            check_image_indices(kwargs.get("image_indices"), visual_tokens)
             features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
-        check_image_indices(kwargs.get("image_indices"), kwargs.get("pixel_values"))
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and kwargs.get("cache") is None:  # a cache holds images of earlier turns
             # With `num_return_sequences`, transformers would drop surplus images silently.

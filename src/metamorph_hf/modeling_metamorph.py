@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_metamorph import MetaMorphConfig
+from .generation_checks import check_image_indices
 from .generation_metamorph import MetaMorphGenerationConfig, MetaMorphGenerationMixin
 from .model_cards import create_model_card
 
@@ -253,6 +254,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 f"{expected[1]}): {expected[0]} tokens per image, each {expected[1]} wide."
             )
         if image_indices is not None:
+            check_image_indices(image_indices, len(visual_tokens))
             visual_tokens = visual_tokens[image_indices]
         inputs = visual_tokens if noise_mask is None else self._add_noise(visual_tokens, noise_mask)
         return MetaMorphImageFeatures(

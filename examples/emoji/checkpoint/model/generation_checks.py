@@ -84,13 +84,11 @@ def check_types(options: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but `input_ids` has {tuple(ids.shape)}.")
 
 
-def check_image_indices(indices: torch.Tensor | None, images: torch.Tensor | None) -> None:
+def check_image_indices(indices: torch.Tensor, num_images: int) -> None:
     """Raise a ValueError unless `image_indices` (I,) are indices of the images, pixels or visual tokens."""
-    if indices is None or images is None:
-        return
-    is_valid = indices.ndim == 1 and not indices.is_floating_point() and images.ndim > 0
-    if not is_valid or not ((indices >= 0) & (indices < len(images))).all():
-        raise ValueError(f"`image_indices` is {indices!r:.100}, but must be integers below the number of images.")
+    is_valid = indices.ndim == 1 and not indices.is_floating_point()
+    if not is_valid or not ((indices >= 0) & (indices < num_images)).all():
+        raise ValueError(f"`image_indices` is {indices!r:.100}, but must be integers below {num_images}, the images.")
 
 
 def join_visual_tokens(visual_tokens: Any) -> torch.Tensor:
