@@ -135,6 +135,30 @@ class TestPrompts:
         assert torch.equal(prompts_seen[0][1], prompts_seen[1][1]) and prompts_seen[0][0] == prompts_seen[1][0]
         assert prompts_seen[2] == prompts_seen[3]
 
+    def test_an_entry_does_not_depend_on_the_others(self, pipe, prompts_seen, tiny_images):
+        pipe(["What is this?", "a cat", "a dog"], image=[tiny_images[0], None, [None]])
+        pipe(["a cat", "a dog"], image=[None, None])
+        wrapped = ["Generate an image of a cat.", "Generate an image of a dog."]
+        assert [text for text, _ in prompts_seen] == [["<image>What is this?", *wrapped], wrapped]
+        assert len(prompts_seen[0][1]) == 1 and prompts_seen[1][1] is None
+
+    @pytest.mark.parametrize("form", ["path", "image"])
+    def test_prepared_conversations_give_the_pixels_of_read_image(self, pipe, tmp_path, form):
+        """Turned upright by EXIF and on white where it is transparent, as in training."""
+        image, exif = Image.new("RGBA", (40, 20), (0, 0, 0, 0)), Image.Exif()
+        image.paste((255, 0, 0, 255), (0, 0, 20, 10))
+        exif[274] = 6
+        image.save(tmp_path / "image.png", exif=exif)
+        given = tmp_path / "image.png" if form == "path" else Image.open(tmp_path / "image.png")
+        conversations = pipe.prepare_conversations("What is this?", given)
+        inputs = pipe.processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        pixels = np.full((40, 20, 3), 255, dtype=np.uint8)
+        pixels[:20, 10:] = (255, 0, 0)
+        expected = pipe.processor.image_processor([Image.fromarray(pixels)], return_tensors="pt")
+        torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
+
     def test_template_with_other_braces(self, components, prompts_seen):
         pipe = build(components, instruction_template='{"generate": "{}"}')
         pipe("a {cat}")

@@ -94,37 +94,6 @@ class DecodingOptions:
     callback_on_step_end_tensor_inputs: list[str] = ("latents",)
 
 
-def _build_conversations(prompt, image, messages, template: str | None) -> list[Conversation]:
-    """Bring the forms of input that a call accepts to a list of B conversations."""
-    if (prompt is None) == (messages is None):
-        raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
-    if messages is not None:
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        if image is not None or not all(conversations):
-            raise ValueError(
-                "`messages` must be a conversation or a list of conversations, none of them empty. Their images are "
-                'not passed as `image`, but are part of the content: {"type": "image", "image": image}.'
-            )
-        return conversations
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
-    entries = image if isinstance(image, list) and isinstance(prompt, list) else [image] * len(prompts)
-    if len(entries) != len(prompts):
-        raise ValueError(
-            f"Got {len(prompts)} prompts but {len(entries)} entries in `image`: pass one entry per prompt (a list of "
-            "images where a prompt has several), or one image for all prompts."
-        )
-    images = [[] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
-    if template is not None and not any(images):
-        prompts = [template.replace("{}", text) for text in prompts]
-    conversations = []
-    for row, text in zip(images, prompts):
-        content = [{"type": "image", "image": item} for item in row] + [{"type": "text", "text": text}]
-        conversations.append([{"role": "user", "content": content}])
-    return conversations
-
-
 class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     r"""
     Pipeline that answers prompts with text and images: MetaMorph generates text and visual tokens, and a latent
@@ -223,6 +192,42 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
                 "This pipeline was saved without a model or its processor, so it can only decode visual tokens: use "
                 "`decode_visual_tokens`, or pass `model=` and `processor=` to `from_pretrained`."
             )
+
+    def prepare_conversations(self, prompt=None, image=None, messages=None) -> list[Conversation]:
+        """
+        Return the B conversations that [`~MetaMorphPipeline.__call__`] sends to the model for these arguments.
+
+        Raises:
+            ValueError: If both `prompt` and `messages` are given, or neither, or the images do not fit to the prompts.
+        """
+        if (prompt is None) == (messages is None):
+            raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
+        if messages is not None:
+            conversations = messages if messages and isinstance(messages[0], list) else [messages]
+            if image is not None or not all(conversations):
+                raise ValueError(
+                    "`messages` must be a conversation or a list of conversations, none of them empty. Their images "
+                    'are not passed as `image`, but are part of the content: {"type": "image", "image": image}.'
+                )
+            return conversations
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
+        entries = image if isinstance(image, list) and isinstance(prompt, list) else [image] * len(prompts)
+        if len(entries) != len(prompts):
+            raise ValueError(
+                f"Got {len(prompts)} prompts but {len(entries)} entries in `image`: pass one entry per prompt (a list "
+                "of images where a prompt has several), or one image for all prompts."
+            )
+        images = [[] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
+        template, conversations = self.config.instruction_template, []
+        for row, text in zip(images, prompts):
+            row = [item for item in row if item is not None]
+            if template is not None and not row:
+                text = template.replace("{}", text)
+            content = [{"type": "image", "image": item} for item in row] + [{"type": "text", "text": text}]
+            conversations.append([{"role": "user", "content": content}])
+        return conversations
 
     def generate_visual_tokens(
         self, conversations: list[Conversation], max_new_tokens: int = 512, generation_kwargs: dict | None = None
@@ -425,9 +430,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Answer B prompts or conversations.
 
         Args:
-            prompt (`str` or `list[str]`): A caption for `instruction_template`, or with `image` a verbatim request.
+            prompt (`str` or `list[str]`): A caption for `instruction_template`, or beside images a verbatim request.
             image (`PIL.Image.Image`, path or URL, or list): Precedes the prompt. A list has the images of a single
-                prompt, or one entry (or list) per prompt; one image goes with all prompts.
+                prompt, or one entry (an image, a list or `None`) per prompt; one image goes with all prompts.
             messages (`list[dict]` or list of them): Instead of `prompt`, whole conversations: `[{"role": "user",
                 "content": [{"type": "image", "image": image}, {"type": "text", "text": "..."}]}]`.
             max_new_tokens (`int`): Maximum length of an answer, in which an image takes N + 2 tokens.
@@ -437,7 +442,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             options: Those of [`DecodingOptions`].
         """
         # 1. Check the inputs
-        conversations = _build_conversations(prompt, image, messages, self.config.instruction_template)
+        conversations = self.prepare_conversations(prompt, image, messages)
         call = self._start_call(len(conversations), options)
         # 2. Answer with text and visual tokens
         text, visual_tokens = self.generate_visual_tokens(conversations, max_new_tokens, generation_kwargs)
