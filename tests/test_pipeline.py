@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import subprocess
@@ -16,7 +17,10 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     StableDiffusionPipeline,
+    UNet2DModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import logging
@@ -572,13 +576,55 @@ class TestErrors:
                 {"latent_channels": 4},
                 "KL's latent_channels is 4, but the UNet2DConditionModel's in_channels is 3",
             ),
+            ("vae", {"shift_factor": 0.1}, "AutoencoderKL has shift_factor=0.1, which this pipeline does not support"),
+            (
+                "unet",
+                {"out_channels": 6},
+                "Model's out_channels is 6, but the UNet2DConditionModel's in_channels is 3",
+            ),
+            (
+                "unet",
+                {
+                    "addition_embed_type": "text_time",
+                    "addition_time_embed_dim": 8,
+                    "projection_class_embeddings_input_dim": 80,
+                },
+                "has addition_embed_type='text_time', which .* not of Stable Diffusion XL",
+            ),
+            ("unet", {"class_embed_type": "timestep"}, "has class_embed_type='timestep', which"),
+            ("projector", {"num_image_tokens": 5}, "num_image_tokens is 4, but the VisualTokenProjector's .* is 5"),
         ],
     )
     def test_components_that_do_not_fit(self, components, part, change, reason):
         old = components[part]
-        components[part] = type(old).from_config({**old.config, **change})
+        components[part] = type(old).from_config({**old.config, "_use_default_values": [], **change})
         with pytest.raises(ValueError, match=reason):
             build(components)
+
+    @pytest.mark.parametrize("field", ["num_image_tokens", "image_token_id", "image_end_token_id"])
+    def test_processor_of_another_model(self, components, field):
+        components["processor"] = copy.copy(components["processor"])
+        setattr(components["processor"], field, 9)
+        with pytest.raises(ValueError, match=f"Generation's {field} is .*, but the MetaMorphProcessor's {field} is 9"):
+            build(components)
+
+    def test_components_of_another_kind(self, components):
+        flow = FlowMatchEulerDiscreteScheduler()
+        with pytest.raises(ValueError, match="no init_noise_sigma and no scale_model_input: .* not one for flow"):
+            build({**components, "scheduler": flow})
+        unet = UNet2DModel(4, 3, 3, block_out_channels=(32,) * 4)
+        with pytest.raises(ValueError, match="must be a UNet2DConditionModel.* but is a UNet2DModel"):
+            build({**components, "unet": unet})
+        flux, ours = FluxPipeline(flow, components["vae"], *[None] * 5), {"projector": components["projector"]}
+        with pytest.raises(ValueError, match="A FluxPipeline has no U-Net"):
+            MetaMorphPipeline.from_pipe(flux, model=None, processor=None, **ours)
+
+    @pytest.mark.parametrize("decodes_only", [False, True])
+    def test_from_another_pipeline_of_this_class(self, components, decodes_only):
+        pipe = build(components | (dict.fromkeys(("model", "processor")) if decodes_only else {}))
+        made = MetaMorphPipeline.from_pipe(pipe, default_guidance_scale=3.0)
+        assert all(part is pipe.components[name] for name, part in made.components.items())
+        assert (made.config.default_num_inference_steps, made.config.default_guidance_scale) == (2, 3.0)
 
     def test_from_a_stable_diffusion_pipeline(self, components, pipe):
         """A MetaMorph model replaces the text encoder, and the other components are taken over."""

@@ -94,6 +94,46 @@ class DecodingOptions:
     callback_on_step_end_tensor_inputs: list[str] = ("latents",)
 
 
+def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
+    """Raise a `ValueError` if a component needs more than this pipeline gives it, or does not fit to another one."""
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(
+            f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion, but is a {type(unet).__name__}."
+        )
+    more = [(unet, "addition_embed_type"), (unet, "class_embed_type"), (unet, "num_class_embeds")]
+    more += [(unet, "encoder_hid_dim_type"), (vae, "shift_factor"), (vae, "latents_mean"), (vae, "latents_std")]
+    for part, field in more:
+        if value := part.config.get(field):
+            raise ValueError(
+                f"The {type(part).__name__} has {field}={value!r}, which this pipeline does not support. Take U-Net "
+                "and VAE of a pipeline such as Stable Diffusion 1.5 or 2.1, not of Stable Diffusion XL, 3 or Flux."
+            )
+    if missing := {"init_noise_sigma", "scale_model_input"} - {*dir(scheduler)}:
+        raise ValueError(
+            f"A {type(scheduler).__name__} has no {' and no '.join(sorted(missing))}: take a scheduler such as "
+            "DDIMScheduler, not one for flow matching."
+        )
+    width, channels, count = "cross_attention_dim", "in_channels", "num_image_tokens"
+    pairs = [(projector, width, unet, width), (vae, "latent_channels", unet, channels)]
+    pairs += [(unet, "out_channels", unet, channels)]
+    if model is not None:
+        pairs += [(model, "visual_token_dim", projector, "visual_token_dim")]
+        if projector.config.num_image_tokens is not None:
+            pairs += [(model, count, projector, count)]
+    if model is not None and processor is not None:
+        ids = ("image_token_id", "image_start_token_id", "image_end_token_id")
+        pairs += [(model, field, processor, field) for field in (count, *ids)]
+    for part, field, other, other_field in pairs:
+        # Components of another kind lack the field, and do not fit.
+        value = getattr(part.config, field, None)
+        other_value = getattr(other if other is processor else other.config, other_field, None)
+        if value != other_value:
+            raise ValueError(
+                f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field} "
+                f"is {other_value}: they do not fit together."
+            )
+
+
 class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
     r"""
     Pipeline that answers prompts with text and images: MetaMorph generates text and visual tokens, and a latent
@@ -111,7 +151,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             Settings that suit these weights, for calls that do not choose their own.
 
     Raises:
-        ValueError: If the template has no `{}`, or if the widths or channels of two components do not fit together.
+        ValueError: If the template has no `{}`, or if two components do not fit together.
 
     Example:
 
@@ -146,18 +186,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         super().__init__()
         if instruction_template is not None and "{}" not in instruction_template:
             raise ValueError(f"`instruction_template` is {instruction_template!r}, but needs a {{}} for the caption.")
-        pairs = [(projector, "cross_attention_dim", unet, "cross_attention_dim")]
-        pairs += [(vae, "latent_channels", unet, "in_channels")]
         if model is not None:
             self._optional_components = []  # a saved folder may lack the model, but this pipeline needs it to answer
-            pairs += [(model, "visual_token_dim", projector, "visual_token_dim")]
-        for part, field, other, other_field in pairs:
-            value, other_value = getattr(part.config, field), getattr(other.config, other_field)
-            if value != other_value:
-                raise ValueError(
-                    f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field} "
-                    f"is {other_value}: they do not fit together."
-                )
+        _check_fit(model, processor, projector, unet, vae, scheduler)
         self.register_modules(
             model=model, processor=processor, projector=projector, unet=unet, vae=vae, scheduler=scheduler
         )
@@ -185,6 +216,23 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MetaMorphPipeline":
+        """
+        Create a pipeline from the components of another one. See [`DiffusionPipeline.from_pipe`].
+
+        Raises:
+            ValueError: If a component is missing, or two of them do not fit together.
+        """
+        components = {**pipeline.components, **kwargs}
+        if "unet" not in components:
+            raise ValueError(
+                f"A {type(pipeline).__name__} has no U-Net that could decode visual tokens: take a pipeline such as "
+                "Stable Diffusion 1.5 or 2.1, not Stable Diffusion 3 or Flux."
+            )
+        # diffusers would only take over the classes that the annotations of `__init__` name.
+        return super().from_pipe(pipeline, **(components if isinstance(pipeline, MetaMorphPipeline) else kwargs))
 
     def _require_model(self) -> None:
         if self.model is None or self.processor is None:
