@@ -26,7 +26,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -238,6 +238,17 @@ class TestDecoding:
         decoded = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="np")
         np.testing.assert_allclose(pipe("a dog", generator=seeded(), output_type="np").images, decoded, atol=1e-6)
 
+    @pytest.mark.parametrize("form", [list, tuple, lambda rows: torch.cat(rows).numpy()])
+    def test_forms_of_visual_tokens(self, pipe, form):
+        """`generate` gives a tensor (images, N, V) for each answer."""
+        rows, options = [torch.randn(2, 4, 16), torch.zeros(0, 4, 16), torch.randn(1, 4, 16)], {"output_type": "pt"}
+        expected = pipe.decode_visual_tokens(torch.cat(rows), generator=seeded(), **options)
+        torch.testing.assert_close(pipe.decode_visual_tokens(form(rows), generator=seeded(), **options), expected)
+        torch.testing.assert_close(pipe.encode_visual_tokens(form(rows)), pipe.encode_visual_tokens(torch.cat(rows)))
+
+    def test_before_the_first_call(self, pipe):
+        assert (pipe.guidance_scale, pipe.do_classifier_free_guidance, pipe.num_timesteps) == (2.0, True, 2)
+
     def test_guidance_starts_from_zeros(self, pipe, components):
         """One step, written out: the negative embeddings are zeros, as in the released code."""
         tokens = torch.nn.functional.normalize(torch.randn(2, 4, 16), dim=-1)
@@ -392,16 +403,31 @@ class TestDecoding:
                 {"generator": [seeded()] * 3, "num_images_per_prompt": 2},
                 "Got 3 generators for 2 prompts or images: .* or one for each of their 2 decodings",
             ),
-            ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
-            ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be at least 1"),
+            ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be an integer of at least 1"),
+            ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be an integer of at least 1"),
             ({"guidance_scale": float("nan")}, "`guidance_scale` is nan, but must be a finite number"),
             ({"eta": float("inf")}, "`eta` is inf, but must be a finite number"),
-            ({"latents": torch.full((2, 3, 4, 4), float("nan"))}, "must be free of NaN and infinity"),
-            ({"negative_visual_tokens": torch.full((4, 16), float("inf"))}, "must be free of NaN and infinity"),
+            ({"latents": torch.full((2, 3, 4, 4), float("nan"))}, "must be a tensor free of NaN and infinity"),
+            (
+                {"negative_visual_tokens": torch.full((4, 16), float("inf"))},
+                "must be a tensor free of NaN and infinity",
+            ),
             ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
             ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
             ({"visual_tokens": torch.zeros(4, 16)}, r"\(images, 4, 16\), but got \(4, 16\)"),
+            ({"visual_tokens": "tokens"}, "a tensor or an array .* but are a str that cannot be converted"),
+            ({"visual_tokens": [torch.zeros(1, 4, 16), None]}, "but are a list that cannot be converted"),
+            ({"visual_tokens": []}, r"\(images, 4, 16\), but got \(0,\)"),
+            ({"negative_visual_tokens": torch.zeros(3, 4, 16)}, r"shape \(4, 16\) or \(2, 4, 16\)"),
+            ({"negative_visual_tokens": "dog"}, "is 'dog', but must be a tensor"),
+            ({"latents": 1}, "`latents` is 1, but must be a tensor"),
+            ({"guidance_scale": [1.0, 2.0]}, r"`guidance_scale` is \[1.0, 2.0\], but must be a finite number"),
+            ({"guidance_scale": float("inf")}, "`guidance_scale` is inf"),
+            ({"eta": "0"}, "`eta` is '0', but must be a finite number"),
+            ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5, but must be an integer"),
+            ({"width": "8"}, "`width` is '8', but must be a multiple of 2"),
+            ({"generator": 0}, "`generator` is 0, but must be a torch.Generator or a list"),
             ({"sigmas": [1.0, 0.5]}, "does not support custom sigmas"),
         ],
     )
@@ -411,14 +437,8 @@ class TestDecoding:
 
     def test_library_errors(self, pipe):
         tokens = torch.randn(2, 4, 16)
-        with pytest.raises(TypeError, match="must be real number, not list"):
-            pipe.decode_visual_tokens(tokens, guidance_scale=[1.0, 2.0])
         with pytest.raises(TypeError, match="unexpected keyword argument 'num_inference_step'"):
             pipe.decode_visual_tokens(tokens, num_inference_step=2)
-        with pytest.raises(
-            RuntimeError, match=r"expanded size of the tensor \(2\) must match the existing size \(3\)"
-        ):
-            pipe.decode_visual_tokens(tokens, negative_visual_tokens=torch.zeros(3, 4, 16))
 
     def test_none_means_the_default(self, pipe):
         tokens, options = torch.randn(1, 4, 16), {"output_type": "pt"}
@@ -536,8 +556,18 @@ class TestDecoding:
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
         pipe.unfuse_lora()
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
-        options["cross_attention_kwargs"] = {"scale": 0.0}
-        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), plain)
+        off = {**options, "cross_attention_kwargs": {"scale": 0.0}}
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **off), plain)
+
+        pipe.save_pretrained(tmp_path / "pipeline")
+        again = MetaMorphPipeline.from_pretrained(tmp_path / "pipeline")
+        for merged in (pipe, again):  # the pipeline in hand keeps its LoRA apart
+            torch.testing.assert_close(merged.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **off), plain)
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.model)
+        with pytest.raises(ValueError, match="The model has adapters, .*: merge them first"):
+            pipe.save_pretrained(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
 
 class TestErrors:
@@ -555,6 +585,8 @@ class TestErrors:
             ({"prompt": ["a", "b"], "generator": [seeded()]}, "Got 1 generators for 2 prompts"),
             ({"prompt": "a dog", "generator": []}, "Got 0 generators for 1 prompts"),
             ({"prompt": "a dog", "num_inference_steps": 0}, "`num_inference_steps` is 0"),
+            ({"prompt": "a dog", "max_new_tokens": 0}, "`max_new_tokens` is 0, but must be an integer"),
+            ({"prompt": "a dog", "max_new_tokens": "8"}, "`max_new_tokens` is '8', but must be an integer"),
             ({"prompt": "a dog", "output_type": "jpg"}, "must be one of pil, np, pt, latent"),
             (
                 {"prompt": "a dog", "callback_on_step_end_tensor_inputs": ["noise"]},

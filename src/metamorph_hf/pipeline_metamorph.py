@@ -6,10 +6,10 @@ cross-attention states of width C per image.
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partialmethod
+from numbers import Integral, Real
 
 import numpy as np
 import PIL.Image
@@ -73,7 +73,7 @@ class DecodingOptions:
         cross_attention_kwargs (`dict`): For the attention processors: `{"scale": 0.5}` halves a LoRA's effect.
         output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
         callback_on_step_end (`Callable`): Called after every step as `callback(pipe, step, timestep, tensors)` with a
-            view of the pipeline that belongs to this call; returns the tensors to replace.
+            view of the pipeline that belongs to this call; returns the tensors to replace, or `None`.
         callback_on_step_end_tensor_inputs (`list[str]`): Names of `tensors`: `latents`, `prompt_embeds`.
     """
 
@@ -92,6 +92,28 @@ class DecodingOptions:
     output_type: str = "pil"
     callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None
     callback_on_step_end_tensor_inputs: list[str] = ("latents",)
+
+
+def _to_tensor(visual_tokens: torch.Tensor | np.ndarray | list | tuple) -> torch.Tensor:
+    """Convert visual tokens (I, N, V), or a list of (images, N, V) or (N, V) as `generate` gives them, to a tensor."""
+    try:
+        if not isinstance(visual_tokens, (list, tuple)) or not len(visual_tokens):
+            return torch.as_tensor(visual_tokens)
+        rows = [torch.as_tensor(row) for row in visual_tokens]
+        return torch.cat([row if row.ndim == 3 else row[None] for row in rows])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "Visual tokens must be a tensor or an array (images, tokens, width), or a list of them as `generate` "
+            f"gives them, but are a {type(visual_tokens).__name__} that cannot be converted: {error}"
+        ) from error
+
+
+def _is_count(value: int, factor: int = 1) -> bool:
+    return isinstance(value, Integral) and value >= 1 and value % factor == 0
+
+
+def _is_finite(value: float | torch.Tensor, kind: type) -> bool:
+    return isinstance(value, kind) and bool(torch.as_tensor(value).isfinite().all())
 
 
 def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
@@ -197,6 +219,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
+        self._guidance_scale, self.num_timesteps = default_guidance_scale, default_num_inference_steps
         # An AutoencoderKL halves the size in every block but the first; a PatchVAE states its patch size.
         blocks = vae.config.get("block_out_channels")
         self.vae_scale_factor = vae.config.patch_size if blocks is None else 2 ** (len(blocks) - 1)
@@ -288,6 +311,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             max_new_tokens (`int`), generation_kwargs (`dict`): As in [`~MetaMorphPipeline.__call__`].
         """
         self._require_model()
+        if not _is_count(max_new_tokens):
+            raise ValueError(f"`max_new_tokens` is {max_new_tokens!r}, but must be an integer of at least 1.")
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
         inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
@@ -330,11 +355,12 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Return the states (I, L, C) that the U-Net attends to, and those to guide away from, `None` without guidance.
 
         Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V)): The images.
+            visual_tokens (`torch.Tensor` of shape (I, N, V), or list of them): The images.
             negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*): Those to guide away from.
                 Their states default to the projector's unconditional ones.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether there is guidance.
         """
+        visual_tokens = _to_tensor(visual_tokens)
         if not visual_tokens.isfinite().all():
             raise ValueError("`visual_tokens` contain NaN or infinite values: the model that made them is broken.")
         placement = {"device": self._execution_device, "dtype": self.projector.dtype}
@@ -345,6 +371,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         if negative_visual_tokens is None:  # the projector replaces images that are not kept
             kept = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
             return embeds, self.projector(visual_tokens, kept).to(embeds.dtype)
+        whole, one = tuple(visual_tokens.shape), tuple(visual_tokens.shape[1:])
+        if (given := tuple(negative_visual_tokens.shape)) not in (whole, one, (1, *one)):
+            raise ValueError(f"`negative_visual_tokens` have shape {given}, but must have shape {one} or {whole}.")
         negative_visual_tokens = negative_visual_tokens.to(**placement).expand(len(embeds), -1, -1)
         return embeds, self.projector(negative_visual_tokens).to(embeds.dtype)
 
@@ -356,23 +385,30 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         options = DecodingOptions(**defaults | {name: value for name, value in options.items() if value is not None})
         if isinstance(options.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             options.callback_on_step_end_tensor_inputs = options.callback_on_step_end.tensor_inputs
-        factor, negative = self.vae_scale_factor, options.negative_visual_tokens
+        factor, repeats, generator = self.vae_scale_factor, options.num_images_per_prompt, options.generator
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        latents, negative = options.latents, options.negative_visual_tokens
+        finite_tensor = "a tensor free of NaN and infinity"
         unknown = {*options.callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}
         for name, is_valid, rule in (
-            ("num_inference_steps", options.num_inference_steps >= 1, "at least 1"),
-            ("num_images_per_prompt", options.num_images_per_prompt >= 1, "at least 1"),
-            ("guidance_scale", math.isfinite(options.guidance_scale), "a finite number"),
-            ("eta", math.isfinite(options.eta), "a finite number"),
-            ("height", options.height >= 1 and options.height % factor == 0, f"a multiple of {factor}"),
-            ("width", options.width >= 1 and options.width % factor == 0, f"a multiple of {factor}"),
-            ("latents", options.latents is None or options.latents.isfinite().all(), "free of NaN and infinity"),
-            ("negative_visual_tokens", negative is None or negative.isfinite().all(), "free of NaN and infinity"),
+            ("num_inference_steps", _is_count(options.num_inference_steps), "an integer of at least 1"),
+            ("num_images_per_prompt", _is_count(repeats), "an integer of at least 1"),
+            ("guidance_scale", _is_finite(options.guidance_scale, Real), "a finite number"),
+            ("eta", _is_finite(options.eta, Real), "a finite number"),
+            ("height", _is_count(options.height, factor), f"a multiple of {factor}"),
+            ("width", _is_count(options.width, factor), f"a multiple of {factor}"),
+            ("latents", latents is None or _is_finite(latents, torch.Tensor), finite_tensor),
+            ("negative_visual_tokens", negative is None or _is_finite(negative, torch.Tensor), finite_tensor),
+            (
+                "generator",
+                all(isinstance(item, torch.Generator) for item in generators),
+                "a torch.Generator or a list",
+            ),
             ("output_type", options.output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
             ("callback_on_step_end_tensor_inputs", not unknown, f"from {self._callback_tensor_inputs}"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` is {getattr(options, name)!r}, but must be {rule}.")
-        repeats, generator = options.num_images_per_prompt, options.generator
         if isinstance(generator, list) and len(generator) not in (num_inputs, num_inputs * repeats):
             raise ValueError(
                 f"Got {len(generator)} generators for {num_inputs} prompts or images: pass one for each, or one for "
@@ -431,7 +467,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             if options.callback_on_step_end is not None:
                 tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                 tensors = {name: tensors[name] for name in options.callback_on_step_end_tensor_inputs}
-                changed = options.callback_on_step_end(call, index, timestep, tensors)
+                changed = options.callback_on_step_end(call, index, timestep, tensors) or {}
                 latents = changed.pop("latents", latents)
                 prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
         # 4. Decode the latents
@@ -454,13 +490,15 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Decode visual tokens into I * `num_images_per_prompt` images. If memory is short, call with a few at a time.
 
         Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V)): From `model.generate` or [`get_visual_tokens`].
+            visual_tokens (`torch.Tensor` of shape (I, N, V), or list of them): From `model.generate` or
+                [`get_visual_tokens`].
             options: Those of [`DecodingOptions`].
 
         Raises:
             ValueError: If shapes, counts or options do not fit, or a value is NaN or infinite.
         """
-        count = len(visual_tokens)
+        visual_tokens = _to_tensor(visual_tokens)
+        count = len(visual_tokens) if visual_tokens.ndim else 0
         return self._decode(self._start_call(count, options), visual_tokens, [1] * count, count)
 
     @torch.no_grad()
