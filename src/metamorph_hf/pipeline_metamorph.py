@@ -102,10 +102,7 @@ def _to_tensor(visual_tokens: torch.Tensor | np.ndarray | list | tuple) -> torch
         rows = [torch.as_tensor(row) for row in visual_tokens]
         return torch.cat([row if row.ndim == 3 else row[None] for row in rows])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            "Visual tokens must be a tensor or an array (images, tokens, width), or a list of them as `generate` "
-            f"gives them, but are a {type(visual_tokens).__name__} that cannot be converted: {error}"
-        ) from error
+        raise ValueError(f"Visual tokens must be a tensor, an array or a list of them: {error}.") from error
 
 
 def _is_count(value: int, factor: int = 1) -> bool:
@@ -119,32 +116,29 @@ def _is_finite(value: float | torch.Tensor, kind: type) -> bool:
 def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
     """Raise a `ValueError` if a component needs more than this pipeline gives it, or does not fit to another one."""
     if not isinstance(unet, UNet2DConditionModel):
+        found = type(unet).__name__
         raise ValueError(
-            f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion, but is a {type(unet).__name__}."
+            f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion 1.5 or 2.1, but is a {found}."
         )
-    more = [(unet, "addition_embed_type"), (unet, "class_embed_type"), (unet, "num_class_embeds")]
-    more += [(unet, "encoder_hid_dim_type"), (vae, "shift_factor"), (vae, "latents_mean"), (vae, "latents_std")]
+    more = [(unet, field) for field in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")]
+    more += [(unet, "num_class_embeds"), *((vae, field) for field in ("shift_factor", "latents_mean", "latents_std"))]
     for part, field in more:
         if value := part.config.get(field):
             raise ValueError(
                 f"The {type(part).__name__} has {field}={value!r}, which this pipeline does not support. Take U-Net "
                 "and VAE of a pipeline such as Stable Diffusion 1.5 or 2.1, not of Stable Diffusion XL, 3 or Flux."
             )
-    if missing := {"init_noise_sigma", "scale_model_input"} - {*dir(scheduler)}:
-        raise ValueError(
-            f"A {type(scheduler).__name__} has no {' and no '.join(sorted(missing))}: take a scheduler such as "
-            "DDIMScheduler, not one for flow matching."
-        )
-    width, channels, count = "cross_attention_dim", "in_channels", "num_image_tokens"
-    pairs = [(projector, width, unet, width), (vae, "latent_channels", unet, channels)]
-    pairs += [(unet, "out_channels", unet, channels)]
+    if not {"init_noise_sigma", "scale_model_input"} <= {*dir(scheduler)}:
+        found = type(scheduler).__name__
+        raise ValueError(f"`scheduler` must be one such as DDIMScheduler, not for flow matching, but is a {found}.")
+    pairs = [(projector, "cross_attention_dim", unet, "cross_attention_dim")]
+    pairs += [(part, field, unet, "in_channels") for part, field in ((vae, "latent_channels"), (unet, "out_channels"))]
     if model is not None:
-        pairs += [(model, "visual_token_dim", projector, "visual_token_dim")]
-        if projector.config.num_image_tokens is not None:
-            pairs += [(model, count, projector, count)]
+        fields = ("visual_token_dim", *(["num_image_tokens"] if projector.config.num_image_tokens else []))
+        pairs += [(model, field, projector, field) for field in fields]
     if model is not None and processor is not None:
-        ids = ("image_token_id", "image_start_token_id", "image_end_token_id")
-        pairs += [(model, field, processor, field) for field in (count, *ids)]
+        fields = ("num_image_tokens", "image_token_id", "image_start_token_id", "image_end_token_id")
+        pairs += [(model, field, processor, field) for field in fields]
     for part, field, other, other_field in pairs:
         # Components of another kind lack the field, and do not fit.
         value = getattr(part.config, field, None)
@@ -242,20 +236,11 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MetaMorphPipeline":
-        """
-        Create a pipeline from the components of another one. See [`DiffusionPipeline.from_pipe`].
-
-        Raises:
-            ValueError: If a component is missing, or two of them do not fit together.
-        """
-        components = {**pipeline.components, **kwargs}
-        if "unet" not in components:
-            raise ValueError(
-                f"A {type(pipeline).__name__} has no U-Net that could decode visual tokens: take a pipeline such as "
-                "Stable Diffusion 1.5 or 2.1, not Stable Diffusion 3 or Flux."
-            )
-        # diffusers would only take over the classes that the annotations of `__init__` name.
-        return super().from_pipe(pipeline, **(components if isinstance(pipeline, MetaMorphPipeline) else kwargs))
+        """Create a pipeline from the components of another one. See [`DiffusionPipeline.from_pipe`]."""
+        # diffusers only takes over the classes that `__init__` names, and does not explain that Flux has no U-Net.
+        is_own = isinstance(pipeline, MetaMorphPipeline)
+        taken = pipeline.components if is_own else {"unet": pipeline.components.get("unet")}
+        return super().from_pipe(pipeline, **{**taken, **kwargs})
 
     def _require_model(self) -> None:
         if self.model is None or self.processor is None:
@@ -265,12 +250,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             )
 
     def prepare_conversations(self, prompt=None, image=None, messages=None) -> list[Conversation]:
-        """
-        Return the B conversations that [`~MetaMorphPipeline.__call__`] sends to the model for these arguments.
-
-        Raises:
-            ValueError: If both `prompt` and `messages` are given, or neither, or the images do not fit to the prompts.
-        """
+        """Return the B conversations that a call with these arguments sends, or raise a `ValueError` if it has none."""
         if (prompt is None) == (messages is None):
             raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
         if messages is not None:

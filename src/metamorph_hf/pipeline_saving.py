@@ -10,12 +10,9 @@ import tempfile
 from pathlib import Path
 from urllib.parse import unquote
 
-from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, snapshot_download, upload_folder
 from transformers.dynamic_module_utils import custom_object_save
 
-
-logger = logging.get_logger(__name__)
 
 # The modules of this package whose classes a saved pipeline may name, and former names of them.
 OWN_MODULES = (
@@ -137,10 +134,8 @@ class PipelineSavingMixin:
                 continue
             if name != "unet":
                 raise ValueError(
-                    f"The {name} has adapters, with which it could not be loaded again: merge them first, as "
-                    "`merge_and_unload()` of PEFT does."
+                    f"The {name} has adapters, with which it could not be loaded again: merge them first."
                 )
-            logger.warning("The LoRAs of the U-Net are merged into the weights saved in %s.", save_directory)
             saved.unet = copy.deepcopy(component)
             saved.unet.fuse_lora()
             saved.unet.unload_lora()
