@@ -250,7 +250,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             )
 
     def prepare_conversations(self, prompt=None, image=None, messages=None) -> list[Conversation]:
-        """Return the B conversations that a call with these arguments sends, or raise a `ValueError` if it has none."""
+        """Return the B conversations that a call with these arguments sends, or raise a `ValueError`."""
         if (prompt is None) == (messages is None):
             raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
         if messages is not None:
