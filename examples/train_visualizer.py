@@ -3,13 +3,17 @@
     python examples/train_visualizer.py images/ --model my-metamorph \\
         --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output my-pipeline
 
-VAE and vision tower stay frozen. When started again, training continues from its last checkpoint, and neither repeats
-nor skips an image. On several devices: accelerate launch examples/train_visualizer.py ...
+VAE and vision tower stay frozen. When started again, training continues from its last complete checkpoint, and neither
+repeats nor skips an image; `--overwrite` starts anew.
+On several devices: accelerate launch examples/train_visualizer.py ...
 """
 
 import argparse
 import json
+import os
+import re
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +22,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from common import find_pipeline, resolve_model
+from common import exit_with_sentence, find_pipeline, resolve_model
 from datasets import Array2D, Dataset, Features, Image, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -34,6 +38,12 @@ from metamorph_hf.image_reading import read_image
 from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss, save_ema_with
 
 
+# Settings that do not change what is learned, so that a run may continue with others.
+FREE_SETTINGS = {"output", "overwrite", "steps", "checkpoint_every", "report_to", "cpu", "workers", "cache"}
+FREE_SETTINGS |= {"validation_every", "validation_images", "validation_steps", "guidance_scales"}
+FREE_SETTINGS |= {"gradient_checkpointing", "mixed_precision"}
+
+
 def parse_args() -> argparse.Namespace:
     class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
@@ -46,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", required=True, help="MetaMorph whose vision tower encodes the images")
     add("--base", required=True, help="pipeline with a U-Net, such as Stable Diffusion 1.5")
     add("--output", required=True, type=Path, help="folder for checkpoints and the trained pipeline")
+    add("--overwrite", action="store_true", help="start anew in a folder that is not empty; delete its checkpoints")
     add("--unet", choices=("full", "lora", "frozen"), default="full", help="which U-Net weights are trained")
     add("--lora-rank", type=int, default=64, help="rank of the adapters with --unet lora")
     add("--projector-type", choices=("mlp", "xattn", "xattnffn", "transformer"), default="mlp", help="architecture")
@@ -82,8 +93,56 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def find_checkpoints(output: Path) -> dict[int, Path]:
+    """Return the checkpoints' folders by their steps, in order, whether complete or not."""
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output.iterdir() if path.is_dir()]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def list_sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "step.json"}
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Check that all files have the sizes that `step.json`, which is written last, lists."""
+    try:
+        return json.loads((checkpoint / "step.json").read_text())["sizes"].items() <= list_sizes(checkpoint).items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or broken
+        return False
+
+
+def claim_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Exit unless the output folder can be written, and is empty or this run's or to be overwritten."""
+    file, settings = args.output / "run.json", {}
+    for name, value in vars(args).items():
+        if name not in FREE_SETTINGS:
+            settings[name] = os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()
+    except OSError as error:
+        raise SystemExit(f"{args.output} cannot be written: {error}.") from error
+    if not args.overwrite and any(path != file for path in args.output.iterdir()):
+        ways_out = "choose another --output, or pass --overwrite to start anew in this folder."
+        try:
+            earlier = json.loads(file.read_text())
+            changed = [name for name, value in settings.items() if earlier[name] != value]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SystemExit(f"{args.output} is not empty, and not a run of this script: {ways_out}") from None
+        if changed:
+            raise SystemExit(f"{args.output} holds a run with another {', '.join(changed)}: {ways_out}")
+    accelerator.wait_for_everyone()  # until every process has looked
+    if accelerator.is_main_process:
+        if args.overwrite:
+            (args.output / "model_index.json").unlink(missing_ok=True)
+            for folder in find_checkpoints(args.output).values():
+                shutil.rmtree(folder)
+        file.write_text(json.dumps(settings, indent=2))
+    accelerator.wait_for_everyone()
+
+
 def open_images(path: str, split: str, column: str | None) -> Dataset:
-    """Open a dataset and reduce it to one column, `image`."""
+    """Open a dataset and reduce it to one column, `image`, of files that are not decoded yet."""
     if Path(path).is_file():
         dataset = load_dataset("webdataset" if path.endswith(".tar") else "parquet", data_files=path, split=split)
     else:
@@ -95,7 +154,9 @@ def open_images(path: str, split: str, column: str | None) -> Dataset:
         raise SystemExit(
             f"{path} has no column {column}: choose one of {', '.join(dataset.column_names)} with --image-column."
         )
-    return dataset.select_columns([column]).rename_columns({column: "image"})
+    dataset = dataset.select_columns([column]).rename_columns({column: "image"})
+    # [`read_image`] decodes them, and names the file that it cannot read.
+    return dataset.cast_column("image", Image(decode=False)) if column in image_columns else dataset
 
 
 def crop_square(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -119,10 +180,16 @@ class Collate:
 
 def build_pipelines(args: argparse.Namespace) -> tuple[MetaMorphPipeline, MetaMorphPipeline]:
     """Return a pipeline of the model and the base with the base's or a new projector, and one without the model."""
+    index = DiffusionPipeline.load_config(args.base)
+    if "unet" not in index:
+        raise SystemExit(
+            f"--base {args.base} is a {index['_class_name']}, which has no U-Net: take a pipeline such as Stable "
+            "Diffusion 1.5 or 2.1, not Stable Diffusion 3 or Flux."
+        )
     model_path, processor_path = resolve_model(args.model)
     model = MetaMorphForConditionalGeneration.from_pretrained(model_path, dtype="auto").eval()
     processor = MetaMorphProcessor.from_pretrained(processor_path)
-    if "MetaMorphPipeline" in DiffusionPipeline.load_config(args.base)["_class_name"]:
+    if "MetaMorphPipeline" in index["_class_name"]:
         base = MetaMorphPipeline.from_pretrained(args.base, model=None, processor=None)
     else:
         base = DiffusionPipeline.from_pretrained(args.base)
@@ -242,6 +309,11 @@ class VisualizerTraining:
         """Train from the last checkpoint, if there is one, to the last step, and save the pipeline."""
         args, accelerator = self.args, self.accelerator
         step = self.load_checkpoint()
+        if step >= args.steps and (args.output / "model_index.json").is_file():
+            accelerator.print(f"{args.output} is finished, with nothing left to train: raise --steps to train on.")
+            return
+        if accelerator.is_main_process:  # this file marks a finished run
+            (args.output / "model_index.json").unlink(missing_ok=True)
         batch_index, loss = step * args.accumulation, None
         progress = tqdm(total=args.steps, initial=step, desc="visualizer", disable=not accelerator.is_main_process)
         while step < args.steps:
@@ -312,23 +384,26 @@ class VisualizerTraining:
 
     def load_checkpoint(self) -> int:
         """Load the newest complete checkpoint, if any, and return its step."""
-        files = self.args.output.glob("checkpoint-[0-9]*/step.json")
-        step = max((json.loads(file.read_text())["step"] for file in files), default=0)
-        if step:
-            self.accelerator.print(f"continuing from {self.args.output}/checkpoint-{step}")
-            self.accelerator.load_state(f"{self.args.output}/checkpoint-{step}")
-        return step
+        for step, folder in reversed(find_checkpoints(self.args.output).items()):
+            if is_complete(folder):
+                self.accelerator.print(f"continuing from {folder}")
+                self.accelerator.load_state(str(folder))
+                return step
+            self.accelerator.print(f"{folder} is incomplete or damaged, and is skipped")
+        return 0
 
     def save_checkpoint(self, step: int) -> None:
         """Save a checkpoint that `step.json` marks as complete, and delete all but the last two."""
         folder = self.args.output / f"checkpoint-{step}"
+        if self.accelerator.is_main_process:
+            (folder / "step.json").unlink(missing_ok=True)  # of a damaged checkpoint that is written anew
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (folder / "step.json").write_text(json.dumps({"step": step}))
-            steps = sorted(int(path.name.rsplit("-")[-1]) for path in self.args.output.glob("checkpoint-[0-9]*"))
-            for old in steps[:-2]:
-                shutil.rmtree(self.args.output / f"checkpoint-{old}")
+            (folder / "step.json").write_text(json.dumps({"step": step, "sizes": list_sizes(folder)}))
+            earlier = [path for number, path in find_checkpoints(self.args.output).items() if number < step]
+            for old in earlier[:-1]:
+                shutil.rmtree(old)
 
     def save_pipeline(self) -> None:
         """Save the pipeline with its averaged weights, and a card with sample images and settings."""
@@ -353,8 +428,7 @@ class VisualizerTraining:
         self.pipeline.create_model_card(args.output.name, description, base).save(args.output / "README.md")
 
 
-def main() -> None:
-    args = parse_args()
+def train(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
         # A resumed run may begin in the middle of an epoch, so accumulation must not restart at the ends of epochs.
         gradient_accumulation_plugin=GradientAccumulationPlugin(args.accumulation, sync_with_dataloader=False),
@@ -363,11 +437,18 @@ def main() -> None:
         cpu=args.cpu,
         project_config=ProjectConfiguration(project_dir=str(args.output), logging_dir=str(args.output / "logs")),
     )
+    claim_output(args, accelerator)
     set_seed(args.seed)
     training = VisualizerTraining(args, accelerator)
     if args.report_to is not None:
         accelerator.init_trackers("visualizer", {name: str(value) for name, value in vars(args).items()})
     training.run()
+
+
+def main() -> None:
+    args = parse_args()
+    with exit_with_sentence():
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import subprocess
@@ -16,13 +17,16 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     StableDiffusionPipeline,
+    UNet2DModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -135,6 +139,30 @@ class TestPrompts:
         assert torch.equal(prompts_seen[0][1], prompts_seen[1][1]) and prompts_seen[0][0] == prompts_seen[1][0]
         assert prompts_seen[2] == prompts_seen[3]
 
+    def test_an_entry_does_not_depend_on_the_others(self, pipe, prompts_seen, tiny_images):
+        pipe(["What is this?", "a cat", "a dog"], image=[tiny_images[0], None, [None]])
+        pipe(["a cat", "a dog"], image=[None, None])
+        wrapped = ["Generate an image of a cat.", "Generate an image of a dog."]
+        assert [text for text, _ in prompts_seen] == [["<image>What is this?", *wrapped], wrapped]
+        assert len(prompts_seen[0][1]) == 1 and prompts_seen[1][1] is None
+
+    @pytest.mark.parametrize("form", ["path", "image"])
+    def test_prepared_conversations_give_the_pixels_of_read_image(self, pipe, tmp_path, form):
+        """Turned upright by EXIF and on white where it is transparent, as in training."""
+        image, exif = Image.new("RGBA", (40, 20), (0, 0, 0, 0)), Image.Exif()
+        image.paste((255, 0, 0, 255), (0, 0, 20, 10))
+        exif[274] = 6
+        image.save(tmp_path / "image.png", exif=exif)
+        given = tmp_path / "image.png" if form == "path" else Image.open(tmp_path / "image.png")
+        conversations = pipe.prepare_conversations("What is this?", given)
+        inputs = pipe.processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        pixels = np.full((40, 20, 3), 255, dtype=np.uint8)
+        pixels[:20, 10:] = (255, 0, 0)
+        expected = pipe.processor.image_processor([Image.fromarray(pixels)], return_tensors="pt")
+        torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"])
+
     def test_template_with_other_braces(self, components, prompts_seen):
         pipe = build(components, instruction_template='{"generate": "{}"}')
         pipe("a {cat}")
@@ -209,6 +237,17 @@ class TestDecoding:
         tokens = torch.cat(answer.visual_tokens)
         decoded = pipe.decode_visual_tokens(tokens, generator=seeded(), output_type="np")
         np.testing.assert_allclose(pipe("a dog", generator=seeded(), output_type="np").images, decoded, atol=1e-6)
+
+    @pytest.mark.parametrize("form", [list, tuple, lambda rows: torch.cat(rows).numpy()])
+    def test_forms_of_visual_tokens(self, pipe, form):
+        """`generate` gives a tensor (images, N, V) for each answer."""
+        rows, options = [torch.randn(2, 4, 16), torch.zeros(0, 4, 16), torch.randn(1, 4, 16)], {"output_type": "pt"}
+        expected = pipe.decode_visual_tokens(torch.cat(rows), generator=seeded(), **options)
+        torch.testing.assert_close(pipe.decode_visual_tokens(form(rows), generator=seeded(), **options), expected)
+        torch.testing.assert_close(pipe.encode_visual_tokens(form(rows)), pipe.encode_visual_tokens(torch.cat(rows)))
+
+    def test_before_the_first_call(self, pipe):
+        assert (pipe.guidance_scale, pipe.do_classifier_free_guidance, pipe.num_timesteps) == (2.0, True, 2)
 
     def test_guidance_starts_from_zeros(self, pipe, components):
         """One step, written out: the negative embeddings are zeros, as in the released code."""
@@ -364,16 +403,31 @@ class TestDecoding:
                 {"generator": [seeded()] * 3, "num_images_per_prompt": 2},
                 "Got 3 generators for 2 prompts or images: .* or one for each of their 2 decodings",
             ),
-            ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
-            ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be at least 1"),
+            ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be an integer of at least 1"),
+            ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, but must be an integer of at least 1"),
             ({"guidance_scale": float("nan")}, "`guidance_scale` is nan, but must be a finite number"),
             ({"eta": float("inf")}, "`eta` is inf, but must be a finite number"),
-            ({"latents": torch.full((2, 3, 4, 4), float("nan"))}, "must be free of NaN and infinity"),
-            ({"negative_visual_tokens": torch.full((4, 16), float("inf"))}, "must be free of NaN and infinity"),
+            ({"latents": torch.full((2, 3, 4, 4), float("nan"))}, "must be a tensor free of NaN and infinity"),
+            (
+                {"negative_visual_tokens": torch.full((4, 16), float("inf"))},
+                "must be a tensor free of NaN and infinity",
+            ),
             ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
             ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
             ({"visual_tokens": torch.zeros(4, 16)}, r"\(images, 4, 16\), but got \(4, 16\)"),
+            ({"visual_tokens": "tokens"}, "must be a tensor, an array or a list of them"),
+            ({"visual_tokens": [torch.zeros(1, 4, 16), None]}, "must be a tensor, an array or a list of them"),
+            ({"visual_tokens": []}, r"\(images, 4, 16\), but got \(0,\)"),
+            ({"negative_visual_tokens": torch.zeros(3, 4, 16)}, r"shape \(4, 16\) or \(2, 4, 16\)"),
+            ({"negative_visual_tokens": "dog"}, "is 'dog', but must be a tensor"),
+            ({"latents": 1}, "`latents` is 1, but must be a tensor"),
+            ({"guidance_scale": [1.0, 2.0]}, r"`guidance_scale` is \[1.0, 2.0\], but must be a finite number"),
+            ({"guidance_scale": float("inf")}, "`guidance_scale` is inf"),
+            ({"eta": "0"}, "`eta` is '0', but must be a finite number"),
+            ({"num_inference_steps": 2.5}, "`num_inference_steps` is 2.5, but must be an integer"),
+            ({"width": "8"}, "`width` is '8', but must be a multiple of 2"),
+            ({"generator": 0}, "`generator` is 0, but must be a torch.Generator or a list"),
             ({"sigmas": [1.0, 0.5]}, "does not support custom sigmas"),
         ],
     )
@@ -383,14 +437,8 @@ class TestDecoding:
 
     def test_library_errors(self, pipe):
         tokens = torch.randn(2, 4, 16)
-        with pytest.raises(TypeError, match="must be real number, not list"):
-            pipe.decode_visual_tokens(tokens, guidance_scale=[1.0, 2.0])
         with pytest.raises(TypeError, match="unexpected keyword argument 'num_inference_step'"):
             pipe.decode_visual_tokens(tokens, num_inference_step=2)
-        with pytest.raises(
-            RuntimeError, match=r"expanded size of the tensor \(2\) must match the existing size \(3\)"
-        ):
-            pipe.decode_visual_tokens(tokens, negative_visual_tokens=torch.zeros(3, 4, 16))
 
     def test_none_means_the_default(self, pipe):
         tokens, options = torch.randn(1, 4, 16), {"output_type": "pt"}
@@ -508,8 +556,18 @@ class TestDecoding:
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
         pipe.unfuse_lora()
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
-        options["cross_attention_kwargs"] = {"scale": 0.0}
-        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **options), plain)
+        off = {**options, "cross_attention_kwargs": {"scale": 0.0}}
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **off), plain)
+
+        pipe.save_pretrained(tmp_path / "pipeline")
+        again = MetaMorphPipeline.from_pretrained(tmp_path / "pipeline")
+        for merged in (pipe, again):  # the pipeline in hand keeps its LoRA apart
+            torch.testing.assert_close(merged.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
+        torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **off), plain)
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.model)
+        with pytest.raises(ValueError, match="The model has adapters, .*: merge them first"):
+            pipe.save_pretrained(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
 
 
 class TestErrors:
@@ -527,6 +585,8 @@ class TestErrors:
             ({"prompt": ["a", "b"], "generator": [seeded()]}, "Got 1 generators for 2 prompts"),
             ({"prompt": "a dog", "generator": []}, "Got 0 generators for 1 prompts"),
             ({"prompt": "a dog", "num_inference_steps": 0}, "`num_inference_steps` is 0"),
+            ({"prompt": "a dog", "max_new_tokens": 0}, "`max_new_tokens` is 0, but must be an integer"),
+            ({"prompt": "a dog", "max_new_tokens": "8"}, "`max_new_tokens` is '8', but must be an integer"),
             ({"prompt": "a dog", "output_type": "jpg"}, "must be one of pil, np, pt, latent"),
             (
                 {"prompt": "a dog", "callback_on_step_end_tensor_inputs": ["noise"]},
@@ -548,13 +608,55 @@ class TestErrors:
                 {"latent_channels": 4},
                 "KL's latent_channels is 4, but the UNet2DConditionModel's in_channels is 3",
             ),
+            ("vae", {"shift_factor": 0.1}, "AutoencoderKL has shift_factor=0.1, which this pipeline does not support"),
+            (
+                "unet",
+                {"out_channels": 6},
+                "Model's out_channels is 6, but the UNet2DConditionModel's in_channels is 3",
+            ),
+            (
+                "unet",
+                {
+                    "addition_embed_type": "text_time",
+                    "addition_time_embed_dim": 8,
+                    "projection_class_embeddings_input_dim": 80,
+                },
+                "has addition_embed_type='text_time', which .* not of Stable Diffusion XL",
+            ),
+            ("unet", {"class_embed_type": "timestep"}, "has class_embed_type='timestep', which"),
+            ("projector", {"num_image_tokens": 5}, "num_image_tokens is 4, but the VisualTokenProjector's .* is 5"),
         ],
     )
     def test_components_that_do_not_fit(self, components, part, change, reason):
         old = components[part]
-        components[part] = type(old).from_config({**old.config, **change})
+        components[part] = type(old).from_config({**old.config, "_use_default_values": [], **change})
         with pytest.raises(ValueError, match=reason):
             build(components)
+
+    @pytest.mark.parametrize("field", ["num_image_tokens", "image_token_id", "image_end_token_id"])
+    def test_processor_of_another_model(self, components, field):
+        components["processor"] = copy.copy(components["processor"])
+        setattr(components["processor"], field, 9)
+        with pytest.raises(ValueError, match=f"Generation's {field} is .*, but the MetaMorphProcessor's {field} is 9"):
+            build(components)
+
+    def test_components_of_another_kind(self, components):
+        flow = FlowMatchEulerDiscreteScheduler()
+        with pytest.raises(ValueError, match="not for flow matching, but is a FlowMatchEuler"):
+            build({**components, "scheduler": flow})
+        unet = UNet2DModel(4, 3, 3, block_out_channels=(32,) * 4)
+        with pytest.raises(ValueError, match="must be a UNet2DConditionModel, .* but is a UNet2DModel"):
+            build({**components, "unet": unet})
+        flux, ours = FluxPipeline(flow, components["vae"], *[None] * 5), {"projector": components["projector"]}
+        with pytest.raises(ValueError, match="must be a UNet2DConditionModel, .* but is a NoneType"):
+            MetaMorphPipeline.from_pipe(flux, model=None, processor=None, **ours)
+
+    @pytest.mark.parametrize("decodes_only", [False, True])
+    def test_from_another_pipeline_of_this_class(self, components, decodes_only):
+        pipe = build(components | (dict.fromkeys(("model", "processor")) if decodes_only else {}))
+        made = MetaMorphPipeline.from_pipe(pipe, default_guidance_scale=3.0)
+        assert all(part is pipe.components[name] for name, part in made.components.items())
+        assert (made.config.default_num_inference_steps, made.config.default_guidance_scale) == (2, 3.0)
 
     def test_from_a_stable_diffusion_pipeline(self, components, pipe):
         """A MetaMorph model replaces the text encoder, and the other components are taken over."""

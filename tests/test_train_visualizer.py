@@ -1,6 +1,7 @@
 """The training of a visualizer: its parts, and the script as a user runs it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from helpers import EMOJI_CHECKPOINT as CHECKPOINT
-from helpers import ROOT
+from helpers import ROOT, import_example
 from PIL import Image
 
 from metamorph_hf import MetaMorphPipeline
@@ -22,10 +23,10 @@ from metamorph_hf.visualizer_training import diffusion_loss, save_ema_with
 EXAMPLES = ROOT / "examples"
 
 
-def run(*arguments, cwd) -> subprocess.CompletedProcess:
+def run(*arguments, cwd, status: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, str(EXAMPLES / "train_visualizer.py"), *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done
 
 
@@ -92,6 +93,65 @@ class TestMovingAverage:
             accelerator.load_state(str(tmp_path))
 
 
+class TestOutputFolder:
+    @pytest.fixture
+    def script(self):
+        return import_example("train_visualizer")
+
+    @staticmethod
+    def claim(script, monkeypatch, output, *flags):
+        command = ["train_visualizer.py", "images", "--model", "m", "--base", "b", "--output", output, *flags]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        script.claim_output(script.parse_args(), Accelerator(cpu=True))
+
+    def test_continues_the_same_run_only(self, script, monkeypatch, tmp_path):
+        self.claim(script, monkeypatch, tmp_path / "run")
+        self.claim(script, monkeypatch, tmp_path / "run", "--seed", 1)  # there is nothing to lose yet
+        (tmp_path / "run" / "checkpoint-2").mkdir()
+        self.claim(script, monkeypatch, tmp_path / "run", "--seed", 1, "--steps", 5, "--workers", 1)
+        with pytest.raises(SystemExit, match="holds a run with another unet, seed: choose another --output"):
+            self.claim(script, monkeypatch, tmp_path / "run", "--unet", "lora")
+        assert (tmp_path / "run" / "checkpoint-2").is_dir()
+        self.claim(script, monkeypatch, tmp_path / "run", "--unet", "lora", "--overwrite")
+        assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+    @pytest.mark.parametrize("record", [None, "{", "[1]"])
+    def test_leaves_other_folders_alone(self, script, monkeypatch, tmp_path, record):
+        (tmp_path / "README.md").write_text("my card")
+        if record is not None:
+            (tmp_path / "run.json").write_text(record)
+        with pytest.raises(SystemExit, match="is not empty, and not a run of this script"):
+            self.claim(script, monkeypatch, tmp_path)
+        self.claim(script, monkeypatch, tmp_path, "--overwrite")
+        assert (tmp_path / "README.md").read_text() == "my card"
+
+    def test_folder_that_cannot_be_written(self, script, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(SystemExit, match="file/run cannot be written: .*Not a directory"):
+            self.claim(script, monkeypatch, tmp_path / "file" / "run")
+
+    @pytest.mark.parametrize("damage", ["cut", "missing", "no record", "{", "3", '{"step": 2}', '{"sizes": [1]}'])
+    def test_damaged_checkpoints(self, script, tmp_path, damage):
+        folder = tmp_path / "checkpoint-2"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"12345678")
+        (folder / "step.json").write_text(json.dumps({"step": 2, "sizes": {"weights": 8}}))
+        assert script.is_complete(folder)
+        if damage == "cut":
+            (folder / "weights").write_bytes(b"1234")
+        elif damage in ("missing", "no record"):
+            (folder / {"missing": "weights", "no record": "step.json"}[damage]).unlink()
+        else:
+            (folder / "step.json").write_text(damage)
+        assert not script.is_complete(folder)
+
+    def test_names_of_checkpoints(self, script, tmp_path):
+        for name in ("checkpoint-10", "checkpoint-9", "checkpoint-8.bak", "checkpoint-x"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "checkpoint-11").touch()
+        assert list(script.find_checkpoints(tmp_path)) == [9, 10]
+
+
 @pytest.mark.slow
 class TestTrainVisualizer:
     FLAGS = ("--model", CHECKPOINT, "--base", CHECKPOINT, "--cpu", "--batch-size", 3, "--schedule", "constant")
@@ -107,8 +167,13 @@ class TestTrainVisualizer:
         self.train(tmp_path, "--output", "cut", "--steps", 2)
         shutil.rmtree(tmp_path / "cut" / "unet")
         (tmp_path / "cut" / "checkpoint-3").mkdir()  # a save that was interrupted
+        shutil.copytree(tmp_path / "cut" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2.bak")
+        (tmp_path / "cut" / "checkpoint-9").write_text("a file")
         again = self.train(tmp_path, "--output", "cut", "--steps", 4)
-        assert "continuing from cut/checkpoint-2" in again.stdout
+        assert (
+            "cut/checkpoint-3 is incomplete" in again.stdout and "continuing from cut/checkpoint-2\n" in again.stdout
+        )
+        assert (tmp_path / "cut" / "checkpoint-2.bak").is_dir() and (tmp_path / "cut" / "checkpoint-9").is_file()
         whole, cut = (MetaMorphPipeline.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
         before = MetaMorphPipeline.from_pretrained(CHECKPOINT)
         for part in ("unet", "projector"):
@@ -122,7 +187,9 @@ class TestTrainVisualizer:
         assert "| learning rate | 0.001 |" in card and "![reconstructions](reconstructions.png)" in card
         # The weights of the last step differ from the averaged ones, which are validated and saved.
         assert list(Image.open(tmp_path / "whole" / "reconstructions.png").getdata()) == list(grid.getdata())
-        assert "nothing left to train" in self.train(tmp_path, "--output", "cut", "--steps", 4).stdout
+        (tmp_path / "cut" / "README.md").write_text("my card")
+        assert "cut is finished" in self.train(tmp_path, "--output", "cut", "--steps", 4).stdout
+        assert (tmp_path / "cut" / "README.md").read_text() == "my card"
 
     def test_accumulation_continues_over_the_ends_of_epochs(self, tmp_path):
         """With three batches per epoch and two per step, a run that is resumed within an epoch is the same."""
@@ -155,9 +222,10 @@ class TestTrainVisualizer:
             "import json, os, sys\n"
             f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
             "import train_visualizer\n"
+            "from metamorph_hf.image_reading import read_image\n"
             "seen, collate = [], train_visualizer.Collate.__call__\n"
             "def watched(self, rows):\n"
-            "    seen.append([row['image'].convert('RGB').getpixel((0, 0))[0] // 30 for row in rows])\n"
+            "    seen.append([read_image(row['image']).getpixel((0, 0))[0] // 30 for row in rows])\n"
             "    return collate(self, rows)\n"
             "train_visualizer.Collate.__call__ = watched\n"
             "train_visualizer.main()\n"
@@ -174,6 +242,24 @@ class TestTrainVisualizer:
         assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
         assert epochs[0] != epochs[1]
         assert MetaMorphPipeline.from_pretrained(tmp_path / "out").projector.unconditional.any()
+
+    def test_broken_image_is_named(self, tmp_path):
+        (tmp_path / "images").mkdir()
+        for index in range(3):
+            Image.effect_noise((64, 64), 50).save(tmp_path / "images" / f"{index}.png")
+        content = (tmp_path / "images" / "2.png").read_bytes()
+        (tmp_path / "images" / "2.png").write_bytes(content[: len(content) // 2])
+        flags = [*self.FLAGS, "--output", "out", "--steps", 2, "--validation-images", 0]
+        done = run(tmp_path / "images", *flags, cwd=tmp_path, status=1)
+        assert re.search(r"The image cannot be read \(\S*images/2.png\): image file is truncated", done.stderr)
+        assert "Traceback" not in done.stderr and not (tmp_path / "out" / "model_index.json").exists()
+
+    def test_base_without_a_unet(self, tmp_path):
+        (tmp_path / "base").mkdir()
+        index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+        (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+        done = run("images", *self.FLAGS, "--base", "base", "--output", "out", cwd=tmp_path, status=1)
+        assert "is a FluxPipeline, which has no U-Net" in done.stderr and "Traceback" not in done.stderr
 
     def test_lora(self, tmp_path):
         self.train(tmp_path, "--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)
