@@ -17,7 +17,8 @@ from helpers import (
     train,
 )
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from trl import SFTConfig
 
 from metamorph_hf import MetaMorphForConditionalGeneration, modeling_metamorph
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
@@ -190,6 +191,16 @@ class TestRefused:
     def test_other_losses(self, tiny_processor, model, tmp_path):
         with pytest.raises(ValueError, match="compute_loss_func cannot replace"):
             build_trainer(model, tiny_processor, arguments(tmp_path), compute_loss_func=lambda *args, **kwargs: None)
+
+    @pytest.mark.parametrize("other", [SFTConfig, TrainingArguments])
+    def test_other_configurations(self, tiny_processor, model, tmp_path, other):
+        args = other(str(tmp_path), report_to="none", use_cpu=True)
+        with pytest.raises(TypeError, match=f"args is a {other.__name__}, expected a VPiTConfig"):
+            build_trainer(model, tiny_processor, args)
+
+    def test_formatting_functions(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match="formatting_func has no effect"):
+            build_trainer(model, tiny_processor, arguments(tmp_path), formatting_func=str)
 
     def test_processor_of_another_model(self, tiny_processor, tiny_model, tmp_path):
         with pytest.raises(ValueError, match="model's num_image_tokens is 9, but the processor's is 4"):

@@ -75,6 +75,7 @@ class VPiTTrainer(SFTTrainer):
         kwargs: Further arguments of [`~trl.SFTTrainer`].
 
     Raises:
+        TypeError: if `args` is not a [`VPiTConfig`].
         ValueError: if model and processor, or settings and stage, do not fit together, or a loss is NaN or infinite.
     """
 
@@ -91,8 +92,12 @@ class VPiTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        if not isinstance(args, VPiTConfig):
+            raise TypeError(f"args is a {type(args).__name__}, expected a VPiTConfig, which has the same options.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func cannot replace VPiT's two losses: leave it out.")
+        if kwargs.get("formatting_func") is not None:
+            raise ValueError("formatting_func has no effect on VPiT: format the dataset's `messages` before training.")
         if args.stage == "projector" and (peft_config is not None or isinstance(model, PeftModel)):
             raise ValueError("Stage 'projector' has no language model to adapt: leave out peft_config and adapters.")
         is_path = isinstance(model, str)
