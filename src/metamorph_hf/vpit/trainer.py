@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
+from transformers.utils import find_adapter_config_file
 from trl import SFTTrainer
 
 from .. import __version__
@@ -66,7 +67,8 @@ class VPiTTrainer(SFTTrainer):
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
-            The model, or a path or Hub name to load it from with `args.model_init_kwargs`.
+            The model, or a path or Hub name to load it from with `args.model_init_kwargs`. That of an adapter trains
+            this adapter further.
         args ([`VPiTConfig`]): `stage` decides which modules are trained; a table of them is printed.
         processing_class ([`MetaMorphProcessor`], *optional*): Defaults to the one saved beside the model.
         data_collator (*optional*): Defaults to [`DataCollatorForVPiT`].
@@ -98,11 +100,17 @@ class VPiTTrainer(SFTTrainer):
             raise ValueError("compute_loss_func cannot replace VPiT's two losses: leave it out.")
         if kwargs.get("formatting_func") is not None:
             raise ValueError("formatting_func has no effect on VPiT: format the dataset's `messages` before training.")
+        path = model if isinstance(model, str) else model.config._name_or_path
+        init_kwargs = dict(args.model_init_kwargs or {}) if isinstance(model, str) else {}
+        revision = init_kwargs.get("revision")
+        if isinstance(model, str) and find_adapter_config_file(model, revision=revision) is not None:
+            if peft_config is not None:
+                raise ValueError(f"{model} holds an adapter, which is trained further: leave out peft_config.")
+            init_kwargs["quantization_config"] = kwargs.pop("quantization_config", None)
+            model, args.model_init_kwargs = stages.load_adapter(model, **init_kwargs), None
         if args.stage == "projector" and (peft_config is not None or isinstance(model, PeftModel)):
             raise ValueError("Stage 'projector' has no language model to adapt: leave out peft_config and adapters.")
         is_path = isinstance(model, str)
-        path = model if is_path else model.config._name_or_path
-        revision = args.model_init_kwargs.get("revision") if is_path and args.model_init_kwargs else None
         config = MetaMorphConfig.from_pretrained(path, revision=revision) if is_path else model.config
         if processing_class is None:
             processing_class = MetaMorphProcessor.from_pretrained(path, revision=revision)
@@ -132,9 +140,12 @@ class VPiTTrainer(SFTTrainer):
         )
         self._has_visual_tokens = "visual_tokens" in next(iter(self.train_dataset))
         stages.set_trainable(self.model, args)
+        if isinstance(self.model, PeftModel) and Path(self.metamorph.config._name_or_path).is_dir():
+            base = str(Path(self.metamorph.config._name_or_path).resolve())
+            self.model.active_peft_config.base_model_name_or_path = base  # A relative path works from here only.
         self._check_options()
         self.add_callback(_WatchSteps(self))
-        self.accelerator.print(stages.format_trainable_table(self.metamorph, args))
+        self.accelerator.print(self.trainable_table())
         if args.base_batch_size is not None:
             self.accelerator.print(
                 f"The learning rate {args.learning_rate / args.learning_rate_scale:.3g} for a batch of "
@@ -176,6 +187,10 @@ class VPiTTrainer(SFTTrainer):
         """The model itself, without the wrappers of PEFT and accelerate."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def trainable_table(self) -> str:
+        """Return a table of the modules with their parameters, trainable parameters and peak learning rates."""
+        return stages.format_trainable_table(self.metamorph, self.args)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See [`~transformers.Trainer.create_optimizer`]. Its parameter groups are split by learning rate."""
