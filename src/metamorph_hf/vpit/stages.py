@@ -95,8 +95,8 @@ def complete_peft_config(
     if adapted and model.config.tie_word_embeddings:
         if check_target_module_exists(peft_config, embeddings):
             raise ValueError(
-                f"{embeddings} is in target_modules, but lm_head, which shares its weights, cannot be adapted: name it "
-                "in modules_to_save, or its tokens in trainable_token_indices."
+                f"{embeddings} is in target_modules, but lm_head, which shares its weights, cannot be adapted: name "
+                "it in modules_to_save, or its tokens in trainable_token_indices."
             )
         adapted, peft_config.ensure_weight_tying = [embeddings, "lm_head"], True
     if peft_config.trainable_token_indices is None:

@@ -83,7 +83,8 @@ class _PaddedStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
         count = 0
-        for count, sample in enumerate(self.dataset, 1):
+        for sample in self.dataset:
+            count += 1
             yield sample
         yield from [None] * (-count % self.multiple)
 
@@ -178,9 +179,11 @@ class VPiTTrainer(SFTTrainer):
         )
         self._has_visual_tokens = "visual_tokens" in next(iter(self.train_dataset))
         stages.set_trainable(self.model, args)
-        if isinstance(self.model, PeftModel) and Path(self.metamorph.config._name_or_path).is_dir():
-            base = str(Path(self.metamorph.config._name_or_path).resolve())
-            self.model.active_peft_config.base_model_name_or_path = base  # A relative path works from here only.
+        if isinstance(self.model, PeftModel) and (base := Path(self.metamorph.config._name_or_path)).is_dir():
+            # A relative path works from here only.
+            self.model.active_peft_config.base_model_name_or_path = str(base.resolve())
+        elif peft_config is not None:
+            self.model.active_peft_config.revision = revision
         self._check_options()
         self.add_callback(_WatchSteps(self))
         self.accelerator.print(self.trainable_table())
