@@ -3,7 +3,8 @@
     python examples/train_vpit.py --config examples/configs/cpu_smoke.yaml --model_name_or_path my-metamorph
 
 Without data it trains on the emoji in this repository. Every field of VPiTConfig (TRL's SFTConfig) and of TRL's
-ModelConfig is a flag and a key of the YAML file; flags take precedence. On several devices:
+ModelConfig is a flag and a key of the YAML file; of several files, later ones take precedence, and flags over all.
+`--mixture FILE` reads a file, too, which may be the list of sources alone. On several devices:
 
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/train_vpit.py --config ...
 
@@ -12,14 +13,17 @@ adapter merged in `merged`. A folder that already holds a run is refused: `--res
 `--overwrite_output_dir` starts anew.
 """
 
+import argparse
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -33,7 +37,7 @@ from metamorph_hf import (
 )
 from metamorph_hf.data.mixture import Source, load_mixture, mixture_table
 from metamorph_hf.data.precompute import precompute_visual_tokens
-from metamorph_hf.vpit.trainer import last_complete_checkpoint
+from metamorph_hf.vpit.checkpoints import find_checkpoints, last_complete_checkpoint
 
 
 @dataclass
@@ -44,7 +48,9 @@ class ScriptArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset while training."})
-    mixture: list[dict] | None = field(default=None, metadata={"help": "Sources, see examples/configs/mixture.yaml."})
+    mixture: list[dict] | None = field(
+        default=None, metadata={"help": "YAML file like examples/configs/mixture.yaml."}
+    )
     mixture_size: int | None = field(default=None, metadata={"help": "Samples in a mixture with fractions."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths are relative to."})
     eval_samples: int = field(default=0, metadata={"help": "Samples to hold out for evaluation."})
@@ -53,10 +59,34 @@ class ScriptArguments:
         default_factory=lambda: ["Generate an image of a red apple."], metadata={"help": "Prompts of sample answers."}
     )
     sample_steps: int = field(default=0, metadata={"help": "Steps between two sample answers; 0 for none."})
+    sample_force_image: bool = field(default=False, metadata={"help": "Begin each sample answer with an image."})
     visualizer: str | None = field(default=None, metadata={"help": "MetaMorphPipeline that decodes sample answers."})
     resume: bool = field(default=False, metadata={"help": "Continue from output_dir's last complete checkpoint."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run's checkpoints first."})
     merge: bool = field(default=False, metadata={"help": "Also save model and adapter merged, in output_dir/merged."})
+
+
+def parse_arguments(flags: list[str] | None = None) -> tuple[ScriptArguments, VPiTConfig, ModelConfig]:
+    """Parse flags, and the YAML files that `--config` (each of several) and `--mixture` name."""
+    parser = TrlParser((ScriptArguments, VPiTConfig, ModelConfig))
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="extend", nargs="+", default=[])
+    files.add_argument("--mixture", action="append", default=[])
+    given, flags = files.parse_known_args(flags)
+    merged = {}
+    for path in [*given.config, *given.mixture]:
+        content = yaml.safe_load(Path(path).read_text())
+        content = {"mixture": content} if path in given.mixture and isinstance(content, list) else content
+        if not isinstance(content, dict):
+            parser.error(f"{path} holds {type(content).__name__}, expected a YAML mapping.")
+        merged |= content
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(merged, file)
+        file.flush()
+        parsed = parser.parse_args_and_config(["--config", file.name, *flags])
+    if parsed[2].model_name_or_path is None:
+        parser.error("name a model to start from: --model_name_or_path, e.g. the output of init_from_pretrained.py")
+    return parsed
 
 
 def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | None:
@@ -66,10 +96,16 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | N
         sys.exit("--resume continues a run and --overwrite_output_dir discards it: pass one of the two.")
     if training_args.resume_from_checkpoint:
         return training_args.resume_from_checkpoint
+    has_model = any(output_dir.glob("*.safetensors"))
     if args.resume:
-        return last_complete_checkpoint(output_dir)
-    checkpoints, state = [*output_dir.glob("checkpoint-*")], PartialState()
-    if (checkpoints or any(output_dir.glob("*.safetensors"))) and not args.overwrite_output_dir:
+        checkpoint = last_complete_checkpoint(output_dir)
+        if checkpoint is None and has_model:
+            sys.exit(
+                f"{output_dir} holds a model, but no complete checkpoint: pass --overwrite_output_dir to start anew."
+            )
+        return checkpoint
+    checkpoints, state = find_checkpoints(output_dir), PartialState()
+    if (checkpoints or has_model) and not args.overwrite_output_dir:
         sys.exit(f"{output_dir} already holds a run: pass --resume, --overwrite_output_dir or another --output_dir.")
     state.wait_for_everyone()  # until every process has looked
     if state.is_main_process:
@@ -95,6 +131,20 @@ def load_emoji(training_args: VPiTConfig, size: int) -> Dataset:
 
 def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Return the data for training, and what is held out for evaluation."""
+    options = {
+        "dataset": None,
+        "dataset_config": None,
+        "dataset_split": "train",
+        "streaming": False,
+        "image_root": None,
+    }
+    given = [f"--{name}" for name, default in options.items() if getattr(args, name) != default]
+    if args.mixture is not None and given:
+        sys.exit(f"A mixture's sources have these options of their own: leave out {', '.join(given)}, or the mixture.")
+    if args.mixture is None and args.mixture_size is not None:
+        sys.exit("--mixture_size is set, but there is no mixture.")
+    if args.mixture is None and args.dataset is None and given:
+        sys.exit(f"{', '.join(given)} need a --dataset: without one, this trains on the emoji.")
     if args.mixture is not None:
         dataset = load_mixture(args.mixture, training_args.seed, args.mixture_size)
         PartialState().print(mixture_table(dataset))
@@ -112,20 +162,19 @@ def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset
     return dataset.skip(args.eval_samples), dataset.take(args.eval_samples)
 
 
-def merge_adapter(base: str, revision: str, folder: Path) -> None:
+def merge_adapter(folder: Path) -> None:
     """Save the base model with the adapter in `folder` merged as a plain checkpoint in `folder`/merged."""
-    model = MetaMorphForConditionalGeneration.from_pretrained(base, revision=revision, dtype="auto")
+    config = PeftConfig.from_pretrained(folder)
+    base, revision = config.base_model_name_or_path, config.revision
+    model = MetaMorphForConditionalGeneration.from_pretrained(base, revision=revision or "main", dtype="auto")
     PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(folder / "merged")
     MetaMorphProcessor.from_pretrained(folder).save_pretrained(folder / "merged")
     shutil.copy(folder / "README.md", folder / "merged")
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, VPiTConfig, ModelConfig))
-    args, training_args, model_args = parser.parse_args_and_config()
+    args, training_args, model_args = parse_arguments()
     base, revision = model_args.model_name_or_path, model_args.model_revision
-    if base is None:
-        parser.error("name a model to start from: --model_name_or_path, e.g. the output of init_from_pretrained.py")
     checkpoint = find_checkpoint(args, training_args)
     processor_dir = base
     if (Path(base) / "model_index.json").is_file():  # a whole pipeline
@@ -158,14 +207,17 @@ def main() -> None:
     )
     if args.sample_steps:
         visualizer = MetaMorphPipeline.from_pretrained(args.visualizer, model=None) if args.visualizer else None
-        trainer.add_callback(LogSamplesCallback(trainer, args.sample_prompts, args.sample_steps, visualizer))
+        options = {"generation_kwargs": {"force_image": True}} if args.sample_force_image else {}
+        trainer.add_callback(
+            LogSamplesCallback(trainer, args.sample_prompts, args.sample_steps, visualizer, **options)
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
 
     data = str(args.mixture or args.dataset or "the emoji of metamorph_hf")
     trainer.save_model()
     trainer.create_model_card(dataset_name=data)
-    if args.merge and model_args.use_peft and trainer.is_world_process_zero():
-        merge_adapter(base, revision, Path(training_args.output_dir))
+    if args.merge and isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
+        merge_adapter(Path(training_args.output_dir))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data)
     trainer.end()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -161,9 +162,56 @@ class TestOutputFolder:
         assert self.find_checkpoint(script, run, "--overwrite_output_dir") is None
         assert not list(run.glob("checkpoint-*")) and not list(run.glob("rejected_samples-*"))
 
+    def test_copies_and_files_are_left_alone(self, script, run):
+        (run / "checkpoint-9").write_text("mine")
+        (run / "checkpoint-2").rename(run / "checkpoint-2.bak")
+        assert self.find_checkpoint(script, run, "--resume") == str(run / "checkpoint-1")
+        assert self.find_checkpoint(script, run, "--overwrite_output_dir") is None
+        assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-2.bak"}
+
+    def test_model_without_checkpoints(self, script, run):
+        for step in (1, 2):
+            shutil.rmtree(run / f"checkpoint-{step}")
+        with pytest.raises(SystemExit, match="holds a model, but no complete checkpoint"):
+            self.find_checkpoint(script, run, "--resume")
+
     def test_both_flags(self, script, run):
         with pytest.raises(SystemExit, match="pass one of the two"):
             self.find_checkpoint(script, run, "--resume", "--overwrite_output_dir")
+
+
+class TestArguments:
+    FLAGS = ["--model_name_or_path", "model", "--use_cpu", "--bf16", "false", "--output_dir", "out"]
+    MIXTURE = [{"task": "llava", "path": "rows.jsonl"}]
+
+    @pytest.mark.parametrize("separator", [[], ["--config"]])
+    def test_later_files_and_flags_win(self, script, tmp_path, separator):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump({"max_steps": 1, "save_steps": 1, "seed": 1}))
+        (tmp_path / "b.yaml").write_text(yaml.safe_dump({"save_steps": 2, "seed": 2}))
+        flags = ["--config", str(tmp_path / "a.yaml"), *separator, str(tmp_path / "b.yaml"), "--seed", "3"]
+        _, args, _ = script.parse_arguments([*flags, *self.FLAGS])
+        assert (args.max_steps, args.save_steps, args.seed) == (1, 2, 3)
+
+    @pytest.mark.parametrize("content", [MIXTURE, {"mixture": MIXTURE, "mixture_size": 5}])
+    def test_mixture_file(self, script, tmp_path, content):
+        (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(content))
+        args, *_ = script.parse_arguments(["--mixture", str(tmp_path / "mixture.yaml"), *self.FLAGS])
+        assert args.mixture == self.MIXTURE
+        assert args.mixture_size == (None if isinstance(content, list) else 5)
+
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            ({"mixture": MIXTURE, "dataset": "rows.json"}, "sources have these options .* leave out --dataset,"),
+            ({"mixture": MIXTURE, "image_root": "images", "streaming": True}, "leave out --streaming, --image_root"),
+            ({"mixture_size": 5}, "there is no mixture"),
+            ({"image_root": "images"}, "--image_root need a --dataset"),
+        ],
+    )
+    def test_data_options_without_effect(self, script, tmp_path, given, reason):
+        args = VPiTConfig(str(tmp_path), use_cpu=True, bf16=False)
+        with pytest.raises(SystemExit, match=reason):
+            script.load_data(script.ScriptArguments(**given), args)
 
 
 @pytest.mark.parametrize("config", sorted((EXAMPLES_FOLDER / "configs").glob("*.yaml")), ids=lambda path: path.stem)

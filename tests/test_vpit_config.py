@@ -3,9 +3,15 @@ import dataclasses
 
 import pytest
 from helpers import arguments, build_trainer
-from trl import TrlParser
+from transformers import TrainingArguments
+from trl import SFTConfig, TrlParser
 
 from metamorph_hf import VPiTConfig
+from metamorph_hf.vpit.config import UNSUPPORTED_OPTIONS
+
+
+# What TRL adds to the options of transformers and VPiT obeys.
+OBEYED_OPTIONS = {"model_init_kwargs", "trust_remote_code", "max_length", "activation_offloading"}
 
 
 class TestRefusedOptions:
@@ -28,6 +34,40 @@ class TestRefusedOptions:
     def test_refused(self, tmp_path, option, reason):
         with pytest.raises(ValueError, match=reason):
             arguments(tmp_path, **option)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("completion_only_loss", True),
+            ("completion_only_loss", False),
+            ("assistant_only_loss", True),
+            ("pad_to_multiple_of", 64),
+            ("eval_packing", True),
+            ("packing_strategy", "wrapped"),
+            ("shuffle_dataset", True),
+            ("router_aux_loss_coef", 0.1),
+            ("chat_template_path", "template.jinja"),
+            ("eos_token", "<|end|>"),
+            ("pad_token", "<pad>"),
+            ("dataset_text_field", "messages"),
+            ("dataset_kwargs", {"skip_prepare_dataset": False}),
+            ("dataset_num_proc", 2),
+            ("truncation_mode", "keep_end"),
+            ("use_liger_kernel", True),
+        ],
+    )
+    def test_without_effect(self, tmp_path, name, value):
+        with pytest.raises(ValueError, match=f"^{name}=.* is not supported by VPiT: "):
+            arguments(tmp_path, **{name: value})
+
+    def test_options_of_trl_are_known(self):
+        transformers_options = {field.name for field in dataclasses.fields(TrainingArguments)}
+        trl_options = {field.name for field in dataclasses.fields(SFTConfig)} - transformers_options
+        unknown = trl_options - OBEYED_OPTIONS - UNSUPPORTED_OPTIONS.keys()
+        assert not unknown, (
+            f"TRL has new options, {', '.join(sorted(unknown))}: make each work and list it in OBEYED_OPTIONS, or "
+            "refuse it in UNSUPPORTED_OPTIONS of metamorph_hf.vpit.config."
+        )
 
 
 class TestLearningRates:

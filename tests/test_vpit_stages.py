@@ -9,7 +9,7 @@ from helpers import (
     build_trainer,
     train,
 )
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from metamorph_hf import (
@@ -104,6 +104,21 @@ class TestStages:
         for module in ("vision_tower", "vision_head", "language_model", "lm_head"):
             assert table[module][1:] == ["0", "frozen"]
 
+    @pytest.mark.parametrize("stage", ["projector", "full"])
+    def test_trained_weights_are_float32(self, tiny_processor, tiny_model, tmp_path, stage):
+        """In bfloat16, most weights are too coarse for an update of this size."""
+        options = {"bf16": True, "optim": "adamw_torch", "learning_rate": 2.5e-6}
+        model = tiny_model().bfloat16()
+        before = model.model.projector[0].weight.detach().float()
+        train(model, tiny_processor, arguments(tmp_path, stage=stage, max_steps=2, **options))
+        assert model.model.projector[0].weight.dtype == torch.float32
+        assert (model.model.projector[0].weight != before).float().mean() > 0.9
+        assert model.model.vision_tower.dtype == torch.bfloat16
+
+    def test_bfloat16_without_autocast(self, tiny_processor, tiny_model, tmp_path):
+        with pytest.raises(ValueError, match="set bf16=True, .* or load the model with dtype='float32'"):
+            build_trainer(tiny_model().bfloat16(), tiny_processor, arguments(tmp_path))
+
     def test_frozen_tower_stays_in_eval_mode(self, model):
         model.model.vision_tower.requires_grad_(False)
         assert model.train().training and not model.model.vision_tower.training
@@ -189,11 +204,64 @@ class TestPeft:
         assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 100_000
 
     def test_given_settings_are_kept(self, model):
-        given = LoraConfig(target_modules=["q_proj"], modules_to_save=["projector"], trainable_token_indices=[1])
+        given = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[1])
         completed = complete_peft_config(given, model)
         assert completed.target_modules == {"q_proj"}
-        assert completed.modules_to_save == ["projector"]
+        assert completed.modules_to_save == ["norm", "projector", "vision_head"]
         assert completed.trainable_token_indices == [1]
+
+    @pytest.mark.parametrize(
+        ("given", "tied"),
+        [
+            *(({"modules_to_save": ["embed_tokens"]}, tied) for tied in (False, True)),
+            *(({"modules_to_save": ["lm_head"]}, tied) for tied in (False, True)),
+            *(({"modules_to_save": ["embed_tokens", "lm_head", "vision_head"]}, tied) for tied in (False, True)),
+            ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ],
+    )
+    def test_embeddings_and_lm_head(self, tiny_processor, tiny_model, tmp_path, given, tied):
+        """They may be trained whole or adapted; all else is trained as ever, and the saved adapter is the model."""
+        tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+        tiny_processor.save_pretrained(tmp_path / "base")
+        args = arguments(tmp_path / "run", max_steps=2, learning_rate=1e-1)
+        trainer = train(str(tmp_path / "base"), None, args, peft_config=LoraConfig(r=4, **given))
+        frozen = {line.split()[0] for line in trainer.trainable_table().splitlines() if line.endswith("frozen")}
+        assert frozen == {"vision_tower"}
+        trainer.save_model(tmp_path / "adapter")
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        with torch.no_grad():
+            expected = trainer.model.eval()(**batch).logits
+            base = MetaMorphForConditionalGeneration.from_pretrained(tmp_path / "base")
+            loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(loaded.merge_and_unload()(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+    def test_adapted_embeddings_of_a_tied_model(self, tiny_model):
+        given = LoraConfig(target_modules=["q_proj", "embed_tokens"])
+        with pytest.raises(ValueError, match="lm_head, which shares its weights, cannot be adapted"):
+            complete_peft_config(given, tiny_model(tie_word_embeddings=True))
+
+    def test_adapter_is_trained_further(self, tiny_processor, tiny_model, tmp_path, monkeypatch):
+        """Its folder as the trainer's model continues it, from wherever that happens."""
+        tiny_model().save_pretrained(tmp_path / "base")
+        tiny_processor.save_pretrained(tmp_path / "base")
+        args = arguments(tmp_path / "run", max_steps=2, learning_rate=1e-1)
+        monkeypatch.chdir(tmp_path)
+        first = train("base", None, args, peft_config=LoraConfig(r=4))
+        first.save_model(tmp_path / "adapter")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        second = build_trainer("../adapter", None, args)
+        assert second.trainable_table() == first.trainable_table()
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        with torch.no_grad():
+            expected = first.model.eval()(**batch).logits
+            torch.testing.assert_close(second.model.eval()(**batch).logits, expected)
+        second.train()
+        with torch.no_grad():
+            assert not torch.allclose(second.model.eval()(**batch).logits, expected)
+        with pytest.raises(ValueError, match="holds an adapter, which is trained further: leave out peft_config"):
+            build_trainer("../adapter", None, args, peft_config=LoraConfig(r=4))
 
     @pytest.mark.parametrize("parallel", [False, True])
     def test_visual_queries_are_trained_whole(self, tiny_processor, tiny_model, tmp_path, parallel):
@@ -218,12 +286,11 @@ class TestPeft:
         assert any("language_model" in name and "lora_" in name for name in trained)
         assert not any("vision_tower" in name for name in trained)
 
-    @pytest.mark.parametrize("module", ["projector", "vision_tower"])
-    def test_learning_rate_of_a_frozen_module(self, tiny_processor, model, tmp_path, module):
-        args = arguments(tmp_path, **{f"{module}_learning_rate": 1e-4})
-        config = LoraConfig(r=4, modules_to_save=["vision_head"])
-        with pytest.raises(ValueError, match=f"{module}_learning_rate is set, but nothing of that module is trained"):
-            build_trainer(model, tiny_processor, args, peft_config=config)
+    def test_learning_rate_of_a_frozen_module(self, tiny_processor, model, tmp_path):
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["vision_head"]))
+        args = arguments(tmp_path, projector_learning_rate=1e-4)
+        with pytest.raises(ValueError, match="projector_learning_rate is set, but nothing of that module is trained"):
+            build_trainer(adapted, tiny_processor, args)
 
     def test_not_in_stage_1(self, tiny_processor, model, tmp_path):
         with pytest.raises(ValueError, match="leave out peft_config"):

@@ -1,8 +1,11 @@
 import copy
+import dataclasses
 import json
 import math
 import resource
+import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from helpers import (
     train,
 )
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from trl import SFTConfig
 
 from metamorph_hf import MetaMorphForConditionalGeneration, modeling_metamorph
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
@@ -86,6 +90,20 @@ class TestTrainer:
         assert logs["num_text_labels"] == (batch["labels"] != -100).sum().item() - visual
         assert logs["images_per_second"] > 0
         assert logs["visual_cosine"] == pytest.approx(-logs["visual_loss"], rel=1e-5)
+
+    def test_rate_leaves_out_evaluation_and_callbacks(self, tiny_processor, model, tmp_path):
+        class Wait(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                time.sleep(1)
+
+            on_evaluate = on_step_end
+
+        args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=3, eval_strategy="steps", eval_steps=1)
+        trainer = build_trainer(model, tiny_processor, args, eval_dataset=dataset_of(EXAMPLES[:1]))
+        trainer.add_callback(Wait())
+        trainer.train()
+        rates = [log["images_per_second"] for log in trainer.state.log_history if "loss" in log]
+        assert max(rates) > 10  # of 10 images in two seconds of waiting and the time of a step
 
     def test_metrics_of_trl(self, tiny_processor, model, tmp_path):
         """Under TRL's names, over text labels: training sees what the batch's logits say, evaluation the same."""
@@ -191,6 +209,16 @@ class TestRefused:
         with pytest.raises(ValueError, match="compute_loss_func cannot replace"):
             build_trainer(model, tiny_processor, arguments(tmp_path), compute_loss_func=lambda *args, **kwargs: None)
 
+    @pytest.mark.parametrize("other", [SFTConfig, TrainingArguments])
+    def test_other_configurations(self, tiny_processor, model, tmp_path, other):
+        args = other(str(tmp_path), report_to="none", use_cpu=True)
+        with pytest.raises(TypeError, match=f"args is a {other.__name__}, expected a VPiTConfig"):
+            build_trainer(model, tiny_processor, args)
+
+    def test_formatting_functions(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match="formatting_func has no effect"):
+            build_trainer(model, tiny_processor, arguments(tmp_path), formatting_func=str)
+
     def test_processor_of_another_model(self, tiny_processor, tiny_model, tmp_path):
         with pytest.raises(ValueError, match="model's num_image_tokens is 9, but the processor's is 4"):
             build_trainer(tiny_model(num_image_tokens=9), tiny_processor, arguments(tmp_path))
@@ -260,6 +288,64 @@ class TestFaults:
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
         assert "checkpoint-4 was not saved completely and is passed over" in caplog.text
         assert damage in caplog.text
+
+    @pytest.mark.parametrize("rubbish", [b"[]", b'{"steps": 4}', b"\xff\xfe"])
+    def test_rubbish_is_passed_over(self, tiny_processor, model, tmp_path, caplog, rubbish):
+        train(model, tiny_processor, self.arguments(tmp_path, max_steps=4))
+        (tmp_path / "checkpoint-4" / "trainer_state.json").write_bytes(rubbish)
+        (tmp_path / "checkpoint-9").write_text("a file")
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-8.bak")
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        assert "trainer_state.json is" in caplog.text
+        trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path))
+        with pytest.raises(ValueError, match="checkpoint-4 is not a complete checkpoint: trainer_state.json"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+    def test_finished_run_is_not_trained_on(self, tiny_processor, tiny_model, tmp_path, capsys):
+        finished = train(tiny_model(), tiny_processor, self.arguments(tmp_path))
+        again = build_trainer(tiny_model(), tiny_processor, self.arguments(tmp_path))
+        result = again.train(resume_from_checkpoint=True)
+        assert "checkpoint-6 has all 6 steps: this run is already finished" in capsys.readouterr().out
+        assert result.global_step == again.state.global_step == 6
+        for name, weight in again.model.state_dict().items():
+            assert torch.equal(weight, finished.model.state_dict()[name]), name
+        longer = build_trainer(tiny_model(), tiny_processor, self.arguments(tmp_path, max_steps=8))
+        assert longer.train(resume_from_checkpoint=True).global_step == 8
+        assert "Resuming from" in capsys.readouterr().out
+
+    def test_checkpoint_of_another_model(self, tiny_processor, tiny_model, tiny_config, tmp_path):
+        train(tiny_model(), tiny_processor, self.arguments(tmp_path))
+        config = tiny_config()
+        config.text_config.intermediate_size = 48
+        other = build_trainer(
+            MetaMorphForConditionalGeneration(config), tiny_processor, self.arguments(tmp_path, max_steps=8)
+        )
+        with pytest.raises(ValueError, match="checkpoint-6 are of another model than this one"):
+            other.train(resume_from_checkpoint=True)
+
+    def test_output_folder_is_written_to_before_the_first_step(self, tiny_processor, model, tmp_path):
+        trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path / "run"))
+        (tmp_path / "run").rmdir()
+        (tmp_path / "run").write_text("a file")
+        with pytest.raises(ValueError, match="output_dir=.* cannot be written to"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_skipped_samples_go_on_after_a_resume(self, tiny_processor, tiny_model, tmp_path):
+        """Those since the last log, too; a torn line in their list does not matter."""
+        bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
+        examples = [bad, *EXAMPLES[2:5]]
+        options = {"on_bad_sample": "skip", "train_sampling_strategy": "sequential", "logging_steps": 4}
+        args = self.arguments(tmp_path, max_bad_share=0.9, max_steps=4, **options)
+        train(tiny_model(), tiny_processor, args, examples, callbacks=[_StopAt(2)])
+        with (tmp_path / "rejected_samples-0.jsonl").open("a") as file:
+            file.write('{"sample": "torn')
+        resumed = build_trainer(tiny_model(), tiny_processor, args, examples)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert (resumed.totals["samples"], resumed.totals["skipped_samples"]) == (6, 2)
+        strict = build_trainer(tiny_model(), tiny_processor, dataclasses.replace(args, max_bad_share=0.24), examples)
+        with pytest.raises(ValueError, match="2 of 8 samples were skipped"):
+            strict.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
     def test_nothing_to_resume_from(self, tiny_processor, model, tmp_path):
         trainer = build_trainer(model, tiny_processor, self.arguments(tmp_path))

@@ -11,6 +11,30 @@ from trl import SFTConfig
 PAPER_LEARNING_RATE, PAPER_BATCH_SIZE = 6.93e-5, 1536
 MODULE_LEARNING_RATES = ("projector_learning_rate", "vision_head_learning_rate", "vision_tower_learning_rate")
 
+# Options of TRL that have no effect on VPiT: the values that say what VPiT does, and the reason to refuse others.
+UNSUPPORTED_OPTIONS = {
+    "packing": ([False], "TRL cannot pack conversations with images"),
+    "packing_strategy": (["bfd"], "TRL cannot pack conversations with images"),
+    "eval_packing": ([None, False], "TRL cannot pack conversations with images"),
+    "padding_free": ([False], "TRL has no padding-free batches with images"),
+    "pad_to_multiple_of": (["auto", None], "batches are padded to their longest conversation"),
+    "label_smoothing_factor": ([0], "it would also smooth the labels of visual tokens"),
+    "loss_type": (["nll"], "the text loss is the paper's cross-entropy"),
+    "average_tokens_across_devices": ([True], "each loss is a mean over the labels of all devices"),
+    "completion_only_loss": ([None], "the answers of a conversation are learned, and nothing else"),
+    "assistant_only_loss": ([False], "the answers of a conversation are always learned, and nothing else"),
+    "router_aux_loss_coef": ([None, 0], "the load-balancing loss of mixtures of experts is not computed"),
+    "chat_template_path": ([None], "set the processor's chat_template before the trainer is made"),
+    "eos_token": ([None], "set the eos_token of the processor's tokenizer before the trainer is made"),
+    "pad_token": ([None], "set the pad_token of the processor's tokenizer before the trainer is made"),
+    "dataset_text_field": (["text"], "conversations are in the column `messages`"),
+    "dataset_kwargs": ([None, {"skip_prepare_dataset": True}], "TRL would tokenize the text without its images"),
+    "dataset_num_proc": ([None], "conversations are tokenized in the data loader: set dataloader_num_workers"),
+    "shuffle_dataset": ([False], "set train_sampling_strategy, or shuffle the dataset itself"),
+    "truncation_mode": (["keep_start"], "cutting a conversation could cut through an image: set on_too_long"),
+    "use_liger_kernel": ([False], "Liger has no kernels for this model"),
+}
+
 
 @dataclass
 class VPiTConfig(SFTConfig):
@@ -76,20 +100,16 @@ class VPiTConfig(SFTConfig):
         for name in MODULE_LEARNING_RATES[1:]:
             if self.stage == "projector" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is set, but stage 'projector' freezes that module: use stage 'full'.")
-        for name, supported, reason in (
-            ("packing", False, "TRL cannot pack conversations with images"),
-            ("padding_free", False, "TRL has no padding-free batches with images"),
-            ("label_smoothing_factor", 0, "it would also smooth the labels of visual tokens"),
-            ("loss_type", "nll", "the text loss is the paper's cross-entropy"),
-            ("average_tokens_across_devices", True, "each loss is a mean over the labels of all devices"),
-        ):
-            if getattr(self, name) != supported:
+        for name in ("eos_token", "pad_token"):
+            if getattr(self, name) == f"<{name.upper()}>":  # which to_dict writes in place of secrets
+                setattr(self, name, None)
+        for name, (supported, reason) in UNSUPPORTED_OPTIONS.items():
+            if getattr(self, name) not in supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by VPiT: {reason}.")
         if self.learning_rate is None:
             self.learning_rate = PAPER_LEARNING_RATE * (self.learning_rate_scale or 1)
             self.base_batch_size = self.base_batch_size or PAPER_BATCH_SIZE
-        # TRL's own dataset preparation would tokenize the text without its images.
-        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # By default accelerate concatenates a stream's batches of all processes, which fails for sample names.

@@ -8,25 +8,35 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
+from trl.trainer.utils import create_model_from_path
 
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from .config import VPiTConfig
 
 
 def set_trainable(model: MetaMorphForConditionalGeneration | PeftModel, args: VPiTConfig) -> None:
-    """Freeze what `args.stage` does not train. See [`only_image_token_embeddings`] for the rest of stage 1."""
-    if isinstance(model, PeftModel):
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # In bfloat16, weights would lose updates of 1e-4.
-                parameter.data = parameter.data.float()
-        return
-    model.requires_grad_(args.stage == "full")
-    model.model.vision_tower.requires_grad_(args.vision_tower_learning_rate is not None)
-    model.model.projector.requires_grad_(True)
-    model.get_input_embeddings().requires_grad_(True)
+    """
+    Freeze what `args.stage` does not train, and keep float32 weights of the rest: in bfloat16 they would lose most
+    updates of 1e-4. See [`only_image_token_embeddings`] for the rest of stage 1.
+    """
+    is_whole = not isinstance(model, PeftModel)
+    if is_whole:
+        model.requires_grad_(args.stage == "full")
+        model.model.vision_tower.requires_grad_(args.vision_tower_learning_rate is not None)
+        model.model.projector.requires_grad_(True)
+        model.get_input_embeddings().requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            if is_whole and not (args.bf16 or args.fp16):
+                raise ValueError(
+                    f"The model is in {parameter.dtype}, which would lose most updates: set bf16=True, which keeps "
+                    "float32 weights of all that is trained, or load the model with dtype='float32'."
+                )
+            parameter.data = parameter.data.float()
 
 
 @contextlib.contextmanager
@@ -56,9 +66,10 @@ def complete_peft_config(
     peft_config: PeftConfig, model: MetaMorphForConditionalGeneration, train_vision_tower: bool = False
 ) -> PeftConfig:
     """
-    Return a copy of a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) with the settings that it leaves open: adapters on all
-    linear layers of the language model, whole projector, vision head and visual queries (of models that decode images
-    in parallel), and the rows of `<image_start>` and `<image_end>`.
+    Return a copy of a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) with what it leaves open: adapters on all linear layers
+    of the language model, and the rows of `<image_start>` and `<image_end>` of embeddings and `lm_head`, where it does
+    not train these itself. To its `modules_to_save`, add projector, vision head and visual queries (of models that
+    decode images in parallel).
 
     Args:
         peft_config ([`~peft.PeftConfig`]): Configurations other than LoRA's are returned as they are.
@@ -72,18 +83,36 @@ def complete_peft_config(
         peft_config.target_modules = "all-linear"  # PEFT leaves out lm_head and what is excluded below.
     if peft_config.exclude_modules is None:
         peft_config.exclude_modules = r"(model\.)?(vision_tower|projector|vision_head)\..*"
-    if peft_config.modules_to_save is None:
-        whole = ["model.projector", "vision_head", "model.visual_queries"] + [
-            "model.vision_tower"
-        ] * train_vision_tower
-        peft_config.modules_to_save = [name.removeprefix("model.") for name in whole if name in modules]
+    whole = ["model.projector", "vision_head", "model.visual_queries"] + ["model.vision_tower"] * train_vision_tower
+    defaults = [name.removeprefix("model.") for name in whole if name in modules]
+    peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *defaults]))
+    embeddings = next(name for name, module in modules.items() if module is model.get_input_embeddings())
+    adapted = [
+        name
+        for name in (embeddings, "lm_head")
+        if name.split(".")[-1] in peft_config.modules_to_save or check_target_module_exists(peft_config, name)
+    ]
+    if adapted and model.config.tie_word_embeddings:
+        if check_target_module_exists(peft_config, embeddings):
+            raise ValueError(
+                f"{embeddings} is in target_modules, but lm_head, which shares its weights, cannot be adapted: name "
+                "it in modules_to_save, or its tokens in trainable_token_indices."
+            )
+        adapted, peft_config.ensure_weight_tying = [embeddings, "lm_head"], True
     if peft_config.trainable_token_indices is None:
         rows = [model.config.image_start_token_id, model.config.image_end_token_id]
-        name = next(name for name, module in modules.items() if module is model.get_input_embeddings())
-        peft_config.trainable_token_indices = {name.rsplit(".")[-1]: rows}
-        if not model.config.tie_word_embeddings and "lm_head" not in peft_config.modules_to_save:
-            peft_config.trainable_token_indices["lm_head"] = rows
+        names = [embeddings] if model.config.tie_word_embeddings else [embeddings, "lm_head"]
+        rest = [name for name in names if name not in adapted]
+        peft_config.trainable_token_indices = {name.split(".")[-1]: rows for name in rest} or None
     return peft_config
+
+
+def load_adapter(path: str, revision: str | None = None, **kwargs) -> PeftModel:
+    """Load an adapter to train it further, on the base model that it names, which is loaded with `kwargs`."""
+    config = PeftConfig.from_pretrained(path, revision=revision)
+    options = {"architecture": MetaMorphForConditionalGeneration, "revision": config.revision, **kwargs}
+    base = create_model_from_path(config.base_model_name_or_path, **options)
+    return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)
 
 
 def group_parameters(model: MetaMorphForConditionalGeneration) -> dict[str, list[nn.Parameter]]:

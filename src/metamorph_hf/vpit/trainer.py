@@ -1,8 +1,10 @@
 """Visual-Predictive Instruction Tuning (VPiT, arXiv 2412.14164 section 3) on TRL's `SFTTrainer`."""
 
 import contextlib
+import functools
 import json
 import math
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -14,8 +16,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_utils import has_length
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, has_length
+from transformers.utils import find_adapter_config_file
 from trl import SFTTrainer
 
 from .. import __version__
@@ -24,7 +29,7 @@ from ..model_cards import create_model_card
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
 from . import stages
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import find_problems, last_complete_checkpoint
 from .collator import DataCollatorForVPiT
 from .config import MODULE_LEARNING_RATES, VPiTConfig
 
@@ -44,6 +49,10 @@ class _WatchSteps(TrainerCallback):
     def __init__(self, trainer: "VPiTTrainer"):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if (stored := state.stateful_callbacks.get("VPiTTrainer")) is not None:  # of a resumed checkpoint
+            self.trainer.totals = Counter(stored["attributes"]["totals"])
+
     def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
         if self.trainer.has_nonfinite_loss():
             optimizer.zero_grad(set_to_none=True)  # Optimizers pass over parameters without gradients.
@@ -51,6 +60,37 @@ class _WatchSteps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.seconds += time.monotonic() - self.trainer.step_start
+
+
+class _PaddedDataset(Dataset):
+    """A dataset that ends with None until its length is a multiple."""
+
+    def __init__(self, dataset: Dataset, multiple: int):
+        self.dataset, self.multiple = dataset, multiple
+
+    def __len__(self) -> int:
+        return len(self.dataset) + -len(self.dataset) % self.multiple
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        return self.dataset[index] if index < len(self.dataset) else None
+
+
+class _PaddedStream(IterableDataset):
+    """The same for a dataset without a length."""
+
+    def __init__(self, dataset: IterableDataset, multiple: int):
+        self.dataset, self.multiple = dataset, multiple
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        count = 0
+        for sample in self.dataset:
+            count += 1
+            yield sample
+        yield from [None] * (-count % self.multiple)
+
+
+def _collate_samples(collate: Callable, samples: list[dict[str, Any] | None]) -> dict[str, Any]:
+    return collate([sample for sample in samples if sample is not None])
 
 
 class VPiTTrainer(SFTTrainer):
@@ -66,7 +106,8 @@ class VPiTTrainer(SFTTrainer):
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
-            The model, or a path or Hub name to load it from with `args.model_init_kwargs`.
+            The model, or a path or Hub name to load it from with `args.model_init_kwargs`. That of an adapter trains
+            this adapter further.
         args ([`VPiTConfig`]): `stage` decides which modules are trained; a table of them is printed.
         processing_class ([`MetaMorphProcessor`], *optional*): Defaults to the one saved beside the model.
         data_collator (*optional*): Defaults to [`DataCollatorForVPiT`].
@@ -75,6 +116,7 @@ class VPiTTrainer(SFTTrainer):
         kwargs: Further arguments of [`~trl.SFTTrainer`].
 
     Raises:
+        TypeError: if `args` is not a [`VPiTConfig`].
         ValueError: if model and processor, or settings and stage, do not fit together, or a loss is NaN or infinite.
     """
 
@@ -91,13 +133,23 @@ class VPiTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        if not isinstance(args, VPiTConfig):
+            raise TypeError(f"args is a {type(args).__name__}, expected a VPiTConfig, which has the same options.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func cannot replace VPiT's two losses: leave it out.")
+        if kwargs.get("formatting_func") is not None:
+            raise ValueError("formatting_func has no effect on VPiT: format the dataset's `messages` before training.")
+        path = model if isinstance(model, str) else model.config._name_or_path
+        init_kwargs = dict(args.model_init_kwargs or {}) if isinstance(model, str) else {}
+        revision = init_kwargs.get("revision")
+        if isinstance(model, str) and find_adapter_config_file(model, revision=revision) is not None:
+            if peft_config is not None:
+                raise ValueError(f"{model} holds an adapter, which is trained further: leave out peft_config.")
+            init_kwargs["quantization_config"] = kwargs.pop("quantization_config", None)
+            model, args.model_init_kwargs = stages.load_adapter(model, **init_kwargs), None
         if args.stage == "projector" and (peft_config is not None or isinstance(model, PeftModel)):
             raise ValueError("Stage 'projector' has no language model to adapt: leave out peft_config and adapters.")
         is_path = isinstance(model, str)
-        path = model if is_path else model.config._name_or_path
-        revision = args.model_init_kwargs.get("revision") if is_path and args.model_init_kwargs else None
         config = MetaMorphConfig.from_pretrained(path, revision=revision) if is_path else model.config
         if processing_class is None:
             processing_class = MetaMorphProcessor.from_pretrained(path, revision=revision)
@@ -127,9 +179,14 @@ class VPiTTrainer(SFTTrainer):
         )
         self._has_visual_tokens = "visual_tokens" in next(iter(self.train_dataset))
         stages.set_trainable(self.model, args)
+        if isinstance(self.model, PeftModel) and (base := Path(self.metamorph.config._name_or_path)).is_dir():
+            # A relative path works from here only.
+            self.model.active_peft_config.base_model_name_or_path = str(base.resolve())
+        elif peft_config is not None:
+            self.model.active_peft_config.revision = revision
         self._check_options()
         self.add_callback(_WatchSteps(self))
-        self.accelerator.print(stages.format_trainable_table(self.metamorph, args))
+        self.accelerator.print(self.trainable_table())
         if args.base_batch_size is not None:
             self.accelerator.print(
                 f"The learning rate {args.learning_rate / args.learning_rate_scale:.3g} for a batch of "
@@ -172,6 +229,10 @@ class VPiTTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
 
+    def trainable_table(self) -> str:
+        """Return a table of the modules with their parameters, trainable parameters and peak learning rates."""
+        return stages.format_trainable_table(self.metamorph, self.args)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See [`~transformers.Trainer.create_optimizer`]. Its parameter groups are split by learning rate."""
         if self.optimizer is not None:
@@ -196,10 +257,25 @@ class VPiTTrainer(SFTTrainer):
         See [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` resumes from the checkpoint that
         [`last_complete_checkpoint`] finds in `output_dir`.
         """
+        output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
+                raise ValueError(f"{output_dir} holds no complete checkpoint to resume from.")
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output_dir):
+                pass
+        except OSError as error:
+            raise ValueError(f"output_dir={str(output_dir)!r} cannot be written to: {error}.") from error
+        if resume_from_checkpoint:
+            if problems := find_problems(Path(resume_from_checkpoint)):
+                raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: {', '.join(problems)}.")
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+            if state.global_step >= max_steps:
+                return self._load_finished(resume_from_checkpoint, state)
+            self.accelerator.print(f"Resuming from {resume_from_checkpoint}.")
         only_rows = self.args.stage == "projector"
         with stages.only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -207,6 +283,29 @@ class VPiTTrainer(SFTTrainer):
             self._pop_metrics("train")
         self.accelerator.print(self._format_rejected(), end="")
         return result
+
+    def _load_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Load the model of a run that is already finished, and say so."""
+        sentence = f"{checkpoint} has all {state.global_step} steps: this run is already finished."
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"{sentence} Raise max_steps or num_train_epochs to train on.")
+        self.accelerator.print(sentence)
+        is_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self._load_from_checkpoint(state.best_model_checkpoint if is_best else checkpoint)
+        self.state = state
+        losses = [log["loss"] for log in state.log_history if "loss" in log]
+        return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights in {resume_from_checkpoint} are of another model than this one "
+                f"({self.metamorph.config._name_or_path!r}): resume with that model, or choose another output_dir."
+            ) from error
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """
@@ -278,7 +377,8 @@ class VPiTTrainer(SFTTrainer):
         """Count samples that the collator skipped or shortened, and append them to the list of this process."""
         for sample in rejected:
             sums[f"{sample['kind']}_samples"] += 1
-            self._rejected[str(sample["task"]), sample["kind"]] += self.model.training
+            if self.model.training:
+                self._rejected[str(sample["task"]), sample["kind"]] += 1
             path = Path(self.args.output_dir) / f"rejected_samples-{self.accelerator.process_index}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
@@ -320,6 +420,22 @@ class VPiTTrainer(SFTTrainer):
             logger.warning(f"{sentence} This {done}.", main_process_only=False)
         return True
 
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        """See [`~transformers.Trainer.get_eval_dataloader`]. Every sample is in one batch of one process only."""
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        # accelerate would fill up the last batches with other samples, which would be counted twice.
+        multiple, collate = self.args.eval_batch_size * self.args.world_size, self.data_collator
+        padded = _PaddedDataset if has_length(eval_dataset) else _PaddedStream
+        self.data_collator = functools.partial(_collate_samples, collate)
+        try:
+            return super().get_eval_dataloader(padded(eval_dataset, multiple))
+        finally:
+            self.data_collator = collate
+
     def evaluation_loop(self, *args, **kwargs):
         """See [`~transformers.Trainer.evaluation_loop`]."""
         self._sums["eval"].clear()  # `predict` leaves sums that are not logged.
@@ -344,10 +460,8 @@ class VPiTTrainer(SFTTrainer):
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         """Return means and counts over all processes since the last call, which they must make together."""
-        sums, names, device = self._sums[mode], (*MEANS, *COUNTS, *RUN_COUNTS), self.accelerator.device
-        local = torch.stack([torch.as_tensor(sums[name], dtype=torch.float, device=device) for name in names])
-        sums.clear()
-        totals = dict(zip(names, self.accelerator.reduce(local).tolist()))
+        totals = self._reduce_sums(mode, (*MEANS, *COUNTS, *RUN_COUNTS))
+        self._sums[mode].clear()
         metrics = {name: totals[name] / totals[count] for name, count in MEANS.items() if totals[count]}
         metrics |= {name: round(totals[name]) for name in COUNTS}
         counts = Counter({name: round(totals[name]) for name in RUN_COUNTS})
@@ -365,6 +479,17 @@ class VPiTTrainer(SFTTrainer):
         named = ("skipped_samples", "shortened_samples", "skipped_steps")
         metrics |= {name: counts[name] for name in named if counts[name]}
         return {**metrics, "num_tokens": self.totals["num_tokens"]}
+
+    def _reduce_sums(self, mode: str, names: tuple[str, ...]) -> dict[str, float]:
+        sums, device = self._sums[mode], self.accelerator.device
+        local = torch.stack([torch.as_tensor(sums[name], dtype=torch.float, device=device) for name in names])
+        return dict(zip(names, self.accelerator.reduce(local).tolist()))
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        unlogged = {name: round(total) for name, total in self._reduce_sums("train", RUN_COUNTS).items()}
+        totals = dict(self.totals + Counter(unlogged))
+        self.state.stateful_callbacks["VPiTTrainer"] = {"args": {}, "attributes": {"totals": totals}}
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
