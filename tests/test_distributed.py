@@ -81,7 +81,9 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.optional) for name in DEEPSPEED_CASES)]
+)
 def test_two_processes_are_one(two_processes, tmp_path, name):
     """With SGD, a difference of gradients is a difference of weights. Evaluation is compared, too."""
     if name in DEEPSPEED_CASES:

@@ -414,7 +414,7 @@ class TestDecoding:
             ),
             ({"visual_tokens": torch.full((2, 4, 16), float("inf"))}, "NaN or infinite"),
             ({"visual_tokens": torch.full((2, 4, 16), float("nan"))}, "NaN or infinite"),
-            ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected visual tokens of shape \(images, 4, 16\)"),
+            ({"visual_tokens": torch.zeros(2, 4, 15)}, r"Expected `visual_tokens` of shape \(images, 4, 16\)"),
             ({"visual_tokens": torch.zeros(4, 16)}, r"\(images, 4, 16\), but got \(4, 16\)"),
             ({"visual_tokens": "tokens"}, "must be a tensor, an array or a list of them"),
             ({"visual_tokens": [torch.zeros(1, 4, 16), None]}, "must be a tensor, an array or a list of them"),

@@ -67,6 +67,7 @@ class TestLogSamples:
         for name, weight in states[0].items():
             assert torch.equal(weight, states[1][name]), name
 
+    @pytest.mark.optional
     @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
     def test_other_trackers(self, tmp_path, monkeypatch, tracker):
         for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": "", "TRACKIO_DIR": "", "WANDB_SILENT": "1"}.items():

@@ -102,7 +102,7 @@ def _to_tensor(visual_tokens: torch.Tensor | np.ndarray | list | tuple) -> torch
         rows = [torch.as_tensor(row) for row in visual_tokens]
         return torch.cat([row if row.ndim == 3 else row[None] for row in rows])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Visual tokens must be a tensor, an array or a list of them: {error}.") from error
+        raise ValueError(f"`visual_tokens` must be a tensor, an array or a list of them: {error}.") from error
 
 
 def _is_count(value: int, factor: int = 1) -> bool:
@@ -293,6 +293,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         self._require_model()
         if not _is_count(max_new_tokens):
             raise ValueError(f"`max_new_tokens` is {max_new_tokens!r}, but must be an integer of at least 1.")
+        if not isinstance(generation_kwargs, (dict, type(None))):
+            raise ValueError(f"`generation_kwargs` is {generation_kwargs!r}, but must be a dictionary.")
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
         inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
@@ -367,9 +369,10 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             options.callback_on_step_end_tensor_inputs = options.callback_on_step_end.tensor_inputs
         factor, repeats, generator = self.vae_scale_factor, options.num_images_per_prompt, options.generator
         generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-        latents, negative = options.latents, options.negative_visual_tokens
+        latents, negative, callback = options.latents, options.negative_visual_tokens, options.callback_on_step_end
+        names, attention = options.callback_on_step_end_tensor_inputs, options.cross_attention_kwargs
         finite_tensor = "a tensor free of NaN and infinity"
-        unknown = {*options.callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}
+        are_known = isinstance(names, (list, tuple)) and all(name in self._callback_tensor_inputs for name in names)
         for name, is_valid, rule in (
             ("num_inference_steps", _is_count(options.num_inference_steps), "an integer of at least 1"),
             ("num_images_per_prompt", _is_count(repeats), "an integer of at least 1"),
@@ -385,7 +388,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
                 "a torch.Generator or a list",
             ),
             ("output_type", options.output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
-            ("callback_on_step_end_tensor_inputs", not unknown, f"from {self._callback_tensor_inputs}"),
+            ("cross_attention_kwargs", attention is None or isinstance(attention, dict), "a dictionary"),
+            ("callback_on_step_end", callback is None or callable(callback), "a function"),
+            ("callback_on_step_end_tensor_inputs", are_known, f"a list from {self._callback_tensor_inputs}"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` is {getattr(options, name)!r}, but must be {rule}.")

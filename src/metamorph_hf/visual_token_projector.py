@@ -161,7 +161,7 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         count, width = self.config.num_image_tokens, self.config.visual_token_dim
         if visual_tokens.ndim != 3 or visual_tokens.shape[1:] != (count or visual_tokens.shape[1], width):
             expected = f"(images, {count or 'tokens'}, {width})"
-            raise ValueError(f"Expected visual tokens of shape {expected}, but got {tuple(visual_tokens.shape)}.")
+            raise ValueError(f"Expected `visual_tokens` of shape {expected}, but got {tuple(visual_tokens.shape)}.")
         states = self.projection(visual_tokens)
         self._check_length(states.shape[1])
         if self.config.sequence_length is not None:

@@ -6,10 +6,10 @@ cross-attention states of width C per image.
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partialmethod
+from numbers import Integral, Real
 
 import numpy as np
 import PIL.Image
@@ -73,7 +73,7 @@ class DecodingOptions:
         cross_attention_kwargs (`dict`): For the attention processors: `{"scale": 0.5}` halves a LoRA's effect.
         output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
         callback_on_step_end (`Callable`): Called after every step as `callback(pipe, step, timestep, tensors)` with a
-            view of the pipeline that belongs to this call; returns the tensors to replace.
+            view of the pipeline that belongs to this call; returns the tensors to replace, or `None`.
         callback_on_step_end_tensor_inputs (`list[str]`): Names of `tensors`: `latents`, `prompt_embeds`.
     """
 
@@ -94,35 +94,60 @@ class DecodingOptions:
     callback_on_step_end_tensor_inputs: list[str] = ("latents",)
 
 
-def _build_conversations(prompt, image, messages, template: str | None) -> list[Conversation]:
-    """Bring the forms of input that a call accepts to a list of B conversations."""
-    if (prompt is None) == (messages is None):
-        raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
-    if messages is not None:
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        if image is not None or not all(conversations):
-            raise ValueError(
-                "`messages` must be a conversation or a list of conversations, none of them empty. Their images are "
-                'not passed as `image`, but are part of the content: {"type": "image", "image": image}.'
-            )
-        return conversations
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
-    entries = image if isinstance(image, list) and isinstance(prompt, list) else [image] * len(prompts)
-    if len(entries) != len(prompts):
+def _to_tensor(visual_tokens: torch.Tensor | np.ndarray | list | tuple) -> torch.Tensor:
+    """Convert visual tokens (I, N, V), or a list of (images, N, V) or (N, V) as `generate` gives them, to a tensor."""
+    try:
+        if not isinstance(visual_tokens, (list, tuple)) or not len(visual_tokens):
+            return torch.as_tensor(visual_tokens)
+        rows = [torch.as_tensor(row) for row in visual_tokens]
+        return torch.cat([row if row.ndim == 3 else row[None] for row in rows])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`visual_tokens` must be a tensor, an array or a list of them: {error}.") from error
+
+
+def _is_count(value: int, factor: int = 1) -> bool:
+    return isinstance(value, Integral) and value >= 1 and value % factor == 0
+
+
+def _is_finite(value: float | torch.Tensor, kind: type) -> bool:
+    return isinstance(value, kind) and bool(torch.as_tensor(value).isfinite().all())
+
+
+def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
+    """Raise a `ValueError` if a component needs more than this pipeline gives it, or does not fit to another one."""
+    if not isinstance(unet, UNet2DConditionModel):
+        found = type(unet).__name__
         raise ValueError(
-            f"Got {len(prompts)} prompts but {len(entries)} entries in `image`: pass one entry per prompt (a list of "
-            "images where a prompt has several), or one image for all prompts."
+            f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion 1.5 or 2.1, but is a {found}."
         )
-    images = [[] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
-    if template is not None and not any(images):
-        prompts = [template.replace("{}", text) for text in prompts]
-    conversations = []
-    for row, text in zip(images, prompts):
-        content = [{"type": "image", "image": item} for item in row] + [{"type": "text", "text": text}]
-        conversations.append([{"role": "user", "content": content}])
-    return conversations
+    more = [(unet, field) for field in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")]
+    more += [(unet, "num_class_embeds"), *((vae, field) for field in ("shift_factor", "latents_mean", "latents_std"))]
+    for part, field in more:
+        if value := part.config.get(field):
+            raise ValueError(
+                f"The {type(part).__name__} has {field}={value!r}, which this pipeline does not support. Take U-Net "
+                "and VAE of a pipeline such as Stable Diffusion 1.5 or 2.1, not of Stable Diffusion XL, 3 or Flux."
+            )
+    if not {"init_noise_sigma", "scale_model_input"} <= {*dir(scheduler)}:
+        found = type(scheduler).__name__
+        raise ValueError(f"`scheduler` must be one such as DDIMScheduler, not for flow matching, but is a {found}.")
+    pairs = [(projector, "cross_attention_dim", unet, "cross_attention_dim")]
+    pairs += [(part, field, unet, "in_channels") for part, field in ((vae, "latent_channels"), (unet, "out_channels"))]
+    if model is not None:
+        fields = ("visual_token_dim", *(["num_image_tokens"] if projector.config.num_image_tokens else []))
+        pairs += [(model, field, projector, field) for field in fields]
+    if model is not None and processor is not None:
+        fields = ("num_image_tokens", "image_token_id", "image_start_token_id", "image_end_token_id")
+        pairs += [(model, field, processor, field) for field in fields]
+    for part, field, other, other_field in pairs:
+        # Components of another kind lack the field, and do not fit.
+        value = getattr(part.config, field, None)
+        other_value = getattr(other if other is processor else other.config, other_field, None)
+        if value != other_value:
+            raise ValueError(
+                f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field} "
+                f"is {other_value}: they do not fit together."
+            )
 
 
 class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
@@ -142,7 +167,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             Settings that suit these weights, for calls that do not choose their own.
 
     Raises:
-        ValueError: If the template has no `{}`, or if the widths or channels of two components do not fit together.
+        ValueError: If the template has no `{}`, or if two components do not fit together.
 
     Example:
 
@@ -177,18 +202,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         super().__init__()
         if instruction_template is not None and "{}" not in instruction_template:
             raise ValueError(f"`instruction_template` is {instruction_template!r}, but needs a {{}} for the caption.")
-        pairs = [(projector, "cross_attention_dim", unet, "cross_attention_dim")]
-        pairs += [(vae, "latent_channels", unet, "in_channels")]
         if model is not None:
             self._optional_components = []  # a saved folder may lack the model, but this pipeline needs it to answer
-            pairs += [(model, "visual_token_dim", projector, "visual_token_dim")]
-        for part, field, other, other_field in pairs:
-            value, other_value = getattr(part.config, field), getattr(other.config, other_field)
-            if value != other_value:
-                raise ValueError(
-                    f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field} "
-                    f"is {other_value}: they do not fit together."
-                )
+        _check_fit(model, processor, projector, unet, vae, scheduler)
         self.register_modules(
             model=model, processor=processor, projector=projector, unet=unet, vae=vae, scheduler=scheduler
         )
@@ -197,6 +213,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
         )
+        self._guidance_scale, self.num_timesteps = default_guidance_scale, default_num_inference_steps
         # An AutoencoderKL halves the size in every block but the first; a PatchVAE states its patch size.
         blocks = vae.config.get("block_out_channels")
         self.vae_scale_factor = vae.config.patch_size if blocks is None else 2 ** (len(blocks) - 1)
@@ -217,12 +234,51 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MetaMorphPipeline":
+        """Create a pipeline from the components of another one. See [`DiffusionPipeline.from_pipe`]."""
+        # diffusers only takes over the classes that `__init__` names, and does not explain that Flux has no U-Net.
+        is_own = isinstance(pipeline, MetaMorphPipeline)
+        taken = pipeline.components if is_own else {"unet": pipeline.components.get("unet")}
+        return super().from_pipe(pipeline, **{**taken, **kwargs})
+
     def _require_model(self) -> None:
         if self.model is None or self.processor is None:
             raise ValueError(
                 "This pipeline was saved without a model or its processor, so it can only decode visual tokens: use "
                 "`decode_visual_tokens`, or pass `model=` and `processor=` to `from_pretrained`."
             )
+
+    def prepare_conversations(self, prompt=None, image=None, messages=None) -> list[Conversation]:
+        """Return the B conversations that a call with these arguments sends, or raise a `ValueError`."""
+        if (prompt is None) == (messages is None):
+            raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
+        if messages is not None:
+            conversations = messages if messages and isinstance(messages[0], list) else [messages]
+            if image is not None or not all(conversations):
+                raise ValueError(
+                    "`messages` must be a conversation or a list of conversations, none of them empty. Their images "
+                    'are not passed as `image`, but are part of the content: {"type": "image", "image": image}.'
+                )
+            return conversations
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
+        entries = image if isinstance(image, list) and isinstance(prompt, list) else [image] * len(prompts)
+        if len(entries) != len(prompts):
+            raise ValueError(
+                f"Got {len(prompts)} prompts but {len(entries)} entries in `image`: pass one entry per prompt (a list "
+                "of images where a prompt has several), or one image for all prompts."
+            )
+        images = [[] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
+        template, conversations = self.config.instruction_template, []
+        for row, text in zip(images, prompts):
+            row = [item for item in row if item is not None]
+            if template is not None and not row:
+                text = template.replace("{}", text)
+            content = [{"type": "image", "image": item} for item in row] + [{"type": "text", "text": text}]
+            conversations.append([{"role": "user", "content": content}])
+        return conversations
 
     def generate_visual_tokens(
         self, conversations: list[Conversation], max_new_tokens: int = 512, generation_kwargs: dict | None = None
@@ -235,6 +291,10 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             max_new_tokens (`int`), generation_kwargs (`dict`): As in [`~MetaMorphPipeline.__call__`].
         """
         self._require_model()
+        if not _is_count(max_new_tokens):
+            raise ValueError(f"`max_new_tokens` is {max_new_tokens!r}, but must be an integer of at least 1.")
+        if not isinstance(generation_kwargs, (dict, type(None))):
+            raise ValueError(f"`generation_kwargs` is {generation_kwargs!r}, but must be a dictionary.")
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
         inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
@@ -277,11 +337,12 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Return the states (I, L, C) that the U-Net attends to, and those to guide away from, `None` without guidance.
 
         Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V)): The images.
+            visual_tokens (`torch.Tensor` of shape (I, N, V), or list of them): The images.
             negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*): Those to guide away from.
                 Their states default to the projector's unconditional ones.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether there is guidance.
         """
+        visual_tokens = _to_tensor(visual_tokens)
         if not visual_tokens.isfinite().all():
             raise ValueError("`visual_tokens` contain NaN or infinite values: the model that made them is broken.")
         placement = {"device": self._execution_device, "dtype": self.projector.dtype}
@@ -292,6 +353,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         if negative_visual_tokens is None:  # the projector replaces images that are not kept
             kept = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
             return embeds, self.projector(visual_tokens, kept).to(embeds.dtype)
+        whole, one = tuple(visual_tokens.shape), tuple(visual_tokens.shape[1:])
+        if (given := tuple(negative_visual_tokens.shape)) not in (whole, one, (1, *one)):
+            raise ValueError(f"`negative_visual_tokens` have shape {given}, but must have shape {one} or {whole}.")
         negative_visual_tokens = negative_visual_tokens.to(**placement).expand(len(embeds), -1, -1)
         return embeds, self.projector(negative_visual_tokens).to(embeds.dtype)
 
@@ -303,23 +367,33 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         options = DecodingOptions(**defaults | {name: value for name, value in options.items() if value is not None})
         if isinstance(options.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             options.callback_on_step_end_tensor_inputs = options.callback_on_step_end.tensor_inputs
-        factor, negative = self.vae_scale_factor, options.negative_visual_tokens
-        unknown = {*options.callback_on_step_end_tensor_inputs} - {*self._callback_tensor_inputs}
+        factor, repeats, generator = self.vae_scale_factor, options.num_images_per_prompt, options.generator
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        latents, negative, callback = options.latents, options.negative_visual_tokens, options.callback_on_step_end
+        names, attention = options.callback_on_step_end_tensor_inputs, options.cross_attention_kwargs
+        finite_tensor = "a tensor free of NaN and infinity"
+        are_known = isinstance(names, (list, tuple)) and all(name in self._callback_tensor_inputs for name in names)
         for name, is_valid, rule in (
-            ("num_inference_steps", options.num_inference_steps >= 1, "at least 1"),
-            ("num_images_per_prompt", options.num_images_per_prompt >= 1, "at least 1"),
-            ("guidance_scale", math.isfinite(options.guidance_scale), "a finite number"),
-            ("eta", math.isfinite(options.eta), "a finite number"),
-            ("height", options.height >= 1 and options.height % factor == 0, f"a multiple of {factor}"),
-            ("width", options.width >= 1 and options.width % factor == 0, f"a multiple of {factor}"),
-            ("latents", options.latents is None or options.latents.isfinite().all(), "free of NaN and infinity"),
-            ("negative_visual_tokens", negative is None or negative.isfinite().all(), "free of NaN and infinity"),
+            ("num_inference_steps", _is_count(options.num_inference_steps), "an integer of at least 1"),
+            ("num_images_per_prompt", _is_count(repeats), "an integer of at least 1"),
+            ("guidance_scale", _is_finite(options.guidance_scale, Real), "a finite number"),
+            ("eta", _is_finite(options.eta, Real), "a finite number"),
+            ("height", _is_count(options.height, factor), f"a multiple of {factor}"),
+            ("width", _is_count(options.width, factor), f"a multiple of {factor}"),
+            ("latents", latents is None or _is_finite(latents, torch.Tensor), finite_tensor),
+            ("negative_visual_tokens", negative is None or _is_finite(negative, torch.Tensor), finite_tensor),
+            (
+                "generator",
+                all(isinstance(item, torch.Generator) for item in generators),
+                "a torch.Generator or a list",
+            ),
             ("output_type", options.output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
-            ("callback_on_step_end_tensor_inputs", not unknown, f"from {self._callback_tensor_inputs}"),
+            ("cross_attention_kwargs", attention is None or isinstance(attention, dict), "a dictionary"),
+            ("callback_on_step_end", callback is None or callable(callback), "a function"),
+            ("callback_on_step_end_tensor_inputs", are_known, f"a list from {self._callback_tensor_inputs}"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` is {getattr(options, name)!r}, but must be {rule}.")
-        repeats, generator = options.num_images_per_prompt, options.generator
         if isinstance(generator, list) and len(generator) not in (num_inputs, num_inputs * repeats):
             raise ValueError(
                 f"Got {len(generator)} generators for {num_inputs} prompts or images: pass one for each, or one for "
@@ -378,7 +452,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             if options.callback_on_step_end is not None:
                 tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                 tensors = {name: tensors[name] for name in options.callback_on_step_end_tensor_inputs}
-                changed = options.callback_on_step_end(call, index, timestep, tensors)
+                changed = options.callback_on_step_end(call, index, timestep, tensors) or {}
                 latents = changed.pop("latents", latents)
                 prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
         # 4. Decode the latents
@@ -401,13 +475,15 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Decode visual tokens into I * `num_images_per_prompt` images. If memory is short, call with a few at a time.
 
         Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V)): From `model.generate` or [`get_visual_tokens`].
+            visual_tokens (`torch.Tensor` of shape (I, N, V), or list of them): From `model.generate` or
+                [`get_visual_tokens`].
             options: Those of [`DecodingOptions`].
 
         Raises:
             ValueError: If shapes, counts or options do not fit, or a value is NaN or infinite.
         """
-        count = len(visual_tokens)
+        visual_tokens = _to_tensor(visual_tokens)
+        count = len(visual_tokens) if visual_tokens.ndim else 0
         return self._decode(self._start_call(count, options), visual_tokens, [1] * count, count)
 
     @torch.no_grad()
@@ -425,9 +501,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Answer B prompts or conversations.
 
         Args:
-            prompt (`str` or `list[str]`): A caption for `instruction_template`, or with `image` a verbatim request.
+            prompt (`str` or `list[str]`): A caption for `instruction_template`, or beside images a verbatim request.
             image (`PIL.Image.Image`, path or URL, or list): Precedes the prompt. A list has the images of a single
-                prompt, or one entry (or list) per prompt; one image goes with all prompts.
+                prompt, or one entry (an image, a list or `None`) per prompt; one image goes with all prompts.
             messages (`list[dict]` or list of them): Instead of `prompt`, whole conversations: `[{"role": "user",
                 "content": [{"type": "image", "image": image}, {"type": "text", "text": "..."}]}]`.
             max_new_tokens (`int`): Maximum length of an answer, in which an image takes N + 2 tokens.
@@ -437,7 +513,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             options: Those of [`DecodingOptions`].
         """
         # 1. Check the inputs
-        conversations = _build_conversations(prompt, image, messages, self.config.instruction_template)
+        conversations = self.prepare_conversations(prompt, image, messages)
         call = self._start_call(len(conversations), options)
         # 2. Answer with text and visual tokens
         text, visual_tokens = self.generate_visual_tokens(conversations, max_new_tokens, generation_kwargs)

@@ -1,5 +1,6 @@
 """Loading, saving and publishing of a pipeline whose code travels with its weights."""
 
+import copy
 import importlib
 import json
 import os
@@ -120,8 +121,25 @@ class PipelineSavingMixin:
         """
         Save the pipeline. See [`DiffusionPipeline.save_pretrained`]. With `push_to_hub=True`, the pipeline is also
         pushed as by [`~PipelineSavingMixin.push_to_hub`]; other files in `save_directory` are not.
+
+        LoRAs in the U-Net are merged into the weights that are saved, since diffusers cannot load them apart.
+
+        Raises:
+            ValueError: If another component has adapters.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)
+        saved = copy.copy(self)
+        for name in ("model", "projector", "unet", "vae"):
+            component = self.components[name]
+            if component is None or not any(".base_layer." in key for key in component.state_dict()):
+                continue
+            if name != "unet":
+                raise ValueError(
+                    f"The {name} has adapters, with which it could not be loaded again: merge them first."
+                )
+            saved.unet = copy.deepcopy(component)
+            saved.unet.fuse_lora()
+            saved.unet.unload_lora()
+        super(PipelineSavingMixin, saved).save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
