@@ -131,14 +131,8 @@ def load_emoji(training_args: VPiTConfig, size: int) -> Dataset:
 
 def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Return the data for training, and what is held out for evaluation."""
-    options = {
-        "dataset": None,
-        "dataset_config": None,
-        "dataset_split": "train",
-        "streaming": False,
-        "image_root": None,
-    }
-    given = [f"--{name}" for name, default in options.items() if getattr(args, name) != default]
+    names = ("dataset", "dataset_config", "dataset_split", "streaming", "image_root")
+    given = [f"--{name}" for name in names if getattr(args, name) != getattr(ScriptArguments, name)]
     if args.mixture is not None and given:
         sys.exit(f"A mixture's sources have these options of their own: leave out {', '.join(given)}, or the mixture.")
     if args.mixture is None and args.mixture_size is not None:

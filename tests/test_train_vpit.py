@@ -38,10 +38,11 @@ class TestTraining:
     def test_lora_merge_and_resume(self, tmp_path):
         flags = ["--config", SMOKE, "--sample_steps", 4, "--eval_samples", 4, "--use_peft", "--lora_r", 4, "--merge"]
         flags += ["--model_name_or_path", EMOJI_CHECKPOINT, "--visualizer", EMOJI_CHECKPOINT]
-        flags += ["--eval_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2]
+        flags += ["--eval_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2, "--sample_force_image"]
         train(*flags, "--max_steps", 4, cwd=tmp_path)
         out = tmp_path / "runs" / "smoke"
         (sample,) = json.loads((out / "samples" / "step-000004.json").read_text())
+        assert sample["answer"].startswith("<image>")
         assert sample["answer"].count("<image>") == len(sample["images"])
         for folder in (out, out / "merged"):
             card = (folder / "README.md").read_text()
