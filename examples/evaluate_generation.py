@@ -49,6 +49,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 import metamorph_hf
 from metamorph_hf import MetaMorphPipeline
 from metamorph_hf.image_reading import read_image
+from metamorph_hf.pipeline_metamorph import DecodingOptions
 
 
 LIBRARIES = (metamorph_hf, torch, transformers, diffusers, accelerate, torchmetrics)
@@ -59,7 +60,9 @@ Encoder = Callable[[list[Image.Image]], torch.Tensor]
 def choose_options(pipe: DiffusionPipeline, args: argparse.Namespace) -> dict[str, Any]:
     """Return steps and guidance as the pipeline will use them; exit if it cannot do the task."""
     is_metamorph, kind = isinstance(pipe, MetaMorphPipeline), type(pipe).__name__
-    parameters = inspect.signature(pipe.__call__).parameters
+    parameters = dict(inspect.signature(pipe.__call__).parameters)
+    if is_metamorph:
+        parameters |= inspect.signature(DecodingOptions).parameters
     if args.task == "reconstruct" and not is_metamorph:
         sys.exit(f"{args.pipeline} is a {kind}: only a MetaMorphPipeline can reconstruct.")
     if "prompt" not in parameters:

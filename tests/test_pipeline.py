@@ -590,7 +590,7 @@ class TestErrors:
             ({"prompt": "a dog", "output_type": "jpg"}, "must be one of pil, np, pt, latent"),
             (
                 {"prompt": "a dog", "callback_on_step_end_tensor_inputs": ["noise"]},
-                r"is \['noise'\], but must be from",
+                r"is \['noise'\], but must be a list from \[",
             ),
         ],
     )

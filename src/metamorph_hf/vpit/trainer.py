@@ -277,7 +277,8 @@ class VPiTTrainer(SFTTrainer):
                 return self._load_finished(resume_from_checkpoint, state)
             self.accelerator.print(f"Resuming from {resume_from_checkpoint}.")
         only_rows = self.args.stage == "projector"
-        with stages.only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext():
+        rows = stages.only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext()
+        with rows, self._explain_other_weights(resume_from_checkpoint):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._sums["train"]:  # The last steps may not have been logged.
             self._pop_metrics("train")
@@ -291,19 +292,22 @@ class VPiTTrainer(SFTTrainer):
             raise ValueError(f"{sentence} Raise max_steps or num_train_epochs to train on.")
         self.accelerator.print(sentence)
         is_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
-        self._load_from_checkpoint(state.best_model_checkpoint if is_best else checkpoint)
+        checkpoint = state.best_model_checkpoint if is_best else checkpoint
+        with self._explain_other_weights(checkpoint):
+            self._load_from_checkpoint(checkpoint)
         self.state = state
         losses = [log["loss"] for log in state.log_history if "loss" in log]
         return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    @contextlib.contextmanager
+    def _explain_other_weights(self, checkpoint: str | None) -> Iterator[None]:
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            yield
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise
             raise ValueError(
-                f"The weights in {resume_from_checkpoint} are of another model than this one "
+                f"The weights in {checkpoint} are of another model than this one "
                 f"({self.metamorph.config._name_or_path!r}): resume with that model, or choose another output_dir."
             ) from error
 
@@ -485,15 +489,12 @@ class VPiTTrainer(SFTTrainer):
         local = torch.stack([torch.as_tensor(sums[name], dtype=torch.float, device=device) for name in names])
         return dict(zip(names, self.accelerator.reduce(local).tolist()))
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
+    # Overridden since all processes run it just before the main one saves the state and deletes older checkpoints.
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
         unlogged = {name: round(total) for name, total in self._reduce_sums("train", RUN_COUNTS).items()}
         totals = dict(self.totals + Counter(unlogged))
         self.state.stateful_callbacks["VPiTTrainer"] = {"args": {}, "attributes": {"totals": totals}}
-        super()._save_checkpoint(*args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The main process then marks the checkpoint as complete, and deletes older ones beyond save_total_limit.
         self.accelerator.wait_for_everyone()
 
     def create_model_card(
