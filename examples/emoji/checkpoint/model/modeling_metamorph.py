@@ -371,18 +371,15 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape (I, 3, height, width)): Images in reading order.
             visual_tokens (`torch.FloatTensor` of shape (I, N, V)): Encoded images, instead of `pixel_values`.
             image_indices (`torch.LongTensor` of shape (I,)): See [`MetaMorphModel.get_image_features`].
-            generated_visual_tokens (`torch.FloatTensor` of shape (B, G, V)):
-                Predictions for the last G positions, used where `image_token_id` stands; set by `generate()`.
-            query_indices (`torch.LongTensor` of shape (B, G)):
-                Indices of the visual queries for the last G positions, likewise, in parallel decoding.
-            visual_target_mask (`torch.BoolTensor` of shape (B, S)):
-                Visual tokens that are regression targets. Their inputs are the visual queries in parallel decoding,
-                otherwise `visual_token_noise` applies to them in training.
+            generated_visual_tokens (`torch.FloatTensor` of shape (B, G, V)): Set by `generate()`: predictions for the
+                last G positions, used where `image_token_id` stands.
+            query_indices (`torch.LongTensor` of shape (B, G)): Likewise visual queries, in parallel decoding.
+            visual_target_mask (`torch.BoolTensor` of shape (B, S)): Visual tokens that are regression targets; they
+                are replaced by visual queries in parallel decoding, otherwise `visual_token_noise` applies to them.
             mm_encoder_outputs (`dict`): `{"image": MetaMorphImageFeatures}`, instead of `pixel_values`.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, images are given twice, or
-                images and image token positions differ in number.
+            ValueError: if inputs are missing, given twice, or differ in their numbers of images.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -508,28 +505,25 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
                 Text and visual labels of a whole optimization step (all devices, all accumulation steps), by which
                 the losses are divided instead of by the counts of this batch.
             precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]):
-                Outputs that are returned at once; set by `generate()` for steps of an image that a pass over all of
-                its queries has computed before.
+                Set by `generate()`: outputs of a step that a pass over all queries of an image has computed before.
 
         Raises:
-            ValueError: if `labels` mark a visual token where `input_ids` hold none, or no images are given for it.
+            ValueError: if `labels` mark a visual token where `input_ids` hold none.
         """
         if precomputed_outputs is not None:
             return precomputed_outputs
         visual_target_mask = None if labels is None else self._find_visual_targets(input_ids, labels)
+        images = {"pixel_values": pixel_values, "visual_tokens": visual_tokens, "image_indices": image_indices}
+        images |= {"generated_visual_tokens": generated_visual_tokens, "query_indices": query_indices}
         outputs = self.model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            visual_tokens=visual_tokens,
-            image_indices=image_indices,
-            generated_visual_tokens=generated_visual_tokens,
-            query_indices=query_indices,
             visual_target_mask=visual_target_mask,
             mm_encoder_outputs=mm_encoder_outputs,
+            **images,
             **kwargs,
         )
         hidden_states, losses, logits, next_visual_token = outputs.last_hidden_state, {}, None, None
