@@ -1,4 +1,4 @@
-"""What the scripts in this folder share. Their folder is on `sys.path`, so they write `from common import ...`."""
+"""Helpers that the scripts in this folder share. Their folder is on `sys.path`, so they write `from common import ...`."""
 
 import sys
 from collections.abc import Iterator

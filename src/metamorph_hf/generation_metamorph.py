@@ -184,7 +184,7 @@ class TrackedStoppingCriteria(StoppingCriteriaList):
 
 @dataclass
 class DecodingState:
-    """What one call of `generate()` keeps between its steps."""
+    """State of one call of `generate()` between its steps."""
 
     prompt_length: int
     stopping_criteria: TrackedStoppingCriteria
