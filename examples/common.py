@@ -1,4 +1,4 @@
-"""Helpers that the scripts in this folder share. Their folder is on `sys.path`, so they write `from common import ...`."""
+"""Helpers that the scripts in this folder share. Their folder is on `sys.path`, so that they can import `common`."""
 
 import sys
 from collections.abc import Iterator
