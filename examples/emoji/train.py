@@ -75,10 +75,10 @@ def build_tokenizer(texts) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    processor: MetaMorphProcessor, tower: SiglipVisionModel, quick: bool
+    processor: MetaMorphProcessor, tower: SiglipVisionModel, quick: bool, seed: int = 0, **options
 ) -> MetaMorphForConditionalGeneration:
-    """Build a Llama of 6 M parameters around the trained vision tower."""
-    torch.manual_seed(0)
+    """Build a Llama of 6 M parameters around the trained vision tower; `options` are fields of the config."""
+    torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     width, depth = (32, 2) if quick else (256, 6)
     text_config = LlamaConfig(
@@ -103,10 +103,9 @@ def build_model(
         image_token_id=processor.image_token_id,
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
-        # Most of the time the image so far says nothing, so that the model learns from the words.
-        visual_token_noise=2.5,
+        # At a noise of 2.5 the image so far mostly says nothing, so that the model learns from the words.
         # The gradient of the cosine is small beside that of the cross-entropy; raised, it does not slow the text down.
-        visual_loss_weight=4.0,
+        **{"visual_token_noise": 2.5, "visual_loss_weight": 4.0, **options},
     )
     model = MetaMorphForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict(), strict=not tower.use_head)
