@@ -5,7 +5,7 @@
 
 Each run trains a small language model from random weights to generate emoji, around the vision tower of the committed
 checkpoint. Everything but the decoding is the same: data, steps, learning rate. Then the model answers a request for
-every emoji, and the nearest real image by visual tokens counts as its answer. A finished run is not run again.
+every emoji it was trained on, and the nearest real image by visual tokens counts as its answer. A finished run is not run again.
 """
 
 import argparse
@@ -31,7 +31,10 @@ DECODINGS = {
     "parallel": {"visual_token_noise": 0.0, "visual_decoding": "parallel"},
 }
 SEEDS = (0, 1, 2)
-STEPS = 1500
+STEPS = 800
+EVERY = 5  # the runs learn every fifth emoji
+SIZES = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 3}
+SIZES |= {"num_key_value_heads": 3, "initializer_range": 192**-0.5}
 BATCH_SIZE = 32
 KINDS = ("seen_phrasings", "unseen_phrasings")
 
@@ -114,12 +117,17 @@ def main() -> None:
 
     rows, pixels = load_images()
     pixels, tasks = pixels[: len(rows)], EmojiTasks(rows)
+    tasks.google = tasks.google[::EVERY]
+    tasks.names = tasks.names[::EVERY]
+    tasks.emphasis = tasks.emphasis[::EVERY]
+    bases = {rows[image]["base"] for image in tasks.google}
+    tasks.google_variants = [image for image in tasks.google_variants if rows[image]["base"] in bases]
     image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
     processor = MetaMorphProcessor(image_processor, build_tokenizer(corpus(tasks)), num_image_tokens=NUM_IMAGE_TOKENS)
     trained = MetaMorphForConditionalGeneration.from_pretrained(CHECKPOINT / "model", dtype=torch.float32)
     tower: SiglipVisionModel = trained.model.vision_tower
     visual_tokens = encode_images(trained, pixels)
-    make_model = partial(build_model, processor, tower, args.quick)
+    make_model = partial(build_model, processor, tower, args.quick, sizes={} if args.quick else SIZES)
 
     for seed in SEEDS[: 1 if args.quick else None]:
         for decoding, options in DECODINGS.items():

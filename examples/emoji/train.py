@@ -75,23 +75,29 @@ def build_tokenizer(texts) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    processor: MetaMorphProcessor, tower: SiglipVisionModel, quick: bool, seed: int = 0, **options
+    processor: MetaMorphProcessor, tower: SiglipVisionModel, quick: bool, seed: int = 0, sizes: dict = {}, **options
 ) -> MetaMorphForConditionalGeneration:
-    """Build a Llama of 6 M parameters around the trained vision tower; `options` are fields of the config."""
+    """Build a Llama of 6 M parameters, or of other `sizes`, around the trained vision tower.
+
+    `options` are fields of the config.
+    """
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     width, depth = (32, 2) if quick else (256, 6)
+    default_sizes = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": max(1, width // 64),
+        "num_key_value_heads": max(1, width // 64),
+        # At the default of 0.02, which suits far wider models, this one learns half as fast.
+        "initializer_range": width**-0.5,
+    }
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=depth,
-        num_attention_heads=max(1, width // 64),
-        num_key_value_heads=max(1, width // 64),
+        **{**default_sizes, **sizes},
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # At the default of 0.02, which suits far wider models, this one learns half as fast.
-        initializer_range=width**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
