@@ -11,6 +11,7 @@ CODE = [
     for path in (
         "pipeline_metamorph.py",
         "pipeline_saving.py",
+        "generation_checks.py",
         "model/configuration_metamorph.py",
         "model/generation_checks.py",
         "model/generation_metamorph.py",

@@ -24,10 +24,9 @@ def read_image(image: Any) -> PIL.Image.Image:
     the first frame of an animation.
 
     Args:
-        image:
-            `PIL.Image.Image`, path, URL, data URI, base64 text, encoded bytes, a mapping of `bytes` and `path`, or
-            pixels as a NumPy array or torch tensor of shape (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4 and dtype
-            uint8, uint16 or float (0 to 1).
+        image: `PIL.Image.Image`, path, URL, data URI, base64 text, encoded bytes, a mapping of `bytes` and `path`, or
+            an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4, of uint8, uint16, or floats
+            from 0 to 1.
 
     Raises:
         ImageReadError: If it is missing, broken, empty, too large for PIL's limit, or has values of unknown range.

@@ -39,13 +39,7 @@ WITHOUT_COMMON_CACHE += ("xlnet", "xlstm")
 
 @dataclass
 class MetaMorphImageFeatures(BaseModelOutputWithPooling):
-    """
-    Images for the language model.
-
-    Args:
-        pooler_output (`torch.Tensor` of shape (I, N, D)): Projected visual tokens, the language model's input.
-        visual_tokens (`torch.Tensor` of shape (I, N, V)): Visual tokens, the regression targets.
-    """
+    """Images as visual tokens (I, N, V), the regression targets, and projected, as `pooler_output` (I, N, D)."""
 
     visual_tokens: torch.FloatTensor | None = None
 
@@ -53,22 +47,17 @@ class MetaMorphImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     """
-    [`MultimodalCausalLMOutputWithPast`] with `image_outputs` ([`MetaMorphImageFeatures`]) and, if `labels` are given,
-    scalar losses and measures; means over no labels are 0.
+    [`MultimodalCausalLMOutputWithPast`] with losses and measures (scalars; 0 over no labels) if there are `labels`,
+    otherwise with the next visual token.
 
     Args:
-        loss: `text_loss + visual_loss_weight * visual_loss`.
-        text_loss: Mean cross-entropy over text labels.
-        visual_loss: Mean regression loss over visual labels.
+        loss: `text_loss + visual_loss_weight * visual_loss`, means over text labels and visual labels.
         text_accuracy: Share of text labels that have the largest logit.
         text_entropy: Mean entropy, in nats, of the distributions that predict text labels.
         visual_cosine: Mean cosine of predicted and true visual tokens, whatever the loss.
-        num_text_labels, num_visual_labels: Number of labels of each kind.
-        logits (`torch.Tensor` of shape (B, S, vocabulary)):
-            None when `labels` are given in training mode, where only text labels need logits.
-        next_visual_token (`torch.Tensor` of shape (B, 1 or G, V)):
-            The vision head's prediction at the last position (at the last G positions, given G `query_indices`),
-            normalized, if no `labels` are given.
+        logits (`torch.Tensor` of shape (B, S, vocabulary)): None with `labels` in training mode.
+        next_visual_token (`torch.Tensor` of shape (B, 1 or G, V)): The vision head's prediction at the last position
+            (at the last G positions, given G `query_indices`), normalized.
     """
 
     text_loss: torch.FloatTensor | None = None
@@ -187,14 +176,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
 
     def get_visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Encode images to visual tokens: the tower's last layer *before* its final norm, resized on the patch grid and
-        L2-normalized (paper, section 3). They can be stored and passed as `visual_tokens` instead of `pixel_values`.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape (I, 3, height, width)): Images from the processor.
-
-        Returns:
-            `torch.Tensor` of shape (I, N, V), in the tower's dtype.
+        Encode images (I, 3, height, width) to visual tokens (I, N, V): the tower's last layer *before* its final norm,
+        resized on the patch grid and L2-normalized (paper, section 3). Pass them as `visual_tokens` later on.
         """
         return self._encode(pixel_values)[1]
 
@@ -235,9 +218,6 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
                 Index of the given image that stands at each image's position, so that one image can stand at several.
             noise_mask (`torch.Tensor` of shape (I,), bool, *optional*):
                 Images whose projected tokens carry noise (see `visual_token_noise` in the configuration).
-
-        Returns:
-            [`MetaMorphImageFeatures`] with `pooler_output` (I, N, D) and `visual_tokens` (I, N, V).
 
         Raises:
             ValueError: if both or none of the inputs are given, or `visual_tokens` has a wrong shape.
@@ -306,22 +286,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             ),
         )
 
-    def _find_target_images(
-        self, input_ids: torch.LongTensor, visual_target_mask: torch.BoolTensor, num_images: int
-    ) -> torch.Tensor:
-        """Return which of the images (I,) are regression targets."""
-        is_image, num_image_tokens = input_ids == self.config.image_token_id, self.config.num_image_tokens
-        self.check_image_count(is_image, num_images * num_image_tokens)
-        return visual_target_mask[is_image].view(-1, num_image_tokens).any(-1)
-
-    def _embed(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
-        generated_visual_tokens: torch.Tensor | None,
-        query_indices: torch.LongTensor | None,
-    ) -> torch.Tensor:
+    def _embed(self, input_ids, inputs_embeds, image_embeds, generated_visual_tokens, query_indices) -> torch.Tensor:
         """Return embeddings (B, S, D) with images and generated visual tokens at the image token positions."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -364,16 +329,11 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultimodalBaseModelOutputWithPast:
         """
-        Run the language model on text and images.
+        Run the language model on text and images (see [`get_image_features`]), which stand at `image_token_id`.
 
         Args:
-            input_ids (`torch.LongTensor` of shape (B, S)): Token ids, `image_token_id` where visual tokens stand.
-            pixel_values (`torch.FloatTensor` of shape (I, 3, height, width)): Images in reading order.
-            visual_tokens (`torch.FloatTensor` of shape (I, N, V)): Encoded images, instead of `pixel_values`.
-            image_indices (`torch.LongTensor` of shape (I,)): See [`MetaMorphModel.get_image_features`].
-            generated_visual_tokens (`torch.FloatTensor` of shape (B, G, V)): Set by `generate()`: predictions for the
-                last G positions, used where `image_token_id` stands.
-            query_indices (`torch.LongTensor` of shape (B, G)): Likewise visual queries, in parallel decoding.
+            generated_visual_tokens (`torch.Tensor` of shape (B, G, V)), query_indices (`torch.LongTensor` (B, G)):
+                Set by `generate()`: predictions, or visual queries, for image tokens at the last G positions.
             visual_target_mask (`torch.BoolTensor` of shape (B, S)): Visual tokens that are regression targets; they
                 are replaced by visual queries in parallel decoding, otherwise `visual_token_noise` applies to them.
             mm_encoder_outputs (`dict`): `{"image": MetaMorphImageFeatures}`, instead of `pixel_values`.
@@ -389,23 +349,25 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         given = [images for images in (image_indices, pixel_values, visual_tokens) if images is not None]
         if given and features is not None:
             raise ValueError("Images are given twice: in `mm_encoder_outputs` and as pixels or visual tokens.")
-        is_parallel, target_images = self.visual_queries is not None, None
+        is_target, num_tokens = None, self.config.num_image_tokens  # which of the images (I,) are regression targets
         if visual_target_mask is not None and (given or features is not None):
-            num_images = len(given[0]) if given else len(features.pooler_output)
-            target_images = self._find_target_images(input_ids, visual_target_mask, num_images)
+            is_image = input_ids == self.config.image_token_id
+            num_images = len(given[0] if given else features.pooler_output)
+            self.check_image_count(is_image, num_images * num_tokens)
+            is_target = visual_target_mask[is_image].view(num_images, num_tokens).any(-1)
         if given:
-            is_noisy = target_images is not None and self.training and self.config.visual_token_noise > 0
             # Other kwargs, such as those for packing, are for the language model only.
             shared = ("output_attentions", "output_hidden_states")
             tower_kwargs = {name: kwargs[name] for name in shared if name in kwargs}
-            noise_mask = target_images if is_noisy and not is_parallel else None
+            has_noise = self.training and self.config.visual_token_noise and self.visual_queries is None
+            noise_mask = is_target if has_noise else None
             features = self.get_image_features(
                 pixel_values, visual_tokens, image_indices, noise_mask, return_dict=True, **tower_kwargs
             )
         image_embeds = None if features is None else features.pooler_output
-        if is_parallel and target_images is not None:
-            queries = self.visual_queries(torch.arange(self.config.num_image_tokens, device=image_embeds.device))
-            image_embeds = torch.where(target_images[:, None, None], queries.to(image_embeds.dtype), image_embeds)
+        if is_target is not None and self.visual_queries is not None:
+            queries = self.visual_queries(torch.arange(num_tokens, device=image_embeds.device)).to(image_embeds.dtype)
+            image_embeds = torch.where(is_target[:, None, None], queries, image_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -454,10 +416,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
     def enable_parallel_decoding(self, visual_tokens: torch.Tensor) -> None:
         """
         Switch an autoregressive model to `visual_decoding="parallel"`; it must be trained on to generate images again.
-
-        Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V)):
-                Visual tokens of some images; the visual queries start as the mean of their projections.
+        The visual queries start as the mean of the projections of some `visual_tokens` (I, N, V).
         """
         queries = self.get_image_features(visual_tokens=visual_tokens, return_dict=True).pooler_output.mean(0)
         self.model.visual_queries = nn.Embedding(*queries.shape, _weight=queries.to(self.dtype))
@@ -468,9 +427,8 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         predictions, targets = self.model.normalize_visual_tokens(predictions.float()), targets.detach().float()
         if self.config.visual_loss_type == "cosine":
             return -F.cosine_similarity(predictions, targets, dim=-1)
-        if self.config.visual_loss_type == "l1":
-            return F.l1_loss(predictions, targets, reduction="none").mean(-1)
-        return F.mse_loss(predictions, targets, reduction="none").mean(-1)
+        loss = F.l1_loss if self.config.visual_loss_type == "l1" else F.mse_loss
+        return loss(predictions, targets, reduction="none").mean(-1)
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -486,7 +444,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         logits_to_keep: int | torch.Tensor = 0,
         visual_tokens: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
-        generated_visual_tokens: torch.FloatTensor | None = None,
         query_indices: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         num_items_in_batch: torch.Tensor | None = None,
@@ -497,51 +454,46 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         Predict text and visual tokens. See [`MetaMorphModel.forward`] for the inputs.
 
         Args:
-            labels (`torch.LongTensor` of shape (B, S)):
-                At a text position the token id to predict or -100. At a visual token, `image_token_id` if it is a
-                regression target, -100 if it is only context. Position t - 1 predicts position t.
-            logits_to_keep (`int` or `torch.Tensor`): Compute logits for the last positions only; 0 means all.
-            num_items_in_batch (`torch.Tensor` of shape (2,), int64):
-                Text and visual labels of a whole optimization step (all devices, all accumulation steps), by which
-                the losses are divided instead of by the counts of this batch.
-            precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]):
-                Set by `generate()`: outputs of a step that a pass over all queries of an image has computed before.
+            labels (`torch.LongTensor` of shape (B, S)): At a text position the token id to predict or -100. At a
+                visual token, `image_token_id` if it is a regression target, -100 if it is only context.
+            num_items_in_batch (`torch.Tensor` of shape (2,), int64): Text and visual labels of a whole optimization
+                step (all devices, all accumulation steps), by which the losses are divided.
+            precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]): Set by `generate()`: outputs of a step that a
+                pass over all queries of an image has computed before.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none.
         """
         if precomputed_outputs is not None:
             return precomputed_outputs
-        visual_target_mask = None if labels is None else self._find_visual_targets(input_ids, labels)
-        images = {"pixel_values": pixel_values, "visual_tokens": visual_tokens, "image_indices": image_indices}
-        images |= {"generated_visual_tokens": generated_visual_tokens, "query_indices": query_indices}
+        target_mask = None if labels is None else self._find_visual_targets(input_ids, labels)
         outputs = self.model(
             input_ids=input_ids,
+            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            visual_target_mask=visual_target_mask,
+            visual_tokens=visual_tokens,
+            image_indices=image_indices,
+            query_indices=query_indices,
+            visual_target_mask=target_mask,
             mm_encoder_outputs=mm_encoder_outputs,
-            **images,
             **kwargs,
         )
-        hidden_states, losses, logits, next_visual_token = outputs.last_hidden_state, {}, None, None
+        hidden_states, results = outputs.last_hidden_state, {}
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
+            results["logits"] = self.lm_head(hidden_states[:, kept])
         if labels is None:
-            num_kept = 1 if query_indices is None else query_indices.shape[1]
-            next_visual_token = self.model.normalize_visual_tokens(self.vision_head(hidden_states[:, -num_kept:]))
-        else:
-            features = outputs.image_outputs
-            losses = self._compute_losses(
-                hidden_states, input_ids, labels, visual_target_mask, features, num_items_in_batch
+            predictions = self.vision_head(
+                hidden_states[:, -1 if query_indices is None else -query_indices.shape[1] :]
             )
+            results["next_visual_token"] = self.model.normalize_visual_tokens(predictions)
+        else:
+            results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
         return MetaMorphCausalLMOutputWithPast(
-            **losses,
-            logits=logits,
-            next_visual_token=next_visual_token,
+            **results,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -571,12 +523,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
 
         def sum_chunk(hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
             logits = self.lm_head(hidden_states).float()
-            # The image token is never predicted as text, so it takes no probability. It is added in place, since the
-            # gradient then passes without a copy.
-            penalty = torch.zeros(logits.shape[-1], device=logits.device)
-            logits += penalty.index_fill(
-                0, torch.tensor([self.config.image_token_id], device=logits.device), -torch.inf
-            )
+            # The image token takes no probability. A sum in place passes the gradient on without a copy.
+            is_image = torch.arange(logits.shape[-1], device=logits.device) == self.config.image_token_id
+            logits += torch.zeros_like(logits[:1]).masked_fill(is_image, -torch.inf)
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             with torch.no_grad():
                 correct = (logits.argmax(-1) == labels.to(logits.device)).sum()
@@ -591,16 +540,9 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
         return sum(checkpoint(sum_chunk, *chunk, use_reentrant=False) for chunk in chunks)
 
-    def _compute_losses(
-        self,
-        hidden_states: torch.Tensor,
-        input_ids: torch.LongTensor,
-        labels: torch.LongTensor,
-        visual_target_mask: torch.BoolTensor,
-        features: MetaMorphImageFeatures | None,
-        num_items_in_batch: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
+    def _compute_losses(self, outputs, input_ids, labels, visual_target_mask, num_items_in_batch) -> dict:
         """Compute both losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
+        hidden_states, features = outputs.last_hidden_state, outputs.image_outputs
         is_text = (labels != -100) & (labels != self.config.image_token_id)
         is_text[:, 0] = False
         predicts_text, predicts_visual = (F.pad(mask[:, 1:], (0, 1)) for mask in (is_text, visual_target_mask))

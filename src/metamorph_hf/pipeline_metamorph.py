@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partialmethod
-from numbers import Integral, Real
+from numbers import Real
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -25,12 +26,26 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .generation_checks import check_types, is_count, join_visual_tokens
 from .pipeline_saving import PipelineSavingMixin
 
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# The types of options, in words and as annotations, and the names of the options.
+OPTION_TYPES = {
+    "an integer of at least 1": (is_count, "num_inference_steps num_images_per_prompt height width max_new_tokens"),
+    "a finite number": (Real, "guidance_scale eta"),
+    "a tensor of finite values": (torch.Tensor, "latents negative_visual_tokens"),
+    "a torch.Generator or a list": (torch.Generator | list[torch.Generator], "generator"),
+    "one of pil, np, pt, latent": (Literal["pil", "np", "pt", "latent"], "output_type"),
+    "a dictionary": (dict, "cross_attention_kwargs generation_kwargs"),
+    "a function": (Callable, "callback_on_step_end"),
+    "a list of latents and prompt_embeds": (
+        list[Literal["latents", "prompt_embeds"]],
+        "callback_on_step_end_tensor_inputs",
+    ),
+}
 
 Conversation = list[dict]
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -42,10 +57,9 @@ class MetaMorphPipelineOutput(BaseOutput):
     Output of [`MetaMorphPipeline`].
 
     Args:
-        images (`list[PIL.Image.Image]`, or `np.ndarray` or `torch.Tensor` with I as the first dimension):
-            The images of all answers, in order. The `num_images_per_prompt` decodings of one image are adjacent.
-        text (`list[str]` of length B): The answers, with `<image>` in the place of each image.
-        image_counts (`list[int]` of length B): The number of `images` that belong to each answer.
+        images: The images of all answers, in order: a list, or an array or tensor with I as its first dimension.
+        text: B answers, with `<image>` in the place of each image.
+        image_counts: The number of `images` that belong to each of the B answers.
     """
 
     images: Images
@@ -56,25 +70,19 @@ class MetaMorphPipelineOutput(BaseOutput):
 @dataclass
 class DecodingOptions:
     """
-    Options of [`MetaMorphPipeline`] for decoding the visual tokens of I images.
+    Options of [`MetaMorphPipeline`] for decoding the visual tokens of I images. They mean what they mean in
+    [`StableDiffusionPipeline`], and `None` is the default. Where there is more to say:
 
     Args:
-        num_inference_steps (`int`), guidance_scale (`float`): Default to the pipeline's. A scale above 1 follows the
-            visual tokens more closely, and takes twice as long.
-        timesteps (`list[int]`), sigmas (`list[float]`): A custom schedule, if the scheduler takes one.
-        num_images_per_prompt (`int`): Number of decodings of each image, from different noise.
-        height, width (`int`): In pixels; default to the U-Net's `sample_size`.
+        num_images_per_prompt: Number of decodings of each image, from different noise.
         latents (`torch.Tensor` of shape (I * num_images_per_prompt, C, h, w)): Initial noise.
         negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V)): Visual tokens to guide away from,
             instead of the projector's unconditional states (zeros, or learned).
-        eta (`float`): The noise of DDIM; ignored by other schedulers.
-        generator (`torch.Generator` or list of them): Source of the noise. A list has one generator (or
-            `num_images_per_prompt` of them) for each prompt, or for each image if there are no prompts.
-        cross_attention_kwargs (`dict`): For the attention processors: `{"scale": 0.5}` halves a LoRA's effect.
-        output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-        callback_on_step_end (`Callable`): Called after every step as `callback(pipe, step, timestep, tensors)` with a
-            view of the pipeline that belongs to this call; returns the tensors to replace, or `None`.
-        callback_on_step_end_tensor_inputs (`list[str]`): Names of `tensors`: `latents`, `prompt_embeds`.
+        generator: A list has one generator (or `num_images_per_prompt` of them) for each prompt, or for each image if
+            there are no prompts.
+        output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
+        callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` with a view of the pipeline that
+            belongs to this call; returns the `tensors` (`latents`, `prompt_embeds`) to replace, or `None`.
     """
 
     num_inference_steps: int | None = None
@@ -91,51 +99,33 @@ class DecodingOptions:
     cross_attention_kwargs: dict | None = None
     output_type: str = "pil"
     callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None
-    callback_on_step_end_tensor_inputs: list[str] = ("latents",)
-
-
-def _to_tensor(visual_tokens: torch.Tensor | np.ndarray | list | tuple) -> torch.Tensor:
-    """Convert visual tokens (I, N, V), or a list of (images, N, V) or (N, V) as `generate` gives them, to a tensor."""
-    try:
-        if not isinstance(visual_tokens, (list, tuple)) or not len(visual_tokens):
-            return torch.as_tensor(visual_tokens)
-        rows = [torch.as_tensor(row) for row in visual_tokens]
-        return torch.cat([row if row.ndim == 3 else row[None] for row in rows])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`visual_tokens` must be a tensor, an array or a list of them: {error}.") from error
-
-
-def _is_count(value: int, factor: int = 1) -> bool:
-    return isinstance(value, Integral) and value >= 1 and value % factor == 0
-
-
-def _is_finite(value: float | torch.Tensor, kind: type) -> bool:
-    return isinstance(value, kind) and bool(torch.as_tensor(value).isfinite().all())
+    callback_on_step_end_tensor_inputs: list[str] | None = None
 
 
 def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
     """Raise a `ValueError` if a component needs more than this pipeline gives it, or does not fit to another one."""
     if not isinstance(unet, UNet2DConditionModel):
         found = type(unet).__name__
-        raise ValueError(
-            f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion 1.5 or 2.1, but is a {found}."
-        )
-    more = [(unet, field) for field in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")]
-    more += [(unet, "num_class_embeds"), *((vae, field) for field in ("shift_factor", "latents_mean", "latents_std"))]
-    for part, field in more:
-        if value := part.config.get(field):
+        raise ValueError(f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion 1.5, but is a {found}.")
+    unet_fields = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
+    for part, fields in ((unet, unet_fields), (vae, ("shift_factor", "latents_mean", "latents_std"))):
+        if found := {field: part.config[field] for field in fields if part.config.get(field)}:
             raise ValueError(
-                f"The {type(part).__name__} has {field}={value!r}, which this pipeline does not support. Take U-Net "
-                "and VAE of a pipeline such as Stable Diffusion 1.5 or 2.1, not of Stable Diffusion XL, 3 or Flux."
+                f"The {type(part).__name__} has {found}, which this pipeline does not support. Take U-Net and VAE of "
+                "a pipeline such as Stable Diffusion 1.5 or 2.1, not of Stable Diffusion XL, 3 or Flux."
             )
     if not {"init_noise_sigma", "scale_model_input"} <= {*dir(scheduler)}:
         found = type(scheduler).__name__
         raise ValueError(f"`scheduler` must be one such as DDIMScheduler, not for flow matching, but is a {found}.")
-    pairs = [(projector, "cross_attention_dim", unet, "cross_attention_dim")]
-    pairs += [(part, field, unet, "in_channels") for part, field in ((vae, "latent_channels"), (unet, "out_channels"))]
+    pairs = [
+        (projector, "cross_attention_dim", unet, "cross_attention_dim"),
+        (vae, "latent_channels", unet, "in_channels"),
+        (unet, "out_channels", unet, "in_channels"),
+    ]
     if model is not None:
-        fields = ("visual_token_dim", *(["num_image_tokens"] if projector.config.num_image_tokens else []))
-        pairs += [(model, field, projector, field) for field in fields]
+        pairs.append((model, "visual_token_dim", projector, "visual_token_dim"))
+        if projector.config.num_image_tokens:
+            pairs.append((model, "num_image_tokens", projector, "num_image_tokens"))
     if model is not None and processor is not None:
         fields = ("num_image_tokens", "image_token_id", "image_start_token_id", "image_end_token_id")
         pairs += [(model, field, processor, field) for field in fields]
@@ -163,20 +153,10 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         vae ([`AutoencoderKL`] or [`PatchVAE`]): Decodes latents into pixels.
         scheduler ([`SchedulerMixin`]): Any scheduler that works with a Stable Diffusion U-Net.
         instruction_template (`str`, *optional*): Request with a caption at `{}`. `None` sends captions verbatim.
-        default_num_inference_steps (`int`, defaults to 50), default_guidance_scale (`float`, defaults to 7.5):
-            Settings that suit these weights, for calls that do not choose their own.
+        default_num_inference_steps, default_guidance_scale: Settings that suit these weights.
 
     Raises:
         ValueError: If the template has no `{}`, or if two components do not fit together.
-
-    Example:
-
-        ```py
-        >>> pipe = MetaMorphPipeline.from_pretrained("path/to/pipeline")
-        >>> pipe("a red apple").images[0]
-        >>> pipe("Make it green.", image=image).images[0]
-        >>> pipe(messages=[{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]).text[0]
-        ```
     """
 
     model_cpu_offload_seq = "model->projector->unet->vae"
@@ -270,31 +250,21 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
                 f"Got {len(prompts)} prompts but {len(entries)} entries in `image`: pass one entry per prompt (a list "
                 "of images where a prompt has several), or one image for all prompts."
             )
-        images = [[] if entry is None else entry if isinstance(entry, (list, tuple)) else [entry] for entry in entries]
         template, conversations = self.config.instruction_template, []
-        for row, text in zip(images, prompts):
-            row = [item for item in row if item is not None]
-            if template is not None and not row:
+        for entry, text in zip(entries, prompts):
+            images = entry if isinstance(entry, (list, tuple)) else [entry]
+            content = [{"type": "image", "image": item} for item in images if item is not None]
+            if template is not None and not content:
                 text = template.replace("{}", text)
-            content = [{"type": "image", "image": item} for item in row] + [{"type": "text", "text": text}]
-            conversations.append([{"role": "user", "content": content}])
+            conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
         return conversations
 
     def generate_visual_tokens(
         self, conversations: list[Conversation], max_new_tokens: int = 512, generation_kwargs: dict | None = None
     ) -> tuple[list[str], list[torch.Tensor]]:
-        """
-        Return B answers with `<image>` in the place of each image, and their visual tokens (images, N, V), B tensors.
-
-        Args:
-            conversations (list of B `list[dict]`): Messages in the standard chat format.
-            max_new_tokens (`int`), generation_kwargs (`dict`): As in [`~MetaMorphPipeline.__call__`].
-        """
+        """Return B answers with `<image>` in the place of each image, and their visual tokens, B of (images, N, V)."""
         self._require_model()
-        if not _is_count(max_new_tokens):
-            raise ValueError(f"`max_new_tokens` is {max_new_tokens!r}, but must be an integer of at least 1.")
-        if not isinstance(generation_kwargs, (dict, type(None))):
-            raise ValueError(f"`generation_kwargs` is {generation_kwargs!r}, but must be a dictionary.")
+        check_types({"max_new_tokens": max_new_tokens, "generation_kwargs": generation_kwargs}, OPTION_TYPES)
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
         inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
@@ -342,11 +312,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
                 Their states default to the projector's unconditional ones.
             do_classifier_free_guidance (`bool`, defaults to `True`): Whether there is guidance.
         """
-        visual_tokens = _to_tensor(visual_tokens)
-        if not visual_tokens.isfinite().all():
-            raise ValueError("`visual_tokens` contain NaN or infinite values: the model that made them is broken.")
         placement = {"device": self._execution_device, "dtype": self.projector.dtype}
-        visual_tokens = visual_tokens.to(**placement)
+        visual_tokens = join_visual_tokens(visual_tokens).to(**placement)
         embeds = self.projector(visual_tokens).to(self.unet.dtype)
         if not do_classifier_free_guidance:
             return embeds, None
@@ -364,36 +331,15 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         height, width = self.default_size
         steps, scale = self.config.default_num_inference_steps, self.config.default_guidance_scale
         defaults = {"num_inference_steps": steps, "guidance_scale": scale, "height": height, "width": width}
+        defaults["callback_on_step_end_tensor_inputs"] = ["latents"]
         options = DecodingOptions(**defaults | {name: value for name, value in options.items() if value is not None})
         if isinstance(options.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             options.callback_on_step_end_tensor_inputs = options.callback_on_step_end.tensor_inputs
+        check_types(vars(options), OPTION_TYPES)
         factor, repeats, generator = self.vae_scale_factor, options.num_images_per_prompt, options.generator
-        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-        latents, negative, callback = options.latents, options.negative_visual_tokens, options.callback_on_step_end
-        names, attention = options.callback_on_step_end_tensor_inputs, options.cross_attention_kwargs
-        finite_tensor = "a tensor free of NaN and infinity"
-        are_known = isinstance(names, (list, tuple)) and all(name in self._callback_tensor_inputs for name in names)
-        for name, is_valid, rule in (
-            ("num_inference_steps", _is_count(options.num_inference_steps), "an integer of at least 1"),
-            ("num_images_per_prompt", _is_count(repeats), "an integer of at least 1"),
-            ("guidance_scale", _is_finite(options.guidance_scale, Real), "a finite number"),
-            ("eta", _is_finite(options.eta, Real), "a finite number"),
-            ("height", _is_count(options.height, factor), f"a multiple of {factor}"),
-            ("width", _is_count(options.width, factor), f"a multiple of {factor}"),
-            ("latents", latents is None or _is_finite(latents, torch.Tensor), finite_tensor),
-            ("negative_visual_tokens", negative is None or _is_finite(negative, torch.Tensor), finite_tensor),
-            (
-                "generator",
-                all(isinstance(item, torch.Generator) for item in generators),
-                "a torch.Generator or a list",
-            ),
-            ("output_type", options.output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
-            ("cross_attention_kwargs", attention is None or isinstance(attention, dict), "a dictionary"),
-            ("callback_on_step_end", callback is None or callable(callback), "a function"),
-            ("callback_on_step_end_tensor_inputs", are_known, f"a list from {self._callback_tensor_inputs}"),
-        ):
-            if not is_valid:
-                raise ValueError(f"`{name}` is {getattr(options, name)!r}, but must be {rule}.")
+        for name in ("height", "width"):
+            if getattr(options, name) % factor:
+                raise ValueError(f"`{name}` is {getattr(options, name)}, but must be a multiple of {factor}.")
         if isinstance(generator, list) and len(generator) not in (num_inputs, num_inputs * repeats):
             raise ValueError(
                 f"Got {len(generator)} generators for {num_inputs} prompts or images: pass one for each, or one for "
@@ -482,7 +428,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         Raises:
             ValueError: If shapes, counts or options do not fit, or a value is NaN or infinite.
         """
-        visual_tokens = _to_tensor(visual_tokens)
+        visual_tokens = join_visual_tokens(visual_tokens)
         count = len(visual_tokens) if visual_tokens.ndim else 0
         return self._decode(self._start_call(count, options), visual_tokens, [1] * count, count)
 
@@ -504,13 +450,15 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             prompt (`str` or `list[str]`): A caption for `instruction_template`, or beside images a verbatim request.
             image (`PIL.Image.Image`, path or URL, or list): Precedes the prompt. A list has the images of a single
                 prompt, or one entry (an image, a list or `None`) per prompt; one image goes with all prompts.
-            messages (`list[dict]` or list of them): Instead of `prompt`, whole conversations: `[{"role": "user",
-                "content": [{"type": "image", "image": image}, {"type": "text", "text": "..."}]}]`.
+            messages (`list[dict]` or list of them): Instead of `prompt`, conversations in the standard chat form.
             max_new_tokens (`int`): Maximum length of an answer, in which an image takes N + 2 tokens.
-            generation_kwargs (`dict`): Additional arguments of `model.generate`, such as `{"do_sample": True}`. A
-                sampled answer follows `torch.manual_seed`, not `generator`.
+            generation_kwargs (`dict`): Additional arguments of `model.generate`. A sampled answer follows
+                `torch.manual_seed`, not `generator`.
             return_dict (`bool`): `False` returns a tuple (images, text, image_counts).
             options: Those of [`DecodingOptions`].
+
+        Raises:
+            ValueError: If inputs or options do not fit; most are checked before the model runs.
         """
         # 1. Check the inputs
         conversations = self.prepare_conversations(prompt, image, messages)

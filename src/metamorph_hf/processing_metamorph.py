@@ -48,12 +48,7 @@ def check_unicode(text: str) -> str:
 
 
 def normalize_part(part: Any) -> dict[str, Any]:
-    """
-    Return a content part in the form of transformers. OpenAI's chat and responses APIs are known, too.
-
-    Raises:
-        ValueError: if the part is neither an image nor text in valid Unicode: a template would leave it out silently.
-    """
+    """Return a content part, also of OpenAI's APIs, as transformers writes it. Other parts raise a `ValueError`."""
     kind = str(part.get("type")) if isinstance(part, Mapping) else None
     if kind in IMAGE_TYPES:
         image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
@@ -68,12 +63,7 @@ def normalize_part(part: Any) -> dict[str, Any]:
 
 
 def normalize_message(message: Any) -> dict[str, Any]:
-    """
-    Return a message with its content parts in the form of transformers.
-
-    Raises:
-        ValueError: if it has no role, or its content is neither text nor a list of parts.
-    """
+    """Return a message with its content parts as transformers writes them, or raise a `ValueError`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"A message must have a role and a content, but it is {str(message)[:100]}.")
     content = message.get("content")
@@ -112,23 +102,16 @@ class MetaMorphProcessor(ProcessorMixin):
         image_end_token: str = "<image_end>",
         **kwargs,
     ):
-        self.num_image_tokens = num_image_tokens
-        self.image_token, self.image_start_token, self.image_end_token = (
-            image_token,
-            image_start_token,
-            image_end_token,
-        )
-        vocabulary = tokenizer.get_vocab()
-        unknown = [token for token in (image_token, image_start_token, image_end_token) if token not in vocabulary]
-        if unknown:
+        tokens, vocabulary = [image_token, image_start_token, image_end_token], tokenizer.get_vocab()
+        if unknown := [token for token in tokens if token not in vocabulary]:
             raise ValueError(
                 f"The tokenizer has no token {', '.join(unknown)}. Add it first: "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}}), and resize the model's "
                 "embeddings to match."
             )
-        self.image_token_id = vocabulary[image_token]
-        self.image_start_token_id = vocabulary[image_start_token]
-        self.image_end_token_id = vocabulary[image_end_token]
+        self.num_image_tokens = num_image_tokens
+        self.image_token, self.image_start_token, self.image_end_token = tokens
+        self.image_token_id, self.image_start_token_id, self.image_end_token_id = map(vocabulary.get, tokens)
         self.auto_map = {"AutoProcessor": "processing_metamorph.MetaMorphProcessor"}  # as saving sets it
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
@@ -186,15 +169,7 @@ class MetaMorphProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
 
     def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
-        """
-        Decode generated ids to text with one `<image>` for each finished image, without other special tokens.
-
-        Args:
-            ids (`torch.LongTensor` of shape (B, S) or list of lists): Generated ids, without the prompt.
-
-        Returns:
-            `list[str]` of length B.
-        """
+        """Decode generated ids (B, S) to B texts with one `<image>` per finished image and no other special tokens."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
         skipped = {*self.tokenizer.all_special_ids, self.image_start_token_id, self.image_end_token_id}
         kept_ids = []

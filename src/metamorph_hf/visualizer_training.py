@@ -29,15 +29,7 @@ class ConditionedUNet(nn.Module):
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, visual_tokens: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
-        """
-        Predict the target that the scheduler's `prediction_type` names.
-
-        Args:
-            noisy (`torch.Tensor` of shape (I, C, h, w)): Noisy latents.
-            timesteps (`torch.Tensor` of shape (I,), int64): Their noise levels.
-            visual_tokens (`torch.Tensor` of shape (I, N, V)): The condition.
-            kept (`torch.Tensor` of shape (I,), bool): `False` drops the condition of an image.
-        """
+        """Denoise latents (I, C, h, w) at `timesteps` (I,), given visual tokens (I, N, V) if `kept` (bool of shape (I,))."""
         return self.unet(noisy, timesteps, encoder_hidden_states=self.projector(visual_tokens, kept)).sample
 
 
@@ -54,7 +46,6 @@ def diffusion_loss(
 
     Args:
         predict (`Callable`): Maps noisy latents (I, C, h, w) and timesteps (I,) to a prediction (I, C, h, w).
-        scheduler ([`SchedulerMixin`]): Has `add_noise` and, for v-prediction, `get_velocity`.
         clean (`torch.Tensor` of shape (I, C, h, w)): Latents of unit variance.
         generator (`torch.Generator`): Source of noise and timesteps, on the CPU so that all devices draw the same.
         noise_offset (`float`, defaults to 0.0): Scale of additional noise per channel, for darker and lighter images.

@@ -53,12 +53,7 @@ class PipelineSavingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "PipelineSavingMixin":
-        """
-        Load a saved pipeline. See [`DiffusionPipeline.from_pretrained`].
-
-        Raises:
-            FileNotFoundError: If a folder lacks one of the components named in its `model_index.json`.
-        """
+        """See [`DiffusionPipeline.from_pretrained`]. A folder without a component raises a `FileNotFoundError`."""
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():  # diffusers does not name a component that is missing
             named = cls.load_config(folder).keys() & set(cls._get_signature_keys(cls)[0]) - kwargs.keys()
@@ -94,10 +89,7 @@ class PipelineSavingMixin:
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> Path:
-        """
-        Download a pipeline from the Hub. See [`DiffusionPipeline.download`], which leaves out the language model's
-        `generation_config.json`, where its end-of-answer tokens are, and all code but the files that it would run.
-        """
+        """See [`DiffusionPipeline.download`], which leaves out `generation_config.json` and part of the code."""
         folder = Path(super().download(pretrained_model_name, **kwargs))
         options = {name: kwargs.get(name) for name in ("cache_dir", "token")}
         options |= {name: kwargs.get(name, False) for name in ("force_download", "local_files_only")}
@@ -119,13 +111,8 @@ class PipelineSavingMixin:
 
     def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
         """
-        Save the pipeline. See [`DiffusionPipeline.save_pretrained`]. With `push_to_hub=True`, the pipeline is also
-        pushed as by [`~PipelineSavingMixin.push_to_hub`]; other files in `save_directory` are not.
-
-        LoRAs in the U-Net are merged into the weights that are saved, since diffusers cannot load them apart.
-
-        Raises:
-            ValueError: If another component has adapters.
+        Save the pipeline. See [`DiffusionPipeline.save_pretrained`]. LoRAs in the U-Net are merged into the weights
+        that are saved, since diffusers cannot load them apart; adapters elsewhere raise a `ValueError`.
         """
         saved = copy.copy(self)
         for name in ("model", "projector", "unet", "vae"):
@@ -145,12 +132,8 @@ class PipelineSavingMixin:
 
     def create_model_card(self, name: str, description: str = "", base_model: str | None = None) -> ModelCard:
         """
-        Create a model card, as [`~PipelineSavingMixin.push_to_hub`] does where there is none.
-
-        Args:
-            name (`str`): The name to load the pipeline by, such as `"user/pipeline"`.
-            description (`str`, *optional*): Markdown text, such as facts about the training and sample images.
-            base_model (`str`, *optional*): Hub id of the pipeline that the U-Net was trained from.
+        Create a model card for a pipeline that is loaded by `name`, such as `"user/pipeline"`, with `description` in
+        Markdown. `base_model` is the Hub id of the pipeline that the U-Net was trained from.
         """
         tags = ["metamorph", "text-to-image", "diffusers"]
         data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, base_model=base_model)
@@ -160,7 +143,7 @@ class PipelineSavingMixin:
     def push_to_hub(
         self,
         repo_id: str,
-        commit_message: str | None = None,
+        commit_message: str | None = "Upload MetaMorphPipeline",
         private: bool | None = None,
         token: str | None = None,
         create_pr: bool = False,
@@ -168,10 +151,8 @@ class PipelineSavingMixin:
         **save_kwargs,
     ) -> str:
         """
-        Upload the pipeline to the Hub. See [`~utils.PushToHubMixin.push_to_hub`].
-
-        A repository without a `README.md` gets the card of the folder that the pipeline was loaded from, with the
-        images of that folder that it shows, or else a card by [`~PipelineSavingMixin.create_model_card`].
+        Upload the pipeline to the Hub. See [`~utils.PushToHubMixin.push_to_hub`]. A repository without a `README.md`
+        gets the card of the folder that the pipeline was loaded from, with the images that it shows, or a new card.
         """
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
@@ -182,8 +163,7 @@ class PipelineSavingMixin:
                     _copy_model_card(source, Path(folder))
                 else:
                     self.create_model_card(repo_id).save(Path(folder) / "README.md")
-            message = commit_message or f"Upload {type(self).__name__}"
-            options = {"token": token, "commit_message": message, "create_pr": create_pr}
+            options = {"token": token, "commit_message": commit_message, "create_pr": create_pr}
             return upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, **options)
 
 

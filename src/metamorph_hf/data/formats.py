@@ -1,9 +1,9 @@
 """
-Families of data, those of the paper (section 4 and appendix) and a few more, as conversations with images.
+Families of data: those of the paper (section 4 and appendix) and a few more. docs/data.md shows a row of each.
 
 A family is a function from a source's row to a record: `messages` in the standard chat form, and `images` in reading
-order (paths, `PIL.Image.Image`, or values of an undecoded [`~datasets.Image`] column). `rng` chooses among our own
-wordings; `resolve` turns a path in the row into one that may be read.
+order, in any form that [`read_image`] reads. `rng` chooses among our wordings; `resolve` makes a path one that may be
+read. A row that does not fit raises [`BadSample`].
 """
 
 import json
@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text(encoding="utf-8"))
 VIDEO_KINDS = tuple(WORDINGS["video_prediction"])
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+LLAVA_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system")}}
 IMAGE_PART = {"type": "image"}
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "jpeg")
 
@@ -60,10 +60,7 @@ def require_text(row: Row, *names: str) -> str:
 
 
 def resolve_path(file: Any, image_root: str | None = None, allow_remote: bool = False) -> Any:
-    """
-    Prepend `image_root` to the path of an image or a video. Bytes, data URIs and PIL images are returned as they are.
-    A path that leads out of `image_root`, or an address without `allow_remote`, raises [`BadSample`].
-    """
+    """Prepend `image_root` to a path, which must not lead out of it. Bytes, data URIs and images stay as they are."""
     if isinstance(file, Mapping) and not isinstance(file.get("bytes"), bytes):
         file = file.get("path")
     if isinstance(file, (bytes, Mapping, PIL.Image.Image)) or str(file).startswith("data:"):
@@ -118,22 +115,14 @@ def read_turns(row: Row, media: str = "<image>") -> list[dict[str, Any]]:
     return messages
 
 
-# ---- Families ----
-
-
 def chat(row: Row, rng: random.Random, resolve: Callable = resolve_path) -> Record:
-    """
-    Read `messages`, `images` (or a single `image`) and `tools` as TRL has them. Images may also stand in the parts of
-    `messages`. If all contents are plain strings, the images go before the text of the first user message.
-    """
+    """Read TRL's columns. If all contents are plain strings, images go before the text of the first user message."""
     messages = require_column(row, "messages")
     if not isinstance(messages, list):
         raise BadSample(f"has messages of type {type(messages).__name__}, expected a list.")
-    given = row.get("images")
-    if given is None or (isinstance(given, (list, tuple)) and not given):
-        given = row.get("image")
     messages, within = extract_images(messages)
-    images = [resolve(image) for image in (within if given is None else as_list(given))]
+    given = [as_list(row[name]) for name in ("images", "image") if row.get(name) is not None]
+    images = [resolve(image) for image in next(filter(None, given), within)]
     if images and messages and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages):
         first = next((index for index, message in enumerate(messages) if message.get("role") == "user"), 0)
         content = [*[IMAGE_PART] * len(images), text_part(messages[first]["content"])]
@@ -142,10 +131,7 @@ def chat(row: Row, rng: random.Random, resolve: Callable = resolve_path) -> Reco
 
 
 def llava(row: Row, rng: random.Random, resolve: Callable = resolve_path) -> Record:
-    """
-    Read LLaVA's form (Cambrian-7M and many more): `conversations` of `from` (human, gpt, system) and `value` with
-    `<image>` for each image, in answers too, and optionally `image`, one or a list.
-    """
+    """Read LLaVA's form (Cambrian-7M and many more): `<image>` may stand in any turn, and `image` is one or a list."""
     messages = read_turns(row)
     images = [] if row.get("image") is None else as_list(row["image"])
     return {"messages": messages, "images": [resolve(image) for image in images]}
@@ -176,11 +162,8 @@ def image_to_image(row: Row, rng: random.Random, resolve: Callable = resolve_pat
 
 def visual_thinking(row: Row, rng: random.Random, resolve: Callable = resolve_path, show: str = "crop") -> Record:
     """
-    Answer a question after showing the part of the image that it is about (Visual CoT, V*), from `image`, `question`,
-    `answer` and `boxes` (or `bbox`, `bboxes`): one or a list of [left, top, right, bottom] in pixels.
-
-    Args:
-        show (`str`): `"crop"`, the part in the first box, or `"boxes"`, all boxes in red, with `names` if there are.
+    Answer a question after showing the part of the image that it is about (Visual CoT, V*): by `show`, a `"crop"` of
+    the first of the `boxes` (or `bbox`, `bboxes`), or the image with all `"boxes"` in red and their `names`, if given.
     """
     if show not in ("crop", "boxes"):
         raise ValueError(f"show is {show!r}, expected 'crop' or 'boxes'.")
@@ -220,11 +203,8 @@ def video_qa(
     row: Row, rng: random.Random, resolve: Callable = resolve_path, fps: float = 1.0, max_frames: int = 32
 ) -> Record:
     """
-    Read LLaVA's form with a `video` (VideoStar, ShareVideo). Its frames replace the one `<video>` or `<image>`.
-
-    Args:
-        fps (`float`): Frames per second of the video, fewer if they would be more than `max_frames`.
-        max_frames (`int`): Largest number of frames.
+    Read LLaVA's form with a `video` (VideoStar, ShareVideo). Its frames, `fps` per second but at most `max_frames`,
+    replace the one `<video>` or `<image>`.
     """
     video = resolve(require_column(row, "video", "mp4", "webm"))
     messages = read_turns(row, "<image>|<video>")
@@ -234,8 +214,8 @@ def video_qa(
     if len(frames) > max_frames:  # the file states no length, or a wrong one
         frames = [frames[round(index)] for index in np.linspace(0, len(frames) - 1, max_frames)]
     for message in messages:
-        repeats = [len(frames) if part == IMAGE_PART else 1 for part in message["content"]]
-        message["content"] = [part for part, count in zip(message["content"], repeats) for _ in range(count)]
+        parts = [[part] * (len(frames) if part == IMAGE_PART else 1) for part in message["content"]]
+        message["content"] = sum(parts, [])
     return {"messages": messages, "images": frames}
 
 
@@ -249,14 +229,8 @@ def video_prediction(
     max_frames: int = 12,
 ) -> Record:
     """
-    Predict frames of a `video` (HowTo100M, SomethingSomethingV2), taken at a random interval that the question names.
-
-    Args:
-        kinds (`list[str]`):
-            Some of `VIDEO_KINDS`, one of which is chosen: the next frames, the rest after a split, all backwards,
-            every other one, the right order, the time between two of them, or the next 1 to 3 images.
-        min_seconds, max_seconds (`float`): Limits of the interval, which is also at most half of the video.
-        max_frames (`int`): Largest number of frames.
+    Predict at most `max_frames` frames of a `video` (HowTo100M, SomethingSomethingV2), in one of the `kinds`. The
+    question names their interval, between `min_seconds` and `max_seconds`, and at most half of the video.
     """
     if unknown := set(kinds) - set(VIDEO_KINDS):
         raise ValueError(f"kinds has {sorted(unknown)}, expected some of {', '.join(VIDEO_KINDS)}.")
@@ -285,9 +259,8 @@ def video_prediction(
     images = "1 image" if len(answered) == 1 else f"{len(answered)} images"
     interval = "1 second" if seconds == 1 else f"{seconds:g} seconds"
     wording = rng.choice(WORDINGS["video_prediction"][kind]).format(seconds=interval, count=images)
-    question = [*[IMAGE_PART] * len(asked), text_part(wording)]
     answer = [IMAGE_PART] * len(answered) or [text_part(interval)]
-    return build_record(question, answer, [*asked, *answered])
+    return build_record([*[IMAGE_PART] * len(asked), text_part(wording)], answer, [*asked, *answered])
 
 
 _families = (chat, llava, text_to_image, image_to_image, reconstruction, visual_thinking, video_qa, video_prediction)

@@ -1,5 +1,5 @@
 """
-Mixtures: datasets of records from one or more sources, read lazily whatever their size.
+Mixtures: datasets of records from one or more sources, read lazily whatever their size. See docs/data.md.
 
 A record has the `messages`, `images` and `tools` that a family of `formats` makes of a row, `task`, `source` and `id`
 to name it, and `bad`, which says why a row could not become one, so that the collator can raise or skip it.
@@ -23,7 +23,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, Video, interleave_datasets, load_dataset
 
 from . import BadSample
-from .formats import FAMILIES, Record, Row, count_images, resolve_path
+from .formats import FAMILIES, Record, Row, as_list, count_images, resolve_path
 
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,7 @@ STREAM_FEATURES = Features({"record": Value("string"), "images": List(Image(deco
 
 
 class JsonLines(Sequence):
-    """
-    A JSONL file as a sequence of rows, of which only the lines' positions are kept in memory. Empty lines at the end
-    are ignored. A line that is not JSON raises [`BadSample`] on access.
-    """
+    """A JSONL file as a sequence of rows, of which only the lines' positions are kept in memory."""
 
     def __init__(self, path: str | Path):
         self.path, starts, start, count = str(path), array("q"), 0, 0
@@ -71,19 +68,8 @@ def disable_decoding(feature: Any) -> Any:
 @dataclass
 class Source:
     """
-    One source of a mixture. Keys that TRL's `DatasetConfig` has, too, mean the same, except for `columns`.
-
-    Args:
-        task (`str`): The family of its rows, a key of `FAMILIES`.
-        path (`str`): A `.jsonl` or `.json` file, or a Hub repository or builder that [`~datasets.load_dataset`] takes.
-        name, data_dir, data_files, split (*optional*): Passed to `load_dataset`. The split defaults to `"train"`.
-        columns (`dict`, *optional*): Maps the family's column names to the source's, such as `{"caption": "title"}`.
-        image_root (`str`, *optional*): Folder of its images and videos. Paths that lead out of it are refused.
-        allow_remote (`bool`, *optional*, defaults to `False`): Whether to download images and videos from addresses.
-        streaming (`bool`, *optional*, defaults to `False`): Whether to read it while training.
-        fraction (`float`, *optional*): Its share of the mixture, relative to the fractions of the others.
-        num_samples (`int`, *optional*): How many samples to draw from it. It is repeated if it has fewer.
-        options (`dict`, *optional*): Options of the family.
+    One source of a mixture. docs/data.md explains the fields; those of TRL's `DatasetConfig` mean the same, except for
+    `columns`. `task` is a key of `FAMILIES`, and `options` are that family's.
 
     Raises:
         ValueError: If the task is unknown, a number is not positive, or both `fraction` and `num_samples` are given.
@@ -127,10 +113,10 @@ class Source:
     @property
     def label(self) -> str:
         """The name of the source in messages and tables."""
-        files = self.data_files
-        while isinstance(files, Mapping) or (isinstance(files, (list, tuple)) and len(files) == 1):
-            files = list(files.values()) if isinstance(files, Mapping) else files[0]
-        return f"{files[0]} and more" if isinstance(files, (list, tuple)) and files else files or self.path
+        files = self.data_files or self.path
+        files = as_list([*files.values()] if isinstance(files, Mapping) else files)
+        files = [file for entry in files for file in as_list(entry)]
+        return f"{files[0]} and more" if len(files) > 1 else files[0]
 
     def load(self) -> Sequence[Row] | IterableDataset:
         """Load the rows, with images and videos as paths and bytes."""
@@ -146,8 +132,8 @@ class Source:
             if not isinstance(rows, list):
                 raise ValueError(f"{self.path} holds {type(rows).__name__}, expected a list of samples.")
             return rows
-        files = {"data_dir": self.data_dir, "data_files": self.data_files}
-        dataset = load_dataset(self.path, self.name, **files, split=self.split, streaming=self.streaming)
+        options = {"split": self.split, "streaming": self.streaming}
+        dataset = load_dataset(self.path, self.name, self.data_dir, self.data_files, **options)
         if self.streaming:
             return dataset if dataset.features is None else dataset.decode(False)  # CSV has no images to decode
         return dataset.cast(Features({name: disable_decoding(feature) for name, feature in dataset.features.items()}))
@@ -176,16 +162,13 @@ def load_mixture(
     sources: Sequence[Source | Mapping[str, Any]], seed: int = 0, size: int | None = None
 ) -> Dataset | IterableDataset:
     """
-    Load a dataset of records from several sources, shuffled by `seed`, to train on with [`DataCollatorForVPiT`].
-
-    By default it holds every sample once. With `num_samples` a source gives that many, as in the paper's figure 4.
-    With fractions, which all sources must have then, it holds `size` samples, or as many as use up the first source.
-    If any source streams, the mixture does, and fractions are the probabilities of [`~datasets.interleave_datasets`].
+    Load a dataset of records from several sources, to train on with [`DataCollatorForVPiT`]. By default it holds every
+    sample once. If any source streams, the mixture does, and fractions are probabilities.
 
     Args:
         sources (list of [`Source`] or `dict`): Keys of a dictionary that `Source` lacks are options of the family.
         seed (`int`, *optional*, defaults to 0): Decides the order, the samples drawn, and the wordings.
-        size (`int`, *optional*): Number of samples of a mixture by fractions.
+        size (`int`, *optional*): Number of samples of a mixture by fractions; defaults to what uses up one source.
 
     Raises:
         ValueError: If there are no sources, one is empty, or some have fractions and others do not.
@@ -239,17 +222,16 @@ def _interleave_streams(sources: list[Source], tables: list, seed: int, size: in
 
 
 def _stream_records(source: Source, table: Sequence[Row] | IterableDataset, seed: int) -> IterableDataset:
-    """Return a stream of records, as JSON, and their images."""
-    options = {"source": source, "table": table, "seed": seed}
+    """Return a stream of a source's records, as JSON, and their images."""
     if isinstance(table, IterableDataset):
         columns = table.column_names or list(next(iter(table), {}))  # a CSV file's are not known before
         stream = table.map(_shuffle_rows, True, batched=True, batch_size=256, fn_kwargs={"seed": seed})
-        options["table"] = None
+        table = None
     else:
         order = np.random.default_rng(seed).permutation(len(table))
         columns, stream = [], Dataset.from_dict({"row_index": order}).to_iterable_dataset()
-    removed = [*columns, "row_index"]
-    stream = stream.map(_build_stream_record, fn_kwargs=options, remove_columns=removed, features=STREAM_FEATURES)
+    build = partial(_build_stream_record, source=source, table=table, seed=seed)
+    stream = stream.map(build, remove_columns=[*columns, "row_index"], features=STREAM_FEATURES)
     return stream if source.num_samples is None else stream.repeat(None).take(source.num_samples)
 
 
@@ -273,12 +255,8 @@ def _build_stream_record(row: Row, source: Source, table: Sequence[Row] | None, 
 
 def mixture_table(dataset: Dataset | IterableDataset, num_samples: int | None = 1000) -> str:
     """
-    Summarize a mixture by task and source: samples, images in questions and in answers, the share of samples with an
-    image in the answer, and bad samples.
-
-    Args:
-        dataset: The mixture.
-        num_samples (`int`, *optional*, defaults to 1000): How many samples to read. None reads all.
+    Summarize the first `num_samples` of a mixture (None: all) by task and source: samples, images in questions and in
+    answers, the share of samples with an image in the answer, and bad samples.
     """
     counts: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for record in islice(dataset, num_samples):

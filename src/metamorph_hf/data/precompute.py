@@ -25,9 +25,7 @@ def precompute_visual_tokens(
 
     Args:
         dataset ([`~datasets.Dataset`]): A mixture, or a dataset with `images`, lists of what [`read_image`] accepts.
-        model ([`MetaMorphForConditionalGeneration`]): Encodes the images, on its device and in its dtype.
-        processor ([`MetaMorphProcessor`]): The model's processor.
-        batch_size (`int`, *optional*, defaults to 32): Number of rows whose images are encoded together.
+        model ([`MetaMorphForConditionalGeneration`]): Encodes the images of `batch_size` rows together, on its device.
         dtype (`str`, *optional*, defaults to `"float32"`): Stored dtype. `"float16"` halves the size, with 3 digits.
 
     Returns:

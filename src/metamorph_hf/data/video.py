@@ -1,4 +1,4 @@
-"""Frames of videos, by PyAV. [`~transformers.video_utils.load_video`] takes them by index, which is wrong at varying
+"""Frames of videos by time. [`~transformers.video_utils.load_video`] takes them by index, which is wrong at varying
 rates, and does not notice a file that is cut off."""
 
 import io
@@ -34,12 +34,7 @@ def video_seconds(video: Any) -> float | None:
 
 def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[PIL.Image.Image]:
     """
-    Read the first frame at or after 0, `seconds`, 2 `seconds` and so on, by the frames' time stamps.
-
-    Args:
-        video: Path, bytes, or a mapping of `bytes` and `path`.
-        seconds (`float`): Interval between two frames.
-        limit (`int`, *optional*): Largest number of frames. No more of the video than that is decoded.
+    Read at most `limit` frames: the first at or after 0, `seconds`, 2 `seconds` and so on.
 
     Raises:
         BadSample: If it cannot be read, has no frames, or ends before the length that its file states.

@@ -1,9 +1,8 @@
 """`generate()` for answers that mix text and images.
 
-The decoding loop is transformers' own. A logits processor keeps each row in step: after `<image_start>` it forces the
-image token id N times, then `<image_end>`. Where the image token id was chosen, the next forward pass reads
-projector(visual token) instead of an embedding; the visual token is the vision head's output of the step before.
-With `visual_decoding="parallel"` it reads a learned query instead, so that one pass can cover all steps of an image.
+The decoding loop is transformers' own. After `<image_start>` a logits processor forces N image token ids, then
+`<image_end>`. Where that id was chosen, the next forward pass reads projector(visual token), the vision head's output
+of the step before. With `visual_decoding="parallel"` it reads a learned query, so that one pass can cover an image.
 
 Shapes: B rows, S sequence, I images, N visual tokens per image, V width of a visual token.
 """
@@ -15,9 +14,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
-    LogitsProcessorList,
     ProcessorMixin,
-    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.cache_utils import Cache
@@ -25,7 +22,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import ModelOutput, logging
 
 from .configuration_metamorph import MetaMorphConfig
-from .generation_checks import check_types, join_visual_tokens
+from .generation_checks import check_options, join_visual_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -36,11 +33,9 @@ class MetaMorphGenerationConfig(GenerationConfig):
     A [`GenerationConfig`] with two fields more, which `generate()` takes as arguments, too.
 
     Args:
-        max_images (`int`, *optional*):
-            Largest number of images in an answer. With 0 the answer is text only, and beam search, assisted decoding
-            and classifier-free guidance are possible; they are refused otherwise.
+        max_images (`int`, *optional*): Largest number of images in an answer. Only with 0 are beam search, assisted
+            decoding and classifier-free guidance possible.
         force_image (`bool`, *optional*, defaults to `False`): Begin the answer with an image.
-        kwargs: The fields of [`GenerationConfig`].
     """
 
     def __init__(self, **kwargs):
@@ -60,10 +55,8 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     [`GenerateDecoderOnlyOutput`] with the generated visual tokens.
 
     Args:
-        visual_tokens (`list[torch.Tensor]`):
-            For each row the visual tokens of its finished images, (images, N, V), normalized, in reading order.
-        unfinished_images (`torch.Tensor` of shape (B,), bool):
-            Rows that a stopping criterion ended inside an image. The image is left out of `visual_tokens`.
+        visual_tokens (`list[torch.Tensor]`): Of each row the finished images (images, N, V), normalized.
+        unfinished_images (`torch.Tensor` of shape (B,), bool): Rows that a stopping criterion ended inside an image.
     """
 
     visual_tokens: list[torch.FloatTensor] | None = None
@@ -71,10 +64,7 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class ImageLogitsProcessor(LogitsProcessor):
-    """
-    Force exactly N image tokens after `<image_start>`, then `<image_end>`. Forbid images beyond `max_images`, and
-    images that would end after `max_length`.
-    """
+    """Force whole images, and forbid those beyond `max_images` and those that would end after `max_length`."""
 
     def __init__(
         self, config: MetaMorphConfig, options: MetaMorphGenerationConfig, prompt_length: int, max_length: int
@@ -90,9 +80,7 @@ class ImageLogitsProcessor(LogitsProcessor):
         # A prompt of `inputs_embeds` has no ids, so `last` may be empty.
         last = input_ids[:, -1:]
         is_inside = ((last == self.image_token_id) | (last == start)).any(-1)
-        is_full = torch.zeros_like(is_inside)
-        if length >= self.num_image_tokens:
-            is_full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).all(-1)
+        is_full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).sum(-1) == self.num_image_tokens
 
         if length + self.num_image_tokens + 2 > self.max_length:
             scores = scores.index_fill(1, torch.tensor([start], device=scores.device), -torch.inf)
@@ -113,30 +101,12 @@ class ImageLogitsProcessor(LogitsProcessor):
 class MetaMorphStreamer(TextIteratorStreamer):
     """
     Yields an answer while `generate()` writes it in another thread: pieces of text (`str`), and each image as soon as
-    it is finished (`torch.Tensor` of shape (N, V), its visual tokens). Like transformers' streamers it takes one
-    prompt at a time.
-
-    Args:
-        processor ([`MetaMorphProcessor`]): Its tokenizer decodes ids to text.
-        skip_prompt (`bool`, defaults to `True`): Yield the answer alone.
-        timeout (`float`, *optional*): Seconds to wait for the next piece before `queue.Empty` is raised.
-        decode_kwargs: Arguments of the tokenizer's `decode`; `skip_special_tokens` defaults to `True`.
-
-    Example:
-
-        ```py
-        >>> streamer = MetaMorphStreamer(processor)
-        >>> Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
-        >>> for piece in streamer:
-        ...     print(piece, end="") if isinstance(piece, str) else pipe.decode_visual_tokens(piece[None])[0].show()
-        ```
+    it is finished (`torch.Tensor` of shape (N, V), its visual tokens). Arguments are those of [`TextIteratorStreamer`]
+    with a [`MetaMorphProcessor`]; prompt and special tokens are skipped by default.
     """
 
-    def __init__(
-        self, processor: ProcessorMixin, skip_prompt: bool = True, timeout: float | None = None, **decode_kwargs
-    ):
-        decode_kwargs = {"skip_special_tokens": True, **decode_kwargs}
-        super().__init__(processor.tokenizer, skip_prompt=skip_prompt, timeout=timeout, **decode_kwargs)
+    def __init__(self, processor: ProcessorMixin, skip_prompt: bool = True, timeout: float | None = None, **kwargs):
+        super().__init__(processor.tokenizer, skip_prompt, timeout, **{"skip_special_tokens": True, **kwargs})
         self.image_token_id, self.num_image_tokens = processor.image_token_id, processor.num_image_tokens
         self.begin([])
 
@@ -171,25 +141,13 @@ class MetaMorphStreamer(TextIteratorStreamer):
             self.text_queue.put(torch.cat(steps, dim=1)[0])
 
 
-class TrackedStoppingCriteria(StoppingCriteriaList):
-    """Stopping criteria that remember which rows have finished, `finished` of shape (B,)."""
-
-    finished: torch.BoolTensor | bool = False
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        is_done = super().__call__(input_ids, scores, **kwargs)
-        self.finished = self.finished | is_done
-        return is_done
-
-
 @dataclass
 class DecodingState:
     """State of one call of `generate()` between its steps."""
 
     prompt_length: int
-    stopping_criteria: TrackedStoppingCriteria
     allows_passes: bool  # whether one pass may cover all steps of an image
-    needs_logits: bool  # whether anybody reads the logits of steps whose next id is forced
+    end_ids: list[int]  # last ids of rows that have finished
     visual_tokens: list[torch.Tensor] = field(default_factory=list)  # the vision head's output (B, 1, V) of each step
     num_ahead: int = 0  # number of steps that the current pass covers beside its own
     pending: list[ModelOutput] = field(default_factory=list)  # outputs of the next steps, computed in one pass
@@ -197,11 +155,8 @@ class DecodingState:
 
 class MetaMorphGenerationMixin(GenerationMixin):
     """
-    `generate()` for text and images: greedy search and sampling, cached or not, for any batch. It takes the fields of
-    [`MetaMorphGenerationConfig`] and, instead of `pixel_values`, `visual_tokens`.
-
-    An image takes N + 2 tokens (`<image_start>`, N visual tokens, `<image_end>`). None begins where it no longer fits
-    into `max_new_tokens`, the language model's context or a static cache.
+    `generate()` for text and images. An image takes N + 2 tokens, and none begins where it no longer fits into
+    `max_new_tokens`, the language model's context or a static cache.
     """
 
     @torch.no_grad()
@@ -215,18 +170,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> MetaMorphGenerateOutput | ModelOutput | torch.LongTensor:
         """
-        See [`~transformers.GenerationMixin.generate`] for all other arguments.
+        See [`~transformers.GenerationMixin.generate`] and [`MetaMorphGenerationConfig`] for all other arguments.
 
         Args:
             visual_tokens (`torch.Tensor` or `np.ndarray` of shape (I, N, V), or list of (images, N, V), *optional*):
                 The prompts' images as `get_visual_tokens` or an earlier answer returns them, instead of
                 `pixel_values`. As in `forward`, `image_indices` says which of them stands at each position.
-            generation_mode (`str`, *optional*, defaults to `"text"`):
-                Set by `pipeline("any-to-any")`, which cannot decode visual tokens into images.
+            generation_mode (`str`): Set by `pipeline("any-to-any")`, which cannot decode visual tokens.
 
         Returns:
-            Ids of shape (B, S), or with `return_dict_in_generate=True` a [`MetaMorphGenerateOutput`] (beam search and
-            assisted decoding return transformers' own outputs).
+            Ids of shape (B, S), or with `return_dict_in_generate=True` a [`MetaMorphGenerateOutput`].
 
         Raises:
             ValueError: if options have wrong types or exclude each other, images and image tokens differ in number,
@@ -238,12 +191,11 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "tokens into images. Use MetaMorphPipeline, or `generate` with force_image=True and "
                 "return_dict_in_generate=True for the visual tokens."
             )
-        unset = [
-            name for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs") if kwargs.get(name) is None
-        ]
-        kwargs = {name: value for name, value in kwargs.items() if name not in unset}  # transformers needs a default
+        for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs"):
+            if kwargs.get(name, ...) is None:
+                del kwargs[name]  # transformers takes its default only where the name is missing
         given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
-        check_types({**given, **vars(generation_config)} if isinstance(generation_config, GenerationConfig) else given)
+        check_options({**given, **getattr(generation_config, "__dict__", {})})
         if not isinstance(self.generation_config, MetaMorphGenerationConfig):  # a plain one lacks our two fields
             self.generation_config = MetaMorphGenerationConfig(**self.generation_config.to_dict())
         # An option of the call outweighs a stored option that contradicts it.
@@ -262,9 +214,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and kwargs.get("cache") is None:  # a cache holds images of earlier turns
             # With `num_return_sequences`, transformers would drop surplus images silently.
-            given = [kwargs[name] for name in ("image_indices", "pixel_values") if kwargs.get(name) is not None]
-            if kwargs.get("mm_encoder_outputs"):
-                given = [kwargs["mm_encoder_outputs"]["image"].pooler_output]
+            given = [output.pooler_output for output in (kwargs.get("mm_encoder_outputs") or {}).values()]
+            given += [kwargs[name] for name in ("image_indices", "pixel_values") if kwargs.get(name) is not None]
             num_features = len(given[0]) * self.config.num_image_tokens if given else 0
             self.model.check_image_count(ids == self.config.image_token_id, num_features)
         try:
@@ -289,15 +240,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
     # Overridden since beam search and assisted decoding would run silently wrong.
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-        max_images, force_image = generation_config.max_images, generation_config.force_image
-        if max_images is not None and (type(max_images) is not int or max_images < 0):
-            raise ValueError(f"`max_images` is {max_images!r}, but must be 0, for text only, or a larger number.")
+        if (generation_config.max_images or 0) < 0:
+            raise ValueError(f"`max_images` is {generation_config.max_images}, but must be 0 or a larger number.")
         if not self._allows_images(generation_config):
-            if force_image:
-                raise ValueError(
-                    "`force_image` asks for an image, but `max_images=0`, `suppress_tokens` or `bad_words_ids` allow "
-                    "none."
-                )
+            if generation_config.force_image:
+                others = "`max_images=0`, `suppress_tokens` or `bad_words_ids`"
+                raise ValueError(f"`force_image` asks for an image, but {others} forbid it.")
             return
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(
@@ -312,9 +260,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             )
 
     # Overridden since a processor that depends on the prompt's length cannot be passed by the caller.
-    def _get_logits_processor(
-        self, generation_config: GenerationConfig, input_ids_seq_length: int, *args, model_kwargs: dict, **kwargs
-    ) -> LogitsProcessorList:
+    def _get_logits_processor(self, generation_config, input_ids_seq_length, *args, model_kwargs, **kwargs):
         config, allows_images = self.config, self._allows_images(generation_config)
         suppressed = [config.image_token_id, config.image_end_token_id]
         if not allows_images:
@@ -326,8 +272,6 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if allows_images:
             max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
             processors.append(ImageLogitsProcessor(config, generation_config, input_ids_seq_length, max_length))
-            # The caller's processors come before it, and so read the logits of forced steps, too.
-            model_kwargs["has_readers"] = bool(kwargs.get("logits_processor"))
         return processors
 
     @property
@@ -336,12 +280,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return getattr(self.config.text_config, "max_position_embeddings", None) or float("inf")
 
     def _max_length_with_image(
-        self,
-        generation_config: GenerationConfig,
-        prompt_length: int,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        self, generation_config, prompt_length, cache: Cache | None = None, inputs_embeds=None, **kwargs
     ) -> float:
         """Length of `input_ids` in which an image must fit: by `max_new_tokens`, the context and a static cache."""
         limits = [self._context]
@@ -353,25 +292,20 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return min(generation_config.max_length, min(limits) + 1 - num_embeds)
 
     # Overridden to hand the vision head's output to the next forward pass.
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict, is_encoder_decoder: bool = False, num_new_tokens: int = 1
-    ) -> dict:
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, *args, **kwargs) -> dict:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if (state := model_kwargs.get("decoding_state")) is None:
             return model_kwargs
         if state.num_ahead:
-            # One pass has covered several steps. transformers' loop adds one token per step, which keeps streamers,
-            # criteria, processors and sampling as they are, so the outputs are dealt out to its next steps.
-            num_steps, state.num_ahead = state.num_ahead + 1, 0
-            logits = outputs.logits.expand(-1, num_steps, -1).split(1, dim=1)
-            visual_tokens = outputs.next_visual_token[:, -num_steps:].split(1, dim=1)
-            first, *state.pending = (
+            # transformers' loop adds one token per step, so the outputs of a pass are dealt out to its next steps.
+            logits, visual_tokens = outputs.logits.split(1, dim=1), outputs.next_visual_token.split(1, dim=1)
+            visual_tokens = visual_tokens[-len(logits) :]
+            outputs.logits, outputs.next_visual_token = logits[0], visual_tokens[0]
+            state.pending = [
                 type(outputs)(logits=one, next_visual_token=other, cache=outputs.cache)
-                for one, other in zip(logits, visual_tokens, strict=True)
-            )
-            outputs.logits, outputs.next_visual_token = first.logits, first.next_visual_token
+                for one, other in zip(logits[1:], visual_tokens[1:], strict=True)
+            ]
+            state.num_ahead = 0
         # A copy, since a step compiled to a CUDA graph writes over the outputs of the step before.
         state.visual_tokens.append(outputs.next_visual_token[:, -1:].clone())
         if self.config.visual_decoding == "autoregressive":
@@ -396,8 +330,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 if (positions := kwargs.get("position_ids")) is not None:
                     steps = torch.arange(1, num_ahead + 1, device=positions.device)
                     kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + steps], dim=1)
-                if state.needs_logits:
-                    kwargs["logits_to_keep"] = num_ahead + 1
+                kwargs["logits_to_keep"] = num_ahead + 1
                 next_sequence_length = next_sequence_length and num_ahead + 1
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, next_sequence_length=next_sequence_length, **kwargs
@@ -412,20 +345,18 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return ((answers == self.config.image_token_id).cumsum(-1) - 1) % self.config.num_image_tokens
 
     def _count_steps_ahead(self, input_ids: torch.LongTensor, state: DecodingState) -> int:
-        """
-        Count the visual tokens that one pass can add: what is left of the image if all unfinished rows are at the same
-        position of an image, otherwise 0.
-        """
+        """Count the visual tokens that one pass can add, if all unfinished rows are at one position of an image."""
         if not state.allows_passes:
             return 0
-        last, num_image_tokens = input_ids[:, -1], self.config.num_image_tokens
-        is_visual = last == self.config.image_token_id
-        num_generated = (self._index_queries(input_ids[:, state.prompt_length :])[:, -1] + 1) * is_visual
-        num_left = num_image_tokens - num_generated
-        num_left = num_left.where(is_visual | (last == self.config.image_start_token_id), 0)
+        indices = self._index_queries(input_ids[:, state.prompt_length :])[:, -1].tolist()
+        num_left = set()
         # The loop has just waited for the device to learn whether rows are unfinished, so this copy costs little.
-        counts = set(num_left.masked_fill(torch.as_tensor(state.stopping_criteria.finished), -1).tolist()) - {-1}
-        return counts.pop() if len(counts) == 1 else 0
+        for last, index in zip(input_ids[:, -1].tolist(), indices):
+            if last == self.config.image_start_token_id:
+                num_left.add(self.config.num_image_tokens)
+            elif last not in state.end_ids:
+                num_left.add(self.config.num_image_tokens - 1 - index if last == self.config.image_token_id else 0)
+        return num_left.pop() if len(num_left) == 1 else 0
 
     def _check_prompts(
         self, input_ids, generation_config, cache=None, inputs_embeds=None, mm_encoder_outputs=None, **kwargs
@@ -436,19 +367,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
         if num_given == 0:
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
-        width = config.text_config.hidden_size
-        if inputs_embeds is not None and inputs_embeds.shape[-1] != width:
+        if inputs_embeds is not None and inputs_embeds.shape[-1] != (width := config.text_config.hidden_size):
             raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (B, S, {width}).")
         if num_given >= self._context:
             raise ValueError(
                 f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "
                 f"{self._context}: shorten the prompt or leave out images."
             )
-        unknown = input_ids[(input_ids < 0) | (input_ids >= config.text_config.vocab_size)]
+        vocab_size = config.text_config.vocab_size
+        unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
         if unknown.numel():
             raise ValueError(
-                f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has "
-                f"{config.text_config.vocab_size} tokens: the ids come from another tokenizer."
+                f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the ids "
+                "come from another tokenizer."
             )
         is_visual = input_ids[:, -config.num_image_tokens :] == config.image_token_id
         is_partial = is_visual[:, -1:].any(-1) & (is_visual.sum(-1) < config.num_image_tokens)
@@ -479,13 +410,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
         logger.warning("%s, so the answer will be text: %s, or max_images=0 for text only.", sentence, advice)
 
     # Overridden to keep the state of the steps, and to return visual tokens beside the ids.
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, has_readers=False, **kwargs):
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         self._check_prompts(input_ids, generation_config, **kwargs)
         allows_images, image_start = self._allows_images(generation_config), self.config.image_start_token_id
-        stopping_criteria = TrackedStoppingCriteria(stopping_criteria)
-        allows_passes = self._allows_passes(generation_config, **kwargs)
-        needs_logits = has_readers or generation_config.output_logits
-        state = DecodingState(input_ids.shape[1], stopping_criteria, allows_passes, needs_logits)
+        ends = [generation_config._pad_token_tensor, generation_config._eos_token_tensor]
+        end_ids = [id for ids in ends if ids is not None for id in ids.view(-1).tolist()]
+        state = DecodingState(input_ids.shape[1], self._allows_passes(generation_config, **kwargs), end_ids)
         if allows_images:
             self._check_room(input_ids, generation_config, logits_processor[-1].max_length)
             kwargs["decoding_state"] = state

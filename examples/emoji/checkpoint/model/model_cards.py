@@ -51,12 +51,8 @@ use a `MetaMorphPipeline` whose U-Net was trained for this vision tower.
 
 def create_model_card(config: PreTrainedConfig, name: str, tags: Iterable[str] = ()) -> ModelCard:
     """
-    Create the card that `push_to_hub` writes for a model whose repository has none.
-
-    Args:
-        config ([`MetaMorphConfig`]): The `name_or_path` of its sub-configurations tells where the parts came from.
-        name (`str`): The name to load the model by, such as `"user/model"`.
-        tags (`Iterable[str]`): Additional tags.
+    Create the card of a model that is loaded by `name`, such as `"user/model"`, with further `tags`. Where its parts
+    came from is the `name_or_path` of the sub-configurations.
     """
     sources = [config.text_config.name_or_path, config.vision_config.name_or_path]
     # A local path must not be published.

@@ -78,8 +78,7 @@ class TransformerProjection(nn.Module):
 
 class VisualTokenProjector(ModelMixin, ConfigMixin):
     """
-    Maps the visual tokens of an image to the states that a U-Net attends to, as the adapters of the released
-    visualizer do.
+    Maps the visual tokens of an image to the states that a U-Net attends to, as the released visualizer's adapters.
 
     Args:
         visual_token_dim (`int`, defaults to 1152): Width V of a visual token.
@@ -87,15 +86,13 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         projector_type (`str`, defaults to `"mlp"`): `"mlp"`, which the authors used, maps each visual token by
             itself; in `"xattn"` and `"xattnffn"` (with feed-forward networks) learned queries attend to them;
             `"transformer"` is an encoder-decoder.
-        num_layers (`int`, defaults to 2): Number of linear, cross-attention, or encoder and decoder layers.
         hidden_dim (`int`, defaults to 2048): Width between the layers of `"mlp"`, or width of `"transformer"`.
         num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N; `None` allows any number.
-        sequence_length (`int`, *optional*, defaults to 77): Length L to which zeros pad the states on the right, by
-            default that of the text embeddings that a pretrained U-Net has seen. `None` disables padding.
+        sequence_length (`int`, *optional*, defaults to 77): Length L to which zeros pad the states on the right, as
+            long as text embeddings are. `None` disables padding.
         num_queries (`int`, *optional*): Number T of learned queries, required by all types except `"mlp"`.
-        num_heads (`int`, defaults to 4): Number of attention heads of all types except `"mlp"`.
         learned_unconditional (`bool`, defaults to `False`): Whether the states without an image, which guidance leads
-            away from, are learned. They start as zeros, which they are in the released code.
+            away from, are learned instead of zeros.
 
     Raises:
         ValueError: If `projector_type` is unknown, or the numbers of queries, states and `sequence_length` do not fit.
@@ -148,15 +145,8 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
 
     def forward(self, visual_tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Args:
-            visual_tokens (`torch.Tensor` of shape `(B, N, V)`): From `model.generate` (L2-normalized).
-            kept (`torch.Tensor` of shape `(B,)`, bool, *optional*): `False` gives an image the unconditional states.
-
-        Returns:
-            `torch.Tensor` of shape `(B, L, C)`, where L is `sequence_length`, or T without padding.
-
-        Raises:
-            ValueError: If the visual tokens have another shape, or too many of them are given.
+        Map visual tokens (B, N, V) to states (B, L, C), where L is T without padding. Images that are not `kept` (bool
+        of shape (B,)) get the unconditional states. Another shape, or too many tokens, raise a `ValueError`.
         """
         count, width = self.config.num_image_tokens, self.config.visual_token_dim
         if visual_tokens.ndim != 3 or visual_tokens.shape[1:] != (count or visual_tokens.shape[1], width):

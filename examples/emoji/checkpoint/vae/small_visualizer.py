@@ -11,14 +11,11 @@ from torch import nn
 
 class GridUNet2DConditionModel(UNet2DConditionModel):
     r"""
-    [`UNet2DConditionModel`] that attends to the visual tokens, and also receives their grid beside the sample.
-
-    Cross-attention alone does not tell where in the image a token belongs. A large U-Net learns this in time, but a
-    small one does not. The grid, resized to the sample's size, adds input channels to `conv_in`.
+    [`UNet2DConditionModel`] that attends to the visual tokens, and also reads their grid beside the sample: a small
+    U-Net does not learn by cross-attention where in the image a token belongs.
 
     Args:
-        grid_channels (`int`, defaults to 64): Number of channels that the grid adds. The other arguments are those of
-            [`UNet2DConditionModel`]; its arguments that are not listed are not supported.
+        grid_channels (`int`, defaults to 64): Input channels that the grid adds to `conv_in`.
     """
 
     @register_to_config
@@ -49,14 +46,7 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
         return super().extract_init_dict(own, **kwargs)
 
     def forward(self, sample: torch.Tensor, timestep, encoder_hidden_states: torch.Tensor, **kwargs):
-        """
-        Args:
-            sample (`torch.Tensor` of shape (I, in_channels, height, width)): Noisy latents.
-            encoder_hidden_states (`torch.Tensor` of shape (I, N, cross_attention_dim)): Projected visual tokens.
-
-        Raises:
-            ValueError: If N is not a square number, for example after padding.
-        """
+        """Denoise a sample (I, in_channels, h, w), given projected visual tokens (I, N, cross_attention_dim)."""
         count = encoder_hidden_states.shape[1]
         side = round(count**0.5)
         if side**2 != count:
@@ -71,16 +61,9 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
 
 class PatchVAE(ModelMixin, ConfigMixin):
     r"""
-    Linear VAE that maps each patch of pixels to one latent vector. It takes the place of `AutoencoderKL`.
-
-    The optimum of a linear VAE's ELBO (Lucas et al., 2019, arXiv 1911.02469) is known in closed form: probabilistic
-    principal components (Tipping and Bishop, 1999). [`PatchVAE.fit`] computes them.
-
-    Args:
-        in_channels (`int`, defaults to 3): Number of image channels.
-        latent_channels (`int`, defaults to 32): Number of principal components.
-        patch_size (`int`, defaults to 8): Side of a patch in pixels.
-        scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
+    Linear VAE that maps each patch of pixels to one latent vector, in the place of `AutoencoderKL`. The optimum of its
+    ELBO (arXiv 1911.02469) is known: probabilistic principal components (Tipping and Bishop, 1999), which
+    [`PatchVAE.fit`] computes. `scaling_factor` gives the latents unit variance.
     """
 
     @register_to_config
@@ -95,15 +78,7 @@ class PatchVAE(ModelMixin, ConfigMixin):
 
     @classmethod
     def fit(cls, images: torch.Tensor, latent_channels: int = 32, patch_size: int = 8) -> "PatchVAE":
-        """
-        Fit a VAE to images.
-
-        Args:
-            images (`torch.Tensor` of shape (I, C, height, width)): Pixels in [-1, 1].
-
-        Raises:
-            ValueError: If the images cannot be divided into patches, or a patch has too few values.
-        """
+        """Fit a VAE to images (I, C, height, width) in [-1, 1], whose sides must be multiples of the patch size."""
         channels, height, width = images.shape[1:]
         size = channels * patch_size**2
         if height % patch_size or width % patch_size or latent_channels >= size:
