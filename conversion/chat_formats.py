@@ -17,9 +17,6 @@ def extend_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Extend the tokenizer's chat template by images in any turn and `{% generation %}` marks around answers.
 
     TRL's training template is used where TRL has one for this model. Any other template is rendered turn by turn.
-
-    Raises:
-        ValueError: If there is no chat template, or neither TRL nor rendering by turns can extend it.
     """
     from trl.chat_template_utils import get_training_chat_template
 

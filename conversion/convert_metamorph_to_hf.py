@@ -49,11 +49,7 @@ CONVERTIBLE = {
 
 
 def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
-    """Translate the released `config.json`.
-
-    Raises:
-        ConversionError: If the released code could not run this configuration, or never trained with it.
-    """
+    """Translate the released `config.json`."""
     file = "config.json"
     common.check_layers(source, file)
     for name, allowed in CONVERTIBLE.items():
@@ -72,13 +68,8 @@ def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
     head = source.get("vision_head_type")
     try:
         text_config = LlamaConfig(**text, name_or_path=source.get("_name_or_path", ""))
-    except (
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ZeroDivisionError,
-    ) as error:  # the class calculates before it validates
+    except (AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        # The class calculates before it validates.
         raise ConversionError(f"{file} has a value of a wrong kind for a Llama configuration: {error}") from error
     config = MetaMorphConfig(
         text_config=text_config,
@@ -124,11 +115,7 @@ def load_model(
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, image_processor, config: MetaMorphConfig
 ) -> MetaMorphProcessor:
-    """Build the processor with the released code's chat format.
-
-    Raises:
-        ConversionError: If the tokenizer's ids are not those of the checkpoint, or it is not Llama 3's.
-    """
+    """Build the processor with the released code's chat format."""
     for field, token in common.IMAGE_TOKENS.items():
         tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
         found, expected = tokenizer.convert_tokens_to_ids(token), getattr(config, field)
@@ -148,11 +135,7 @@ def convert(
     tokenizer: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Convert the checkpoint folder `source`; the arguments are those of the command line.
-
-    Raises:
-        ConversionError: If anything in the source is not as it must be, or `target` exists.
-    """
+    """Convert the checkpoint folder `source`; the arguments are those of the command line."""
     common.check_target(target, source, vision_tower, tokenizer)
     config = convert_config(common.read_json(source / "config.json"), vision_tower)
     model, dead = load_model(source, config, dtype)

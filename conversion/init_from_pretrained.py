@@ -50,11 +50,7 @@ def add_image_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
-
-    Raises:
-        ConversionError: If MetaMorph could not compute what this language model does.
-    """
+    """Load a causal language model and its tokenizer."""
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
     config = common.load_config(name, **source)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get_text_config() is not config:
@@ -110,11 +106,7 @@ def build_processor(
 
 @torch.no_grad()
 def join_models(llm: PreTrainedModel, tower: PreTrainedModel, config: dict) -> MetaMorphForConditionalGeneration:
-    """Join a language model and a vision tower to a MetaMorph with a random projector and vision head.
-
-    Raises:
-        ConversionError: If it does not give the language model's own logits.
-    """
+    """Join a language model and a vision tower to a MetaMorph with a random projector and vision head."""
     ids = torch.arange(16).unsqueeze(0) % llm.config.vocab_size
     expected = llm(input_ids=ids).logits.float()
     tied = llm.config.tie_word_embeddings

@@ -287,5 +287,5 @@ class TestSaving:
         assert inputs.input_ids == [[ASSISTANT, USER, IMAGE]]
 
     def test_tokenizer_without_image_tokens(self, tiny_tokenizer):
-        with pytest.raises(ValueError, match="has no token <picture>. Add it first: tokenizer.add_special_tokens"):
+        with pytest.raises(ValueError, match="has no token <picture>. Add it by tokenizer.add_special_tokens"):
             MetaMorphProcessor(SiglipImageProcessorPil(), tiny_tokenizer, image_token="<picture>")

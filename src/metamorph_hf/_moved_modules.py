@@ -23,14 +23,13 @@ class MovedModule(ModuleType):
     """A module whose names are looked up at their new paths."""
 
     def __getattr__(self, name: str):
-        if not name.startswith("__"):
-            package, _, old = self.__name__.rpartition(".")
-            for new in MOVED[old]:
-                module = importlib.import_module(f"{package}.{new}")
-                if name in vars(module):
-                    message = f"{self.__name__}.{name} has moved to {module.__name__}: import it from there."
-                    warnings.warn(message, FutureWarning, stacklevel=2)
-                    return vars(module)[name]
+        package, _, old = self.__name__.rpartition(".")
+        for new in () if name.startswith("__") else MOVED[old]:
+            module = importlib.import_module(f"{package}.{new}")
+            if name in vars(module):
+                message = f"{self.__name__}.{name} has moved to {module.__name__}: import it from there."
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                return vars(module)[name]
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

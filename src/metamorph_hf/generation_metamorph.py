@@ -38,15 +38,8 @@ class MetaMorphGenerationConfig(GenerationConfig):
         force_image (`bool`, *optional*, defaults to `False`): Begin the answer with an image.
     """
 
-    def __init__(self, **kwargs):
-        self.max_images = kwargs.pop("max_images", None)
-        self.force_image = kwargs.pop("force_image", False)
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_model_config(cls, model_config) -> "MetaMorphGenerationConfig":
-        """See [`GenerationConfig.from_model_config`], which expects its own fields only."""
-        return cls(**GenerationConfig.from_model_config(model_config).to_dict())
+    max_images: int | None = None
+    force_image: bool = False
 
 
 @dataclass
@@ -186,11 +179,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 the prompt is too long, or an image that is asked for does not fit.
         """
         if generation_mode != "text":
-            raise ValueError(
-                f"generation_mode={generation_mode!r} is not supported: no pipeline of transformers decodes visual "
-                "tokens into images. Use MetaMorphPipeline, or `generate` with force_image=True and "
-                "return_dict_in_generate=True for the visual tokens."
-            )
+            raise ValueError(f"generation_mode={generation_mode!r} is not supported: use MetaMorphPipeline instead.")
         for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs"):
             if kwargs.get(name, ...) is None:
                 del kwargs[name]  # transformers takes its default only where the name is missing
@@ -205,9 +194,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             kwargs.setdefault("max_images", None)
         if visual_tokens is not None:
             if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
-                raise ValueError(
-                    "Images are given twice: pass one of `visual_tokens`, `pixel_values` and `mm_encoder_outputs`."
-                )
+                raise ValueError("Images are given twice: as `visual_tokens`, and as pixels or `mm_encoder_outputs`.")
             visual_tokens = join_visual_tokens(visual_tokens).to(self.device)
             features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
@@ -226,11 +213,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Refuse continuous batching, which passes on token ids but no visual tokens."""
-        raise NotImplementedError(
-            "Continuous batching (`generate_batch`, the paged cache) passes on token ids but no visual tokens: call "
-            "`generate` with a batch."
-        )
+        raise NotImplementedError("Continuous batching passes on no visual tokens: call `generate` with a batch.")
 
     def _allows_images(self, generation_config: GenerationConfig) -> bool:
         bad_words = [word[0] for word in generation_config.bad_words_ids or [] if len(word) == 1]
@@ -248,16 +231,10 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 raise ValueError(f"`force_image` asks for an image, but {others} forbid it.")
             return
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise ValueError(
-                f"{generation_mode.value.replace('_', ' ')} cannot generate images: visual tokens are regressed, so "
-                "there are no alternatives to rank or verify. Use greedy search or sampling (num_beams=1, no "
-                "assistant), or exclude images with max_images=0."
-            )
+            mode = generation_mode.value.replace("_", " ")
+            raise ValueError(f"{mode} cannot generate images: use greedy search or sampling, or set max_images=0.")
         if generation_config.guidance_scale not in (None, 1):
-            raise ValueError(
-                "Classifier-free guidance (guidance_scale) cannot generate images: its second pass reads the answer "
-                "as ids, without visual tokens. Leave guidance_scale out, or exclude images with max_images=0."
-            )
+            raise ValueError("guidance_scale cannot generate images: leave it out, or set max_images=0.")
 
     # Overridden since a processor that depends on the prompt's length cannot be passed by the caller.
     def _get_logits_processor(self, generation_config, input_ids_seq_length, *args, model_kwargs, **kwargs):
@@ -369,25 +346,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
         if inputs_embeds is not None and inputs_embeds.shape[-1] != (width := config.text_config.hidden_size):
             raise ValueError(f"`inputs_embeds` has shape {tuple(inputs_embeds.shape)}, expected (B, S, {width}).")
-        if num_given >= self._context:
-            raise ValueError(
-                f"The prompt has {num_given} tokens, visual tokens included, but the model's context holds "
-                f"{self._context}: shorten the prompt or leave out images."
-            )
-        vocab_size = config.text_config.vocab_size
-        unknown = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+        if num_given >= (limit := self._context):
+            raise ValueError(f"The prompt has {num_given} tokens, but the model's context holds {limit}: shorten it.")
+        unknown = input_ids[(input_ids < 0) | (input_ids >= (size := config.text_config.vocab_size))]
         if unknown.numel():
-            raise ValueError(
-                f"`input_ids` hold {unknown[0].item()}, but the model's vocabulary has {vocab_size} tokens: the ids "
-                "come from another tokenizer."
-            )
+            raise ValueError(f"`input_ids` hold {unknown[0].item()}, but there are {size} ids: use another tokenizer.")
         is_visual = input_ids[:, -config.num_image_tokens :] == config.image_token_id
         is_partial = is_visual[:, -1:].any(-1) & (is_visual.sum(-1) < config.num_image_tokens)
         if is_partial.any():
-            raise ValueError(
-                f"Prompts {is_partial.nonzero().flatten().tolist()} end in the middle of an image: an image in a "
-                f"prompt takes all of its {config.num_image_tokens} image tokens and <image_end>."
-            )
+            rows = is_partial.nonzero().flatten().tolist()
+            raise ValueError(f"Prompts {rows} end inside an image: it takes {config.num_image_tokens} image tokens.")
         # The cache of a state space model does not say how much it has read.
         if not mm_encoder_outputs and (cache is None or not all(cache.is_linear)):
             num_read = 0 if cache is None else int(cache.get_seq_length())

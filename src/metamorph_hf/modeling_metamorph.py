@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
     MultimodalCausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_metamorph import MetaMorphConfig
@@ -130,10 +130,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
     def __init__(self, config: MetaMorphConfig):
         super().__init__(config)
         if config.text_config.model_type in WITHOUT_COMMON_CACHE:
-            raise ValueError(
-                f"A language model of type {config.text_config.model_type} keeps its state in a form of its own, "
-                "which `generate` cannot use: choose one with transformers' common cache, such as Llama."
-            )
+            model_type = config.text_config.model_type
+            raise ValueError(f"{model_type} models have no cache for `generate`: choose another, such as Llama.")
         width = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.projector = MetaMorphMLP(config.visual_token_dim, width, width, config.projector_layers)
@@ -161,10 +159,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         is_concatenated = config.token_reduction == "concat_interpolation"
         side, target = round(num_patches**0.5), config.grid_side * (2 if is_concatenated else 1)
         if side**2 != num_patches:
-            raise ValueError(
-                f"The vision tower returned {num_patches} patches per image, which do not form a square grid: use a "
-                "vision encoder with square images and patches."
-            )
+            raise ValueError(f"The tower returned {num_patches} patches per image, which do not form a square grid.")
         grid = patches.transpose(1, 2).reshape(num_images, channels, side, side)
         if side != target:
             resized = F.interpolate(grid.float(), size=(target, target), mode="bilinear", align_corners=False)
@@ -181,21 +176,18 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         """
         return self._encode(pixel_values)[1]
 
-    def _encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+    def _encode(self, pixel_values, output_hidden_states=None, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
         """Run the vision tower; return its output and the visual tokens (I, N, V)."""
-        wants_all = kwargs.pop("output_hidden_states", None) or self.config.vision_config.output_hidden_states
         if pixel_values.ndim != 4:
             shape = tuple(pixel_values.shape)
             raise ValueError(f"`pixel_values` has shape {shape}, expected (images, 3, height, width).")
-        patch_size = self.config.vision_config.patch_size
-        num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        config, (height, width) = self.config.vision_config, pixel_values.shape[2:]
+        num_patches = (height // config.patch_size) * (width // config.patch_size)
+        states = True if output_hidden_states or config.output_hidden_states else [-1]
         # Gradient checkpointing makes the inputs of every layer require gradients, even in a frozen tower.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_vision_tower_trained()):
-            outputs = self.vision_tower(
-                pixel_values.to(self.vision_tower.dtype),
-                output_hidden_states=True if wants_all else [-1],
-                **{**kwargs, "return_dict": True},
-            )
+            pixel_values, options = pixel_values.to(self.vision_tower.dtype), {**kwargs, "return_dict": True}
+            outputs = self.vision_tower(pixel_values, output_hidden_states=states, **options)
         patches = outputs.hidden_states[-1][:, -num_patches:]  # drops class and register tokens, which come first
         return outputs, self.normalize_visual_tokens(self.reduce_patches(patches))
 
@@ -227,12 +219,9 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         outputs = BaseModelOutputWithPooling()
         if visual_tokens is None:
             outputs, visual_tokens = self._encode(pixel_values, **kwargs)
-        expected = (self.config.num_image_tokens, self.config.visual_token_dim)
-        if visual_tokens.ndim != 3 or tuple(visual_tokens.shape[1:]) != expected:
-            raise ValueError(
-                f"`visual_tokens` has shape {tuple(visual_tokens.shape)}, expected (images, {expected[0]}, "
-                f"{expected[1]}): {expected[0]} tokens per image, each {expected[1]} wide."
-            )
+        found, expected = tuple(visual_tokens.shape), (self.config.num_image_tokens, self.config.visual_token_dim)
+        if found[1:] != expected:
+            raise ValueError(f"`visual_tokens` has shape {found}, expected (images, {expected[0]}, {expected[1]}).")
         if image_indices is not None:
             check_image_indices(image_indices, len(visual_tokens))
             visual_tokens = visual_tokens[image_indices]
@@ -269,20 +258,17 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         config, vocab_size = self.config, self.config.text_config.vocab_size
         image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
         if max(image_ids) >= vocab_size:
-            raise ValueError(
-                f"The image token ids {image_ids} do not all fit in the language model's vocabulary of {vocab_size}: "
-                "call model.resize_token_embeddings(len(tokenizer)) after adding the three tokens."
-            )
+            problem = f"The image token ids {image_ids} do not fit in the language model's vocabulary of {vocab_size}"
+            raise ValueError(f"{problem}: call model.resize_token_embeddings(len(tokenizer)).")
 
     def check_image_count(self, mask: torch.Tensor, num_features: int) -> None:
         """Raise an error that states both counts unless the mask of image tokens has `num_features` positions."""
-        num_image_tokens = self.config.num_image_tokens
+        num_images = num_features / self.config.num_image_tokens
         torch_compilable_check(
             mask.sum() == num_features,
             lambda: (
                 f"The input has {int(mask.sum())} image token positions, but the images fill {num_features} "
-                f"({num_features / num_image_tokens:g} images of {num_image_tokens} visual tokens). Image features "
-                "and image tokens do not match: pass one image per placeholder, e.g. through the processor."
+                f"({num_images:g} images): pass one image per placeholder, e.g. through the processor."
             ),
         )
 

@@ -58,10 +58,8 @@ class PipelineSavingMixin:
         if folder.is_dir():  # diffusers does not name a component that is missing
             named = cls.load_config(folder).keys() & set(cls._get_signature_keys(cls)[0]) - kwargs.keys()
             if missing := [name for name in sorted(named) if not (folder / name).is_dir()]:
-                raise FileNotFoundError(
-                    f"{folder} lacks the folders {', '.join(missing)} named in its {cls.config_name}: pass the "
-                    f"components ({missing[0]}=...), or copy the folder again."
-                )
+                named = f"the folders {', '.join(missing)} named in its {cls.config_name}"
+                raise FileNotFoundError(f"{folder} lacks {named}: pass the components, or copy the folder again.")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -120,9 +118,7 @@ class PipelineSavingMixin:
             if component is None or not any(".base_layer." in key for key in component.state_dict()):
                 continue
             if name != "unet":
-                raise ValueError(
-                    f"The {name} has adapters, with which it could not be loaded again: merge them first."
-                )
+                raise ValueError(f"The {name} has adapters, and could not be loaded again: merge them first.")
             saved.unet = copy.deepcopy(component)
             saved.unet.fuse_lora()
             saved.unet.unload_lora()

@@ -56,10 +56,8 @@ def normalize_part(part: Any) -> dict[str, Any]:
         return {"type": "image"} if image is None else {"type": "image", "image": image}
     if kind in TEXT_TYPES and isinstance(part.get("text"), str):
         return {"type": "text", "text": check_unicode(part["text"])}
-    raise ValueError(
-        f"A content part is neither text nor an image: {str(part)[:100]}. Its type must be one of "
-        f"{', '.join(TEXT_TYPES + IMAGE_TYPES)}."
-    )
+    types = ", ".join(TEXT_TYPES + IMAGE_TYPES)
+    raise ValueError(f"A content part is neither text nor an image, of type {types}, but {str(part)[:100]}.")
 
 
 def normalize_message(message: Any) -> dict[str, Any]:
@@ -104,11 +102,8 @@ class MetaMorphProcessor(ProcessorMixin):
     ):
         tokens, vocabulary = [image_token, image_start_token, image_end_token], tokenizer.get_vocab()
         if unknown := [token for token in tokens if token not in vocabulary]:
-            raise ValueError(
-                f"The tokenizer has no token {', '.join(unknown)}. Add it first: "
-                f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}}), and resize the model's "
-                "embeddings to match."
-            )
+            call = f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}})"
+            raise ValueError(f"The tokenizer has no token {', '.join(unknown)}. Add it by {call}.")
         self.num_image_tokens = num_image_tokens
         self.image_token, self.image_start_token, self.image_end_token = tokens
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = map(vocabulary.get, tokens)
@@ -157,10 +152,8 @@ class MetaMorphProcessor(ProcessorMixin):
         if text is not None and isinstance(images, (list, tuple)) and all(isinstance(row, list) for row in images):
             placeholders, counts = [sample.count(self.image_token) for sample in text], [len(row) for row in images]
             if placeholders != counts:
-                raise ValueError(
-                    f"The texts have {placeholders} {self.image_token} placeholders, but their lists of images have "
-                    f"{counts} images: pass one image per placeholder, in a list per text."
-                )
+                given = f"{placeholders} {self.image_token} placeholders, but their lists of images hold {counts}"
+                raise ValueError(f"The texts have {given}: pass one image per placeholder, in a list per text.")
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         if image_sizes is None:

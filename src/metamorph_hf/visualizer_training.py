@@ -29,7 +29,7 @@ class ConditionedUNet(nn.Module):
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, visual_tokens: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
-        """Denoise latents (I, C, h, w) at `timesteps` (I,), given visual tokens (I, N, V) if `kept` (bool of shape (I,))."""
+        """Denoise latents (I, C, h, w) at `timesteps` (I,), given visual tokens (I, N, V) if `kept` (I,) is True."""
         return self.unet(noisy, timesteps, encoder_hidden_states=self.projector(visual_tokens, kept)).sample
 
 

@@ -134,10 +134,8 @@ def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
         value = getattr(part.config, field, None)
         other_value = getattr(other if other is processor else other.config, other_field, None)
         if value != other_value:
-            raise ValueError(
-                f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field} "
-                f"is {other_value}: they do not fit together."
-            )
+            names = f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field}"
+            raise ValueError(f"{names} is {other_value}: they do not fit together.")
 
 
 class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
@@ -224,10 +222,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
 
     def _require_model(self) -> None:
         if self.model is None or self.processor is None:
-            raise ValueError(
-                "This pipeline was saved without a model or its processor, so it can only decode visual tokens: use "
-                "`decode_visual_tokens`, or pass `model=` and `processor=` to `from_pretrained`."
-            )
+            raise ValueError("Without a model and its processor, a pipeline can only decode visual tokens: pass both.")
 
     def prepare_conversations(self, prompt=None, image=None, messages=None) -> list[Conversation]:
         """Return the B conversations that a call with these arguments sends, or raise a `ValueError`."""
@@ -237,8 +232,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             conversations = messages if messages and isinstance(messages[0], list) else [messages]
             if image is not None or not all(conversations):
                 raise ValueError(
-                    "`messages` must be a conversation or a list of conversations, none of them empty. Their images "
-                    'are not passed as `image`, but are part of the content: {"type": "image", "image": image}.'
+                    "`messages` must be a conversation or several, none of them empty. Their images are not passed as "
+                    '`image`, but are part of the content: {"type": "image", "image": image}.'
                 )
             return conversations
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -246,10 +241,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
         entries = image if isinstance(image, list) and isinstance(prompt, list) else [image] * len(prompts)
         if len(entries) != len(prompts):
-            raise ValueError(
-                f"Got {len(prompts)} prompts but {len(entries)} entries in `image`: pass one entry per prompt (a list "
-                "of images where a prompt has several), or one image for all prompts."
-            )
+            counts = f"{len(prompts)} prompts but {len(entries)} entries in `image`"
+            raise ValueError(f"Got {counts}: pass one entry (an image or a list) per prompt, or one image for all.")
         template, conversations = self.config.instruction_template, []
         for entry, text in zip(entries, prompts):
             images = entry if isinstance(entry, (list, tuple)) else [entry]
@@ -304,13 +297,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         do_classifier_free_guidance: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Return the states (I, L, C) that the U-Net attends to, and those to guide away from, `None` without guidance.
-
-        Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V), or list of them): The images.
-            negative_visual_tokens (`torch.Tensor` of shape (N, V) or (I, N, V), *optional*): Those to guide away from.
-                Their states default to the projector's unconditional ones.
-            do_classifier_free_guidance (`bool`, defaults to `True`): Whether there is guidance.
+        Return the states (I, L, C) that the U-Net attends to, given visual tokens (I, N, V), and those to guide away
+        from: of `negative_visual_tokens` (N, V) or (I, N, V), or unconditional ones; `None` without guidance.
         """
         placement = {"device": self._execution_device, "dtype": self.projector.dtype}
         visual_tokens = join_visual_tokens(visual_tokens).to(**placement)
@@ -323,8 +311,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         whole, one = tuple(visual_tokens.shape), tuple(visual_tokens.shape[1:])
         if (given := tuple(negative_visual_tokens.shape)) not in (whole, one, (1, *one)):
             raise ValueError(f"`negative_visual_tokens` have shape {given}, but must have shape {one} or {whole}.")
-        negative_visual_tokens = negative_visual_tokens.to(**placement).expand(len(embeds), -1, -1)
-        return embeds, self.projector(negative_visual_tokens).to(embeds.dtype)
+        negative = self.projector(negative_visual_tokens.to(**placement).expand_as(visual_tokens))
+        return embeds, negative.to(embeds.dtype)
 
     def _start_call(self, num_inputs: int, options: dict) -> "MetaMorphPipeline":
         """Check the options of a call, and return a copy of this pipeline with them and a scheduler of its own."""
@@ -341,10 +329,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             if getattr(options, name) % factor:
                 raise ValueError(f"`{name}` is {getattr(options, name)}, but must be a multiple of {factor}.")
         if isinstance(generator, list) and len(generator) not in (num_inputs, num_inputs * repeats):
-            raise ValueError(
-                f"Got {len(generator)} generators for {num_inputs} prompts or images: pass one for each, or one for "
-                f"each of their {repeats} decodings."
-            )
+            counts = f"{len(generator)} generators for {num_inputs} prompts or images"
+            raise ValueError(f"Got {counts}: pass one for each, or one for each of their {repeats} decodings.")
         self._interrupt = False
         call = copy.copy(self)  # callbacks receive the copy, so that they only change their own call
         call.scheduler = copy.deepcopy(self.scheduler)
@@ -418,12 +404,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     @torch.no_grad()
     def decode_visual_tokens(self, visual_tokens: torch.Tensor, **options) -> Images:
         """
-        Decode visual tokens into I * `num_images_per_prompt` images. If memory is short, call with a few at a time.
-
-        Args:
-            visual_tokens (`torch.Tensor` of shape (I, N, V), or list of them): From `model.generate` or
-                [`get_visual_tokens`].
-            options: Those of [`DecodingOptions`].
+        Decode visual tokens (I, N, V), or a list of them, into I * `num_images_per_prompt` images, by the options of
+        [`DecodingOptions`]. If memory is short, call with a few at a time.
 
         Raises:
             ValueError: If shapes, counts or options do not fit, or a value is NaN or infinite.

@@ -20,36 +20,28 @@ class MetaMorphConfig(PreTrainedConfig):
             Configuration of any causal language model that `AutoModelForCausalLM` knows.
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to SigLIP so400m-patch14-384):
             Configuration of any vision encoder with a square patch grid, `image_size`, `patch_size`, `hidden_size`.
-        image_token_id (`int`, *optional*, defaults to 128258):
-            Id at each position of a visual token, in `input_ids` and, where the visual token is a regression target,
-            in `labels`. It is never predicted as text.
-        image_start_token_id (`int`, *optional*, defaults to 128256): Id of `<image_start>`, an ordinary text target.
-        image_end_token_id (`int`, *optional*, defaults to 128257): Id of `<image_end>`, an ordinary text target.
+        image_token_id (`int`, *optional*, defaults to 128258): Id at each position of a visual token, in `input_ids`
+            and, where the visual token is a regression target, in `labels`. It is never predicted as text.
+        image_start_token_id, image_end_token_id (`int`): Ids of `<image_start>` and `<image_end>`, ordinary text.
         num_image_tokens (`int`, *optional*, defaults to 64): Visual tokens per image, N; a square number.
-        token_reduction (`str`, *optional*, defaults to `"interpolation"`):
-            How the patch grid becomes N visual tokens: `"interpolation"` (bilinear to sqrt(N) x sqrt(N)) or
-            `"concat_interpolation"` (bilinear to twice that side, each 2x2 block concatenated to 4 V channels).
-        projector_type (`str`, *optional*, defaults to `"mlp2x_gelu"`):
-            `"linear"`, or `"mlp2x_gelu"` (the paper), `"mlp3x_gelu"` and so on for that many linear layers.
-        vision_head_type (`str`, *optional*, defaults to `"mlp"`):
-            `"linear"`, `"mlp"` (the paper) or `"mlp2x_gelu"`: one, two or three linear layers.
+        token_reduction (`str`, *optional*): How the patch grid becomes N visual tokens: `"interpolation"` (bilinear to
+            sqrt(N) x sqrt(N)) or `"concat_interpolation"` (to twice that side; 2x2 blocks become 4 V channels).
+        projector_type (`str`, *optional*): `"linear"`, or `"mlp2x_gelu"` (the paper), `"mlp3x_gelu"` and so on for
+            that many linear layers.
+        vision_head_type (`str`, *optional*): `"linear"`, `"mlp"` (the paper) or `"mlp2x_gelu"`: 1, 2 or 3 layers.
         normalize_visual_tokens (`bool`, *optional*, defaults to `True`): L2-normalize visual tokens over channels.
         visual_loss_type (`str`, *optional*, defaults to `"cosine"`): `"cosine"` (the paper), `"l1"` or `"mse"`.
         visual_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the visual loss beside the text loss.
-        visual_token_noise (`float`, *optional*, defaults to 0.0):
-            Largest share of the visual tokens *fed in* for answer images that noise replaces in training; the targets
-            stay clean. Each image draws its share from [0, this], cut at 1: with 2.0 half of the images are all
-            noise. The paper has none; a small model without it copies its inputs and does not learn to generate
-            images from words.
-        visual_decoding (`str`, *optional*, defaults to `"autoregressive"`):
-            How an answer's image is generated. `"autoregressive"` (the paper): each predicted visual token is fed
-            back. `"parallel"`: the inputs of an answer's image are N learned queries (as in Nexus-Gen, arXiv
+        visual_token_noise (`float`, *optional*, defaults to 0.0): Largest share of noise in the visual tokens *fed in*
+            for answer images in training; each image draws its share from [0, this], cut at 1. The paper has none; a
+            small model without it copies its inputs and does not learn to generate images from words.
+        visual_decoding (`str`, *optional*): How an answer's image is generated. `"autoregressive"` (the paper): each
+            predicted visual token is fed back. `"parallel"`: the inputs are N learned queries (as in Nexus-Gen, arXiv
             2504.21356), so that one forward pass predicts all N visual tokens; `visual_token_noise` does not apply.
         tie_word_embeddings (`bool`, *optional*): Share `lm_head` with the embeddings; defaults to `text_config`'s.
 
     Raises:
-        ValueError: if `num_image_tokens` is not a square number, `projector_type` is unknown, or the three image token
-            ids are not distinct.
+        ValueError: if a value is none of these, or the three image token ids are not distinct.
     """
 
     model_type = "metamorph"
@@ -115,13 +107,8 @@ class MetaMorphConfig(PreTrainedConfig):
         self.text_config, self.vision_config = copy.deepcopy(self.text_config), copy.deepcopy(self.vision_config)
         try:
             super().__post_init__(**kwargs)
-        except (
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ZeroDivisionError,
-        ) as error:  # the classes of transformers calculate first
+        except (AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as error:
+            # The classes of transformers calculate before they validate.
             raise ValueError(f"text_config or vision_config has a value of a wrong kind: {error}") from error
         if getattr(self, "auto_map", None) is None:  # saving adds AutoConfig and AutoModel
             model_class = "modeling_metamorph.MetaMorphForConditionalGeneration"
@@ -133,23 +120,15 @@ class MetaMorphConfig(PreTrainedConfig):
         # SigLIP's pooling head is never used, and its attention cannot be offloaded.
         self.vision_config.vision_use_head = False
         if self.num_image_tokens < 1 or self.grid_side**2 != self.num_image_tokens:
-            raise ValueError(
-                f"num_image_tokens is {self.num_image_tokens}, but visual tokens form a square grid: use a square "
-                "number such as 16, 64 or 256."
-            )
+            raise ValueError(f"num_image_tokens is {self.num_image_tokens}, but must be a square number such as 64.")
         if self.projector_type != "linear" and not re.fullmatch(r"mlp[1-9]\d*x_gelu", self.projector_type):
-            raise ValueError(
-                f'projector_type is "{self.projector_type}", but must be "linear", or "mlp2x_gelu" or the like.'
-            )
+            raise ValueError(f'projector_type is "{self.projector_type}", but must be "linear" or like "mlp2x_gelu".')
         for name in ("visual_loss_weight", "visual_token_noise"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or a larger finite number.")
         ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
         if len(set(ids)) != 3 or min(ids) < 0:
-            raise ValueError(
-                f"image_token_id, image_start_token_id and image_end_token_id are {ids}, but must be distinct ids of "
-                "the vocabulary."
-            )
+            raise ValueError(f"The ids of <image>, <image_start> and <image_end> are {ids}, but must be distinct ids.")
 
     @property
     def grid_side(self) -> int:

@@ -10,6 +10,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
+TYPES = ("mlp", "xattn", "xattnffn", "transformer")
+
+
 class MLPProjection(nn.Module):
     """Linear layers, each with a layer norm, and ReLU in between. Maps (B, N, V) to (B, N, C)."""
 
@@ -113,10 +116,8 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
         learned_unconditional: bool = False,
     ):
         super().__init__()
-        if projector_type not in ("mlp", "xattn", "xattnffn", "transformer"):
-            raise ValueError(
-                f"`projector_type` is {projector_type!r}, but must be 'mlp', 'xattn', 'xattnffn' or 'transformer'."
-            )
+        if projector_type not in TYPES:
+            raise ValueError(f"`projector_type` is {projector_type!r}, but must be one of {', '.join(TYPES)}.")
         if num_layers < 1:
             raise ValueError(f"`num_layers` must be at least 1, but is {num_layers}.")
         if (num_queries is None) != (projector_type == "mlp"):
@@ -138,10 +139,8 @@ class VisualTokenProjector(ModelMixin, ConfigMixin):
 
     def _check_length(self, num_states: int) -> None:
         if num_states > (self.config.sequence_length or num_states):
-            raise ValueError(
-                f"The projector gives {num_states} states per image, which do not fit into a `sequence_length` of "
-                f"{self.config.sequence_length}. Set `sequence_length=None` to disable padding."
-            )
+            length = self.config.sequence_length
+            raise ValueError(f"{num_states} states per image do not fit into `sequence_length`={length}: use None.")
 
     def forward(self, visual_tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """

@@ -50,10 +50,7 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
         count = encoder_hidden_states.shape[1]
         side = round(count**0.5)
         if side**2 != count:
-            raise ValueError(
-                f"`encoder_hidden_states` have {count} positions, which do not form a square grid. Create the "
-                "VisualTokenProjector with `sequence_length=None`, so that it does not pad them."
-            )
+            raise ValueError(f"{count} states do not form a square grid: set the projector's sequence_length to None.")
         grid = self.grid_proj(encoder_hidden_states).transpose(1, 2).unflatten(2, (side, side))
         grid = F.interpolate(F.pixel_shuffle(grid, 2), size=sample.shape[2:])  # each token fills 2x2 cells of its own
         return super().forward(torch.cat([sample, grid], dim=1), timestep, encoder_hidden_states, **kwargs)
@@ -82,10 +79,8 @@ class PatchVAE(ModelMixin, ConfigMixin):
         channels, height, width = images.shape[1:]
         size = channels * patch_size**2
         if height % patch_size or width % patch_size or latent_channels >= size:
-            raise ValueError(
-                f"Got images of {height}x{width} and {latent_channels} latent channels, but the sides must be "
-                f"multiples of the patch, {patch_size}, and the channels fewer than {size}."
-            )
+            rule = f"the sides must be multiples of {patch_size}, and the channels fewer than {size}"
+            raise ValueError(f"Got images of {height}x{width} and {latent_channels} latent channels, but {rule}.")
         patches = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2).reshape(-1, size).double()
         mean = patches.mean(0)
         variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
