@@ -95,7 +95,7 @@ class TestExpansion:
             tiny_processor(images=tiny_images[:num_images] or None, text=text, return_tensors="pt")
 
     def test_images_in_the_wrong_row(self, tiny_processor, tiny_images):
-        with pytest.raises(ValueError, match=r"texts have \[1, 1\] <image> placeholders.*have \[2, 0\] images"):
+        with pytest.raises(ValueError, match=r"texts have \[1, 1\] <image> placeholders.*hold \[2, 0\]"):
             tiny_processor(
                 images=[tiny_images[:2], []], text=["<image>", "<image>"], return_tensors="pt", padding=True
             )

@@ -1,10 +1,11 @@
 """MetaMorph in the Hugging Face tools: one autoregressive model of text and continuous visual tokens."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-from . import _moved_modules
+from . import _moved_modules  # noqa: F401 (makes old import paths work)
 from .configuration_metamorph import MetaMorphConfig
 from .generation_metamorph import MetaMorphGenerationConfig, MetaMorphStreamer
 from .modeling_metamorph import MetaMorphForConditionalGeneration, MetaMorphModel, MetaMorphPreTrainedModel
@@ -26,8 +27,6 @@ AutoProcessor.register(MetaMorphConfig, MetaMorphProcessor, exist_ok=True)
 # AutoModel returns the class that can generate, since people load checkpoints saved from it.
 for _auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(MetaMorphConfig, MetaMorphForConditionalGeneration, exist_ok=True)
-
-_moved_modules.register(__name__)
 
 # Saved checkpoints carry their code, so that `trust_remote_code=True` loads them without this package.
 MetaMorphConfig.register_for_auto_class()
@@ -67,8 +66,6 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

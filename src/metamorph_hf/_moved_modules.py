@@ -33,7 +33,5 @@ class MovedModule(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-def register(package: str) -> None:
-    """Make the old paths importable."""
-    for old in MOVED:
-        sys.modules.setdefault(f"{package}.{old}", MovedModule(f"{package}.{old}"))
+for _old in MOVED:
+    sys.modules.setdefault(f"{__package__}.{_old}", MovedModule(f"{__package__}.{_old}"))

@@ -54,10 +54,7 @@ class MetaMorphConfig(PreTrainedConfig):
             model_type="llama",
             init_kwargs={
                 "vocab_size": 128259,
-                "hidden_size": 4096,
                 "intermediate_size": 14336,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
                 "num_key_value_heads": 8,
                 "max_position_embeddings": 131072,
                 "rms_norm_eps": 1e-5,
@@ -128,7 +125,8 @@ class MetaMorphConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 or a larger finite number.")
         ids = (self.image_token_id, self.image_start_token_id, self.image_end_token_id)
         if len(set(ids)) != 3 or min(ids) < 0:
-            raise ValueError(f"The ids of <image>, <image_start> and <image_end> are {ids}, but must be distinct ids.")
+            names = "image_token_id, image_start_token_id and image_end_token_id"
+            raise ValueError(f"{names} are {ids}, but must be distinct ids of the vocabulary.")
 
     @property
     def grid_side(self) -> int:
@@ -149,6 +147,3 @@ class MetaMorphConfig(PreTrainedConfig):
     def visual_token_dim(self) -> int:
         """Width V of one visual token."""
         return self.vision_config.hidden_size * (4 if self.token_reduction == "concat_interpolation" else 1)
-
-
-__all__ = ["MetaMorphConfig"]

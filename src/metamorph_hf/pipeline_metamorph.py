@@ -5,7 +5,6 @@ cross-attention states of width C per image.
 """
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partialmethod
@@ -20,7 +19,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline, retrieve_timesteps
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
@@ -305,14 +304,13 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         embeds = self.projector(visual_tokens).to(self.unet.dtype)
         if not do_classifier_free_guidance:
             return embeds, None
-        if negative_visual_tokens is None:  # the projector replaces images that are not kept
-            kept = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
-            return embeds, self.projector(visual_tokens, kept).to(embeds.dtype)
+        negative = visual_tokens if negative_visual_tokens is None else negative_visual_tokens.to(**placement)
         whole, one = tuple(visual_tokens.shape), tuple(visual_tokens.shape[1:])
-        if (given := tuple(negative_visual_tokens.shape)) not in (whole, one, (1, *one)):
+        if (given := tuple(negative.shape)) not in (whole, one, (1, *one)):
             raise ValueError(f"`negative_visual_tokens` have shape {given}, but must have shape {one} or {whole}.")
-        negative = self.projector(negative_visual_tokens.to(**placement).expand_as(visual_tokens))
-        return embeds, negative.to(embeds.dtype)
+        # The projector gives the unconditional states of images that are not kept.
+        kept = torch.full((len(embeds),), negative_visual_tokens is not None, device=embeds.device)
+        return embeds, self.projector(negative.expand_as(visual_tokens), kept).to(embeds.dtype)
 
     def _start_call(self, num_inputs: int, options: dict) -> "MetaMorphPipeline":
         """Check the options of a call, and return a copy of this pipeline with them and a scheduler of its own."""
@@ -363,9 +361,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             raise ValueError(f"`latents` have shape {tuple(latents.shape)}, but must have shape {shape}.")
         latents = latents.to(device, dtype) * call.scheduler.init_noise_sigma
         # 3. Denoise
-        accepted = inspect.signature(call.scheduler.step).parameters  # schedulers differ in this
-        step_kwargs = {"generator": generator, "eta": options.eta}
-        step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
+        step_kwargs = StableDiffusionPipeline.prepare_extra_step_kwargs(call, generator, options.eta)
         for index, timestep in enumerate(call.progress_bar(call.scheduler.timesteps if len(latents) else [])):
             if call._interrupt or self._interrupt:
                 continue
@@ -456,6 +452,3 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         image_counts = [count * call._options.num_images_per_prompt for count in image_counts]
         output = MetaMorphPipelineOutput(images, text, image_counts)
         return output if return_dict else output.to_tuple()
-
-
-__all__ = ["DecodingOptions", "MetaMorphPipeline", "MetaMorphPipelineOutput"]

@@ -173,6 +173,3 @@ def _copy_model_card(source: Path, target: Path) -> None:
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, copy)
-
-
-__all__ = ["PipelineSavingMixin"]

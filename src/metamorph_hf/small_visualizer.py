@@ -114,6 +114,3 @@ class PatchVAE(ModelMixin, ConfigMixin):
         """Decode latents (I, latent_channels, height, width) into images."""
         images = self.decoder(z + self.latent_mean)
         return DecoderOutput(sample=images) if return_dict else (images,)
-
-
-__all__ = ["GridUNet2DConditionModel", "PatchVAE"]

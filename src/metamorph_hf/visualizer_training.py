@@ -89,6 +89,3 @@ def save_ema_with(accelerator: Accelerator, ema: EMAModel) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-
-
-__all__ = ["ConditionedUNet", "diffusion_loss", "save_ema_with"]

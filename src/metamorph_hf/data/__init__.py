@@ -3,6 +3,3 @@
 
 class BadSample(ValueError):
     """A sample that cannot be trained on. The message says why and continues the sample's name: "has no messages"."""
-
-
-__all__ = ["BadSample"]

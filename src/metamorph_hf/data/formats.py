@@ -265,6 +265,3 @@ def video_prediction(
 
 _families = (chat, llava, text_to_image, image_to_image, reconstruction, visual_thinking, video_qa, video_prediction)
 FAMILIES: dict[str, Callable[..., Record]] = {family.__name__: family for family in _families}
-
-
-__all__ = ["FAMILIES", "BadSample", "extract_images"]

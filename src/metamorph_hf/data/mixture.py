@@ -272,6 +272,3 @@ def mixture_table(dataset: Dataset | IterableDataset, num_samples: int | None = 
         lines.append(f"{task:<18}{numbers}{count['shown'] / samples:>7.0%}{count['bad']:>6}  {source}")
     total = f", the first of {len(dataset):,}" if isinstance(dataset, Dataset) and len(dataset) > read else ""
     return "\n".join([*lines, f"{read:,} samples read{total}"])
-
-
-__all__ = ["JsonLines", "Source", "load_mixture", "mixture_table"]

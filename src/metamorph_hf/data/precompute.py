@@ -73,6 +73,3 @@ def _replace_images(columns: dict[str, list], transform: Callable, encoded: Data
     records = transform(columns)
     del records["images"]
     return {**records, **replaced}
-
-
-__all__ = ["precompute_visual_tokens"]

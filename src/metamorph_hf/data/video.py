@@ -67,6 +67,3 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
     if not frames:
         raise BadSample(f"has a video without frames ({name}).")
     return frames
-
-
-__all__ = ["open_video", "video_frames", "video_seconds"]

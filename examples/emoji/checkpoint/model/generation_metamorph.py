@@ -38,8 +38,15 @@ class MetaMorphGenerationConfig(GenerationConfig):
         force_image (`bool`, *optional*, defaults to `False`): Begin the answer with an image.
     """
 
-    max_images: int | None = None
-    force_image: bool = False
+    def __init__(self, **kwargs):
+        self.max_images = kwargs.pop("max_images", None)
+        self.force_image = kwargs.pop("force_image", False)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "MetaMorphGenerationConfig":
+        """See [`GenerationConfig.from_model_config`], which expects its own fields only."""
+        return cls(**GenerationConfig.from_model_config(model_config).to_dict())
 
 
 @dataclass
@@ -75,12 +82,11 @@ class ImageLogitsProcessor(LogitsProcessor):
         is_inside = ((last == self.image_token_id) | (last == start)).any(-1)
         is_full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).sum(-1) == self.num_image_tokens
 
-        if length + self.num_image_tokens + 2 > self.max_length:
-            scores = scores.index_fill(1, torch.tensor([start], device=scores.device), -torch.inf)
-        elif self.max_images is not None:
+        max_images = self.max_images if length + self.num_image_tokens + 2 <= self.max_length else 0
+        if max_images is not None:
             # The prompt's last token may begin the answer's first image.
             num_begun = (input_ids[:, max(self.prompt_length - 1, 0) :] == start).sum(-1)
-            start_scores = scores[:, start].masked_fill(num_begun >= self.max_images, -torch.inf)
+            start_scores = scores[:, start].masked_fill(num_begun >= max_images, -torch.inf)
             scores = scores.select_scatter(start_scores, 1, start)
 
         forced_ids = torch.where(is_full, self.image_end_token_id, self.image_token_id)
@@ -109,8 +115,7 @@ class MetaMorphStreamer(TextIteratorStreamer):
         self.num_new_tokens = self.num_visual_tokens = 0
 
     def __next__(self) -> str | torch.Tensor:
-        piece = super().__next__()
-        if isinstance(piece, BaseException):  # `generate()` failed in its thread
+        if isinstance(piece := super().__next__(), BaseException):  # `generate()` failed in its thread
             raise piece
         return piece
 
@@ -430,11 +435,3 @@ class MetaMorphGenerationMixin(GenerationMixin):
             tokens = tokens[: len(tokens) // num_image_tokens * num_image_tokens]
             gathered.append(tokens.unflatten(0, (-1, num_image_tokens)))
         return gathered
-
-
-__all__ = [
-    "MetaMorphGenerateOutput",
-    "MetaMorphGenerationConfig",
-    "MetaMorphGenerationMixin",
-    "MetaMorphStreamer",
-]

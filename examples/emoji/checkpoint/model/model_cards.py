@@ -74,6 +74,3 @@ def create_model_card(config: PreTrainedConfig, name: str, tags: Iterable[str] =
         metadata=metadata.to_yaml(), title=Path(name).name, name=name, config=config, llm=llm, tower=tower
     )
     return ModelCard(text)
-
-
-__all__ = ["create_model_card"]

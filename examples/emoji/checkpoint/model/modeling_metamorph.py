@@ -494,10 +494,7 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         is_target[:, 0] = False
         torch_compilable_check(
             (input_ids[is_target] == self.config.image_token_id).all(),
-            lambda: (
-                f"`labels` hold the image token id {self.config.image_token_id} where `input_ids` do not: a "
-                "regression target must be a visual token of the input."
-            ),
+            lambda: "`labels` hold `image_token_id` where `input_ids` do not: a target must be a visual token.",
         )
         return is_target
 
@@ -555,6 +552,3 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             "num_text_labels": counts[0],
             "num_visual_labels": counts[1],
         }
-
-
-__all__ = ["MetaMorphForConditionalGeneration", "MetaMorphModel", "MetaMorphPreTrainedModel"]

@@ -97,6 +97,3 @@ def describe_image(image: Any) -> str:
     if not isinstance(image, (str, Path)):
         return type(image).__name__
     return str(image).partition(",")[0] if str(image).startswith("data:") else str(image)[:200]
-
-
-__all__ = ["ImageReadError", "describe_image", "read_image"]

@@ -1,6 +1,7 @@
 """Processor of MetaMorph: chat messages with images to model inputs, and generated ids back to text."""
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -163,18 +164,13 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def decode_generated(self, ids: "torch.LongTensor | list[list[int]]") -> list[str]:
         """Decode generated ids (B, S) to B texts with one `<image>` per finished image and no other special tokens."""
-        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
-        skipped = {*self.tokenizer.all_special_ids, self.image_start_token_id, self.image_end_token_id}
+        special_ids = {*self.tokenizer.all_special_ids, self.image_start_token_id, self.image_end_token_id}
         kept_ids = []
-        for row in ids:
-            kept, placeholders = [], 0
-            for token in row:
-                placeholders = placeholders + 1 if token == self.image_token_id else 0
-                whole_image = placeholders and placeholders % self.num_image_tokens == 0
-                if whole_image or not (placeholders or token in skipped):
-                    kept.append(token)
-            kept_ids.append(kept)
+        for row in ids.tolist() if isinstance(ids, torch.Tensor) else ids:
+            kept_ids.append([])
+            for token, run in groupby(row):
+                if token == self.image_token_id:
+                    kept_ids[-1] += [token] * (len(list(run)) // self.num_image_tokens)
+                elif token not in special_ids:
+                    kept_ids[-1] += run
         return [text.strip() for text in self.tokenizer.batch_decode(kept_ids)]
-
-
-__all__ = ["MetaMorphProcessor"]
