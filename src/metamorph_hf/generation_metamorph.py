@@ -355,7 +355,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise ValueError(f"The prompt has {num_given} tokens, but the model's context holds {limit}: shorten it.")
         unknown = input_ids[(input_ids < 0) | (input_ids >= (size := config.text_config.vocab_size))]
         if unknown.numel():
-            raise ValueError(f"`input_ids` hold {unknown[0].item()}, but there are {size} ids: use another tokenizer.")
+            found = unknown[0].item()
+            raise ValueError(f"`input_ids` hold {found}, but the model has {size} token ids: use its own tokenizer.")
         is_visual = input_ids[:, -config.num_image_tokens :] == config.image_token_id
         is_partial = is_visual[:, -1:].any(-1) & (is_visual.sum(-1) < config.num_image_tokens)
         if is_partial.any():

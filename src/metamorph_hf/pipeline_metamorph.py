@@ -69,8 +69,8 @@ class MetaMorphPipelineOutput(BaseOutput):
 @dataclass
 class DecodingOptions:
     """
-    Options of [`MetaMorphPipeline`] for decoding the visual tokens of I images. They mean what they mean in
-    [`StableDiffusionPipeline`], and `None` is the default. Where there is more to say:
+    Options of [`MetaMorphPipeline`] for decoding the visual tokens of I images, named as in
+    [`StableDiffusionPipeline`]. `None` selects the default.
 
     Args:
         num_images_per_prompt: Number of decodings of each image, from different noise.

@@ -58,7 +58,7 @@ def normalize_part(part: Any) -> dict[str, Any]:
     if kind in TEXT_TYPES and isinstance(part.get("text"), str):
         return {"type": "text", "text": check_unicode(part["text"])}
     types = ", ".join(TEXT_TYPES + IMAGE_TYPES)
-    raise ValueError(f"A content part is neither text nor an image, of type {types}, but {str(part)[:100]}.")
+    raise ValueError(f"A content part is neither text nor an image: {str(part)[:100]}. Known types are {types}.")
 
 
 def normalize_message(message: Any) -> dict[str, Any]:
