@@ -516,7 +516,7 @@ class TestVisualizer:
             noise = pipeline.unet(golden["unet.noisy_latents"], golden["unet.timesteps"], condition).sample
         assert_close(condition, golden["unet.condition"])
         assert_close(noise, golden["unet.noise_pred"])
-        with pytest.raises(ValueError, match="saved without a model"):
+        with pytest.raises(ValueError, match="Without a model and its processor"):
             pipeline("a red apple")
 
     def test_whole_pipeline(self, tiny_model, tiny_processor, source, diffusion_base, tmp_path, monkeypatch):
