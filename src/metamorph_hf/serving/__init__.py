@@ -1,0 +1,1 @@
+"""Serve a pipeline over HTTP (extra `serve`), and talk to it in a browser (extra `app`)."""

@@ -1,0 +1,88 @@
+"""Images of requests: data URIs, and downloads that cannot reach the network that the server is in."""
+
+import asyncio
+import base64
+import ipaddress
+import socket
+
+import httpx
+
+
+MAX_REDIRECTS = 3
+DOWNLOAD_SECONDS = 20.0
+
+
+def decode_data_uri(uri: str) -> bytes:
+    """Return the bytes of a base64 data URI, or raise a `ValueError`."""
+    header, comma, data = uri.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise ValueError("The data URI has no base64 data: it must look like data:image/png;base64,iVBORw0KGgo=.")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ValueError(f"The data URI is not valid base64: {error}.") from error
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address is on the public internet, also if it is an IPv4 address within IPv6."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        if ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in ipaddress.ip_network("64:ff9b::/96"):
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+async def find_public_address(host: str, port: int) -> str:
+    """Resolve a host, and raise a `ValueError` if one of its addresses is private, loopback or link-local."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"The image's host {host} is not known.") from error
+    addresses = [str(info[4][0]) for info in found]
+    if not addresses or not all(is_public(address) for address in addresses):
+        raise ValueError(f"The image's host {host} is not on the public internet, and is not asked.")
+    return addresses[0]
+
+
+async def download(url: str, max_bytes: int) -> bytes:
+    """
+    Download an image from the public internet.
+
+    Each redirect is checked like the first address. The connection goes to the address that was checked, so that a
+    name that resolves differently the next time makes no difference.
+
+    Raises:
+        ValueError: If the address is not a public one, or the answer is no success, too large or too slow.
+    """
+    try:
+        async with asyncio.timeout(DOWNLOAD_SECONDS), httpx.AsyncClient(trust_env=False, timeout=None) as client:
+            for _ in range(MAX_REDIRECTS + 1):
+                target = httpx.URL(url)
+                if target.scheme not in ("http", "https") or not target.host or target.userinfo:
+                    raise ValueError("The image's address must begin with http:// or https://, without a user name.")
+                port = target.port or {"http": 80, "https": 443}[target.scheme]
+                address = await find_public_address(target.host, port)
+                request = client.build_request(
+                    "GET",
+                    target.copy_with(host=address),
+                    headers={"Host": target.netloc.decode(), "Accept": "image/*"},
+                    extensions={"sni_hostname": target.host},  # certificates are checked against the name
+                )
+                response = await client.send(request, stream=True)
+                if response.has_redirect_location:
+                    await response.aclose()
+                    url = str(target.join(response.headers["location"]))
+                    continue
+                if response.status_code != 200:
+                    raise ValueError(f"The image's host answers with status {response.status_code}.")
+                data = bytearray()
+                async for chunk in response.aiter_bytes():
+                    data += chunk
+                    if len(data) > max_bytes:
+                        raise ValueError(f"The image is larger than the {max_bytes} bytes that this server takes.")
+                return bytes(data)
+    except TimeoutError as error:
+        raise ValueError(f"The image was not downloaded within {DOWNLOAD_SECONDS:g} seconds.") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"The image cannot be downloaded ({type(error).__name__}).") from error
+    raise ValueError(f"The image's address redirects more than {MAX_REDIRECTS} times.")
