@@ -55,34 +55,38 @@ async def download(url: str, max_bytes: int) -> bytes:
         ValueError: If the address is not a public one, or the answer is no success, too large or too slow.
     """
     try:
-        async with asyncio.timeout(DOWNLOAD_SECONDS), httpx.AsyncClient(trust_env=False, timeout=None) as client:
-            for _ in range(MAX_REDIRECTS + 1):
-                target = httpx.URL(url)
-                if target.scheme not in ("http", "https") or not target.host or target.userinfo:
-                    raise ValueError("The image's address must begin with http:// or https://, without a user name.")
-                port = target.port or {"http": 80, "https": 443}[target.scheme]
-                address = await find_public_address(target.host, port)
-                request = client.build_request(
-                    "GET",
-                    target.copy_with(host=address),
-                    headers={"Host": target.netloc.decode(), "Accept": "image/*"},
-                    extensions={"sni_hostname": target.host},  # certificates are checked against the name
-                )
-                response = await client.send(request, stream=True)
-                if response.has_redirect_location:
-                    await response.aclose()
-                    url = str(target.join(response.headers["location"]))
-                    continue
-                if response.status_code != 200:
-                    raise ValueError(f"The image's host answers with status {response.status_code}.")
-                data = bytearray()
-                async for chunk in response.aiter_bytes():
-                    data += chunk
-                    if len(data) > max_bytes:
-                        raise ValueError(f"The image is larger than the {max_bytes} bytes that this server takes.")
-                return bytes(data)
-    except TimeoutError as error:
+        return await asyncio.wait_for(follow(url, max_bytes), DOWNLOAD_SECONDS)
+    except asyncio.TimeoutError as error:
         raise ValueError(f"The image was not downloaded within {DOWNLOAD_SECONDS:g} seconds.") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"The image cannot be downloaded ({type(error).__name__}).") from error
+
+
+async def follow(url: str, max_bytes: int) -> bytes:
+    async with httpx.AsyncClient(trust_env=False, timeout=None) as client:
+        for _ in range(MAX_REDIRECTS + 1):
+            target = httpx.URL(url)
+            if target.scheme not in ("http", "https") or not target.host or target.userinfo:
+                raise ValueError("The image's address must begin with http:// or https://, without a user name.")
+            port = target.port or {"http": 80, "https": 443}[target.scheme]
+            address = await find_public_address(target.host, port)
+            request = client.build_request(
+                "GET",
+                target.copy_with(host=address),
+                headers={"Host": target.netloc.decode(), "Accept": "image/*"},
+                extensions={"sni_hostname": target.host},  # certificates are checked against the name
+            )
+            response = await client.send(request, stream=True)
+            if response.has_redirect_location:
+                await response.aclose()
+                url = str(target.join(response.headers["location"]))
+                continue
+            if response.status_code != 200:
+                raise ValueError(f"The image's host answers with status {response.status_code}.")
+            data = bytearray()
+            async for chunk in response.aiter_bytes():
+                data += chunk
+                if len(data) > max_bytes:
+                    raise ValueError(f"The image is larger than the {max_bytes} bytes that this server takes.")
+            return bytes(data)
     raise ValueError(f"The image's address redirects more than {MAX_REDIRECTS} times.")

@@ -86,6 +86,7 @@ def build(args: dict):
 def run(args: argparse.Namespace) -> None:
     """Serve until the process is stopped. With RAY_ADDRESS set, the replicas run on that cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own ports listen on all addresses
     import ray
     import torch
     from ray import serve
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         # Ray's dashboard runs any code that it is sent, and the API has metrics of its own.
-        local = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        local = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
         ray.init(logging_level="warning", **local)
         serve.start(http_options={"host": args.host, "port": args.port})
         serve.run(build(values), name="metamorph")

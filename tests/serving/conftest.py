@@ -1,0 +1,76 @@
+"""A real server on the emoji checkpoint."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from helpers import EMOJI_CHECKPOINT
+
+
+@dataclass
+class RunningServer:
+    """A server in a process of its own, its address, and the file with all that it has logged."""
+
+    url: str
+    key: str
+    process: subprocess.Popen
+    log: Path
+
+    def find_processes(self, title: str) -> list[int]:
+        """Return the ids of Ray's processes of this server whose title contains a text."""
+        session = os.getsid(self.process.pid)
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command, pid = (folder / "cmdline").read_bytes().decode(errors="replace"), int(folder.name)
+                if title in command and os.getsid(pid) == session:
+                    found.append(pid)
+            except OSError:  # it has just ended
+                continue
+        return found
+
+
+@contextmanager
+def start_server(folder: Path, *flags: str) -> Iterator[RunningServer]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "metamorph_hf.cli", "serve", str(EMOJI_CHECKPOINT), "--port", str(port), *flags]
+    log, key = folder / "server.log", "a-secret-key"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "METAMORPH_API_KEY": key, "RAY_TMPDIR": "/tmp"},
+            start_new_session=True,
+        )
+    server = RunningServer(f"http://127.0.0.1:{port}", key, process, log)
+    try:
+        deadline = time.monotonic() + 180
+        while "is served on" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[RunningServer]:
+    with start_server(tmp_path_factory.mktemp("server"), "--max-body-mb", "4", "--model-name", "emoji") as running:
+        yield running
