@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from helpers import EMOJI_CHECKPOINT
 
@@ -24,19 +25,12 @@ class RunningServer:
     key: str
     process: subprocess.Popen
     log: Path
+    start_seconds: float = 0.0
 
-    def find_processes(self, title: str) -> list[int]:
-        """Return the ids of Ray's processes of this server whose title contains a text."""
-        session = os.getsid(self.process.pid)
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command, pid = (folder / "cmdline").read_bytes().decode(errors="replace"), int(folder.name)
-                if title in command and os.getsid(pid) == session:
-                    found.append(pid)
-            except OSError:  # it has just ended
-                continue
-        return found
+    def find_processes(self, *titles: str) -> list[psutil.Process]:
+        """Return Ray's processes of this server whose title contains one of the texts."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if any(title in " ".join(child.cmdline()) for title in titles)]
 
 
 @contextmanager
@@ -56,11 +50,12 @@ def start_server(folder: Path, *flags: str) -> Iterator[RunningServer]:
         )
     server = RunningServer(f"http://127.0.0.1:{port}", key, process, log)
     try:
-        deadline = time.monotonic() + 180
+        start = time.monotonic()
         while "is served on" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() - start < 240, log.read_text()[-3000:]
             time.sleep(0.5)
         assert httpx.get(f"{server.url}/health").status_code == 200
+        server.start_seconds = time.monotonic() - start
         yield server
     finally:
         process.send_signal(signal.SIGTERM)

@@ -175,9 +175,7 @@ def open_image(data: bytes, max_pixels: int) -> PIL.Image.Image:
         known = ", ".join(IMAGE_FORMATS)
         raise ValueError(f"The image cannot be read: it is broken, or its format is none of {known}.") from error
     if size[0] * size[1] > max_pixels:
-        raise ValueError(
-            f"The image has more pixels than the {max_pixels} that this server takes."
-        )
+        raise ValueError(f"The image has more pixels than the {max_pixels} that this server takes.")
     return read_image(image)
 
 

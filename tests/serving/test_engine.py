@@ -1,0 +1,262 @@
+"""Batches of requests, and the limits of the interface, in this process. Needs the extra `serve`."""
+
+import asyncio
+import io
+import time
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from helpers import EMOJI_CHECKPOINT
+from PIL import Image
+
+from metamorph_hf import MetaMorphPipeline
+from metamorph_hf.serving.server import Settings
+
+
+pytest.importorskip("ray", reason="the extra `serve` is not installed")
+engine = pytest.importorskip("metamorph_hf.serving.engine")
+api = pytest.importorskip("metamorph_hf.serving.openai_api")
+from ray.exceptions import ActorDiedError  # noqa: E402
+
+
+pytestmark = pytest.mark.optional
+APPLE = (EMOJI_CHECKPOINT.parent / "red_apple.png").read_bytes()
+Request, Event = engine.Request, engine.Event
+
+
+@pytest.fixture(scope="module")
+def pipe() -> MetaMorphPipeline:
+    return MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.fixture
+def answer(pipe):
+    """Answer requests in one batch, and return the events of each."""
+    answerer = engine.BatchAnswerer(pipe, Settings("emoji", max_batch_size=4))
+
+    def run(*requests, before=lambda rows: None) -> list[list]:
+        events = [[] for _ in requests]
+        rows = [answerer.prepare(request, own.append) for request, own in zip(requests, events)]
+        before(rows)
+        answerer.run_batch(rows)
+        return events
+
+    return run
+
+
+def draw(caption: str, **options) -> Request:
+    decoding = {"num_inference_steps": 2} | options.pop("decoding", {})
+    return Request(prompt=caption, decoding=decoding, **options)
+
+
+def kinds(events: list) -> list[str]:
+    return [event.kind for event in events]
+
+
+def test_mixed_options_in_one_batch(pipe, answer):
+    """Every row gets what it gets alone: text, several images, other steps, sizes and lengths."""
+    requests = [
+        draw("a red apple", seed=1),
+        draw("a cat", seed=2, num_images_per_prompt=3),
+        draw("fire", seed=3, decoding={"height": 32, "width": 64}),
+        draw("What is this?", images=[APPLE]),
+        draw("a dog", seed=4, max_new_tokens=500),  # would not fit after a longer prompt
+        draw("a bicycle", seed=5, max_images=0),
+    ]
+    together = answer(*requests)
+    for request, events in zip(requests, together):
+        (alone,) = answer(request)
+        assert kinds(events) == kinds(alone) and events[-1].value == alone[-1].value
+        for one, other in zip(events, alone):
+            if one.kind == "image":
+                assert np.abs(np.asarray(one.value, int) - np.asarray(other.value, int)).max() <= 1
+            else:
+                assert one == other
+    assert [kinds(events).count("image") for events in together] == [1, 3, 1, 0, 1, 0]
+    assert together[2][0].value.size == (64, 32)
+
+
+def test_sampler_is_the_softmax():
+    """Frequencies of the sampled ids are the probabilities; a row of temperature 0 is greedy."""
+    scores = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.2, 0.3, 0.5]]))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    sampler = engine.RowSampler([(1.0, 1.0, generators[0]), (1.0, 0.6, generators[1]), (0.0, 1.0, generators[2])])
+    ids = torch.stack([sampler(None, scores).argmax(-1) for _ in range(4000)])
+    frequencies = torch.stack([(ids == index).float().mean(0) for index in range(3)])
+    assert torch.allclose(frequencies[:, 0], torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
+    assert torch.allclose(frequencies[:, 1], torch.tensor([0.625, 0.375, 0.0]), atol=0.03)  # 0.2 is cut off
+    assert frequencies[2, 2] == 1
+
+
+def test_sampled_row_is_the_same_in_a_batch(answer):
+    hot = draw("What is this?", images=[APPLE], temperature=2.0, seed=11)
+    together = answer(draw("What is this?", images=[APPLE], temperature=1.0, seed=3), hot)
+    assert together[1] == answer(hot)[0]
+
+
+def test_bad_prompt_fails_alone(answer):
+    long, good = draw("tiger " * 600), draw("a cat")
+    events = answer(long, good, draw("tiger " * 600))
+    assert events[0][0].kind == "error" and events[0][0].value[0] == 400 and "context holds" in events[0][0].value[1]
+    assert kinds(events[1])[-2:] == ["image", "done"] and events[2] == events[0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory at /secret"), RuntimeError("secret")])
+@pytest.mark.parametrize("stage", ["generate_visual_tokens", "decode_visual_tokens"])
+def test_failed_batch(pipe, answer, monkeypatch, caplog, error, stage):
+    """The error says neither path nor cause, and the next batch is answered."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, stage, fail)
+        for events in answer(draw("a cat"), draw("a dog")):
+            status, sentence = events[-1].value
+            assert kinds(events)[-1] == "error" and status == 500 and "secret" not in sentence
+            assert ("memory" in sentence) == isinstance(error, torch.OutOfMemoryError)
+    assert "secret" not in caplog.text
+    assert kinds(answer(draw("a cat"))[0])[-1] == "done"
+
+
+def test_not_a_number(pipe, answer, monkeypatch):
+    """Visual tokens of one row and pixels of another are NaN: the third is answered."""
+    generate, decode = pipe.generate_visual_tokens, pipe.decode_visual_tokens
+
+    def break_first(*args, **kwargs):
+        texts, tokens = generate(*args, **kwargs)
+        return texts, [tokens[0] * float("nan"), *tokens[1:]]
+
+    def break_second(*args, **kwargs):
+        pixels = decode(*args, **kwargs)
+        pixels[0] = float("nan")
+        return pixels
+
+    monkeypatch.setattr(pipe, "generate_visual_tokens", break_first)
+    monkeypatch.setattr(pipe, "decode_visual_tokens", break_second)
+    first, second, third = answer(draw("a cat"), draw("a dog"), draw("fire"))
+    assert first[-1].value[0] == second[-1].value[0] == 500
+    assert "not numbers" in first[-1].value[1] and kinds(third)[-2:] == ["image", "done"]
+
+
+def test_client_that_leaves_ends_its_row(pipe, answer, monkeypatch):
+    calls = []
+    decode = pipe.decode_visual_tokens
+    monkeypatch.setattr(
+        pipe, "decode_visual_tokens", lambda tokens, **kw: calls.append(len(tokens)) or decode(tokens, **kw)
+    )
+
+    def leave(rows):
+        rows[0].is_abandoned = True
+        rows[1].report_progress = lambda *_: setattr(rows[1], "is_abandoned", True)  # within an image
+
+    events = answer(draw("a cat"), draw("a dog"), draw("fire"), before=leave)
+    assert calls == [1] and kinds(events[2])[-1] == "done" and "image" not in kinds(events[0] + events[1])
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"images": [b"GIF89a"]}, "cannot be read"),
+        ({"images": [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]}, "none of PNG"),
+        ({"decoding": {"height": 7}}, "multiple of"),
+        ({"decoding": {"height": 2048, "width": 2048}}, "pixels are allowed"),
+        ({"decoding": {"guidance_scale": float("inf")}}, "finite number"),
+    ],
+)
+def test_refused_before_the_batch(answer, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        answer(Request(**{"prompt": "a cat"} | changes))
+
+
+def test_image_with_many_pixels():
+    """Refused by its header, in no time and without its memory."""
+    buffer = io.BytesIO()
+    Image.new("1", (12000, 12000)).save(buffer, "png")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="more pixels than"):
+        engine.open_image(buffer.getvalue(), 2**24)
+    assert time.monotonic() - start < 0.2
+
+
+class Replica:
+    """Stands for Ray's handle: it gives prepared events, after a while, or dies."""
+
+    def __init__(self, *answers):
+        self.answers, self.num_cancelled, self.answer = list(answers), 0, self
+
+    def options(self, **kwargs):
+        return self
+
+    def remote(self, requests):
+        self.events = iter(self.answers.pop(0))
+        return self
+
+    def cancel(self):
+        self.num_cancelled += 1
+
+    async def __anext__(self):
+        event = next(self.events)
+        if isinstance(event, (int, float)):
+            await asyncio.sleep(event)
+        if isinstance(event, BaseException):
+            raise event
+        return [event]
+
+
+TEXT, DONE = Event("text", "hello"), Event("done", ("stop", {"prompt_tokens": 1, "completion_tokens": 1}, ""))
+
+
+def post(replica: Replica, num_requests: int = 1, stream: bool = False, **settings) -> list[httpx.Response]:
+    app = api.Server(replica, Settings("emoji", **settings)).__serve_build_asgi_app__()
+    body = {"model": "emoji", "messages": [{"role": "user", "content": "Hello!"}], "stream": stream}
+
+    async def send():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(num_requests)))
+
+    return asyncio.run(send())
+
+
+def test_queue():
+    responses = post(Replica(*([0.2, TEXT, DONE],) * 2), num_requests=5, max_queue=2)
+    assert sorted(response.status_code for response in responses) == [200, 200, 429, 429, 429]
+    refused = next(response for response in responses if response.status_code == 429)
+    assert refused.headers["retry-after"] == "5" and "2 requests are waiting" in refused.json()["error"]["message"]
+
+
+def test_time():
+    replica = Replica([5, TEXT])
+    (response,) = post(replica, timeout=0.1)
+    assert response.status_code == 504 and "longer than 0.1 seconds" in response.text and replica.num_cancelled == 1
+
+
+def test_time_within_a_stream():
+    (response,) = post(Replica([TEXT, 5]), stream=True, timeout=0.1)
+    assert response.status_code == 200 and "hello" in response.text
+    assert '"code": 504' in response.text.strip().splitlines()[-1]
+
+
+def test_replica_that_dies():
+    """Before the first event another one answers; after it, or again and again, the answer is 503."""
+    died = ActorDiedError()
+    (response,) = post(Replica([died], [TEXT, DONE]))
+    assert response.json()["choices"][0]["message"]["content"] == "hello"
+    for answers in ([[TEXT, died]], [[died]] * 3):
+        (response,) = post(Replica(*answers))
+        assert response.status_code == 503 and response.headers["retry-after"] == "5"
+
+
+def test_unexpected_failure_says_nothing(caplog):
+    (response,) = post(Replica([RuntimeError("secret in /etc")]))
+    assert response.status_code == 500 and "secret" not in response.text
+
+
+def test_file_store_forgets_the_oldest():
+    store = api.FileStore(max_bytes=25)
+    keys = [store.put(b"x" * 10, "image/png") for _ in range(3)]
+    assert len(store.files) == 2 and store.num_bytes == 20 and store.get(keys[2])
+    with pytest.raises(api.ApiError, match="no such file"):
+        store.get(keys[0])
