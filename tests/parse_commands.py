@@ -53,6 +53,9 @@ def check(script: str, arguments: list[str]) -> str:
             run_imports(arguments[0])
             return ""
         with contextlib.redirect_stderr(messages):
+            if script == "-m":
+                module, *sys.argv[1:] = arguments
+                runpy.run_module(module, run_name="__main__")
             runpy.run_path(script, run_name="__main__")
     except Accepted:
         return ""

@@ -97,6 +97,8 @@ class Command:
         """Return the script and its arguments, if the command runs one."""
         if self.words[0] == "python":
             return self.words[1:]
+        if self.words[0] == "metamorph-hf":
+            return ["-m", "metamorph_hf.cli", *self.words[1:]]
         if self.words[:2] == ["accelerate", "launch"]:
             launch, unknown = launch_command_parser().parse_known_args(self.words[2:])
             assert not unknown
@@ -224,7 +226,7 @@ def test_launcher_finds_its_configuration(command, monkeypatch):
         load_config_from_file(launch.config_file)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.script() is None], ids=str)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.script() is None and c.words[0] != "curl"], ids=str)
 def test_install_and_test_commands(command):
     project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     extras = re.findall(r"^(\w+) = \[", project.partition("\n\n")[0], re.MULTILINE)
@@ -241,6 +243,8 @@ def test_install_and_test_commands(command):
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python" and "needs" in b.comments], ids=str)
 def test_python_that_is_not_run(block):
+    if block.comments["needs"] == "server":  # test_server.py runs these
+        pytest.importorskip("openai", reason="openai is not installed")
     run_imports(block.code)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import EMOJI_CHECKPOINT
 
 import metamorph_hf
 from metamorph_hf import _moved_modules
@@ -22,7 +23,8 @@ def import_package():
     import metamorph_hf
 
     for module in pkgutil.walk_packages(metamorph_hf.__path__, "metamorph_hf."):
-        importlib.import_module(module.name)
+        if not module.name.startswith("metamorph_hf.serving"):  # needs extras, and is a program of its own
+            importlib.import_module(module.name)
 
 
 def library_modules():
@@ -70,6 +72,22 @@ def test_importing_changes_nothing_in_other_libraries():
     modules = run_snapshot("list")
     assert "diffusers.pipelines.pipeline_utils" in modules and "trl.trainer.sft_trainer" in modules
     assert run_snapshot("compare", input=modules) == ""
+
+
+def test_importing_needs_no_extra():
+    """Neither the package nor the pipeline imports what the extras `serve` and `app` bring."""
+    code = "import sys, metamorph_hf; metamorph_hf.MetaMorphPipeline; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"ray", "gradio", "fastapi", "openai", "prometheus_client"} & {*done.stdout.split()}
+
+
+@pytest.mark.parametrize("name", ["serve", "app"])
+def test_command_without_its_extra(name):
+    """One sentence says what to install. The libraries are hidden, whether they are there or not."""
+    hidden = "import sys; sys.modules |= {'ray': None, 'gradio': None}; from metamorph_hf import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", hidden, name, str(EMOJI_CHECKPOINT)], capture_output=True, text=True)
+    assert done.returncode == 1 and f'pip install "metamorph-hf[{name}]"' in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import re
+import shlex
+import shutil
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +14,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import EMOJI_CHECKPOINT
 from PIL import Image
+from test_docs import read_blocks
 
 from metamorph_hf import MetaMorphPipeline
 
@@ -334,3 +339,35 @@ def test_nothing_secret_is_logged(server, client):
     log = server.log.read_text()
     assert server.key not in log and "Traceback" not in log and str(EMOJI_CHECKPOINT) not in log
     assert json.dumps(TIGER[0]["content"]) not in log
+
+
+def test_documentation(server, tmp_path, monkeypatch):
+    """The blocks of docs/serving.md that ask a server, with the address and the key of this one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(EMOJI_CHECKPOINT.parent.parent)
+    shutil.copy(APPLE, "hand.png")
+    namespace, commands = {}, []
+    for block in read_blocks("docs/serving.md"):
+        code = block.code.replace("http://127.0.0.1:8000", server.url).replace(
+            'api_key="none"', f'api_key="{server.key}"'
+        )
+        if block.language == "python":
+            exec(code, namespace)
+        elif code.startswith("curl"):
+            commands.append([*shlex.split(code), "-H", f"Authorization: Bearer {server.key}"])
+    assert Image.open("tiger_0.png").size == (64, 64)
+    (command,) = commands
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["data"][0]["b64_json"]
+
+
+def test_configuration_for_serve_deploy():
+    """Ray accepts the file of docs/serving.md, and our function takes its `args`."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from metamorph_hf.serving.server import Settings, build
+
+    (block,) = (block for block in read_blocks("docs/serving.md") if block.language == "yaml")
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(block.code)).applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    assert Settings(**application.args).replicas == 4 and build(application.args) is not None
