@@ -55,6 +55,7 @@ def kinds(events: list) -> list[str]:
     return [event.kind for event in events]
 
 
+@pytest.mark.slow
 def test_mixed_options_in_one_batch(pipe, answer):
     """Every row gets what it gets alone: text, several images, other steps, sizes and lengths."""
     requests = [
@@ -96,11 +97,15 @@ def test_sampled_row_is_the_same_in_a_batch(answer):
     assert together[1] == answer(hot)[0]
 
 
-def test_bad_prompt_fails_alone(answer):
+def test_prompt_that_only_generate_refuses(pipe, answer, monkeypatch):
+    """`generate` refuses a whole batch for one of its prompts: the others are answered."""
     long, good = draw("tiger " * 600), draw("a cat")
-    events = answer(long, good, draw("tiger " * 600))
-    assert events[0][0].kind == "error" and events[0][0].value[0] == 400 and "context holds" in events[0][0].value[1]
-    assert kinds(events[1])[-2:] == ["image", "done"] and events[2] == events[0]
+    with pytest.raises(ValueError, match="context holds 512"):
+        answer(long)
+    monkeypatch.setattr(engine.BatchAnswerer, "check_prompt", lambda *_: None)
+    events = answer(long, good, draw("tiger " * 600, seed=1))
+    assert [own[-1].kind for own in events] == ["error", "done", "error"]
+    assert events[0][0].value[0] == 400 and "context holds 512" in events[0][0].value[1]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory at /secret"), RuntimeError("secret")])
@@ -159,10 +164,11 @@ def test_client_that_leaves_ends_its_row(pipe, answer, monkeypatch):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
+        ({"prompt": "tiger " * 600}, "context holds"),
         ({"images": [b"GIF89a"]}, "cannot be read"),
         ({"images": [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]}, "none of PNG"),
         ({"decoding": {"height": 7}}, "multiple of"),
-        ({"decoding": {"height": 2048, "width": 2048}}, "pixels are allowed"),
+        ({"decoding": {"height": 2048, "width": 2048}}, "allows at most 1048576 pixels"),
         ({"decoding": {"guidance_scale": float("inf")}}, "finite number"),
     ],
 )
@@ -182,7 +188,7 @@ def test_image_with_many_pixels():
 
 
 class Replica:
-    """Stands for Ray's handle: it gives prepared events, after a while, or dies."""
+    """Stands for Ray's handle: each call gets the next list of events, waits where it says so, and raises errors."""
 
     def __init__(self, *answers):
         self.answers, self.num_cancelled, self.answer = list(answers), 0, self
@@ -191,16 +197,21 @@ class Replica:
         return self
 
     def remote(self, requests):
-        self.events = iter(self.answers.pop(0))
-        return self
+        return Response(self, iter(self.answers.pop(0)))
+
+
+class Response:
+    def __init__(self, replica, events):
+        self.replica, self.events = replica, events
 
     def cancel(self):
-        self.num_cancelled += 1
+        self.replica.num_cancelled += 1
 
     async def __anext__(self):
         event = next(self.events)
-        if isinstance(event, (int, float)):
+        if isinstance(event, float):
             await asyncio.sleep(event)
+            event = next(self.events)
         if isinstance(event, BaseException):
             raise event
         return [event]
@@ -228,13 +239,13 @@ def test_queue():
 
 
 def test_time():
-    replica = Replica([5, TEXT])
+    replica = Replica([5.0, TEXT])
     (response,) = post(replica, timeout=0.1)
     assert response.status_code == 504 and "longer than 0.1 seconds" in response.text and replica.num_cancelled == 1
 
 
 def test_time_within_a_stream():
-    (response,) = post(Replica([TEXT, 5]), stream=True, timeout=0.1)
+    (response,) = post(Replica([TEXT, 5.0, DONE]), stream=True, timeout=0.1)
     assert response.status_code == 200 and "hello" in response.text
     assert '"code": 504' in response.text.strip().splitlines()[-1]
 

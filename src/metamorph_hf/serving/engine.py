@@ -61,9 +61,9 @@ class Request:
 @dataclass
 class Event:
     """
-    A part of answer number `choice`: `"text"`, `"progress"` (value: share of image `index` that is done), `"image"`
-    (value: its encoded bytes), and as the last one `"done"` (value: finish reason, token counts, the prompt's last
-    text) or `"error"` (value: status and sentence).
+    A part of answer number `choice`: `"accepted"` (the first one of a stream), `"text"`, `"progress"` (value: share of
+    image `index` that is done), `"image"` (value: its encoded bytes), and as the last one `"done"` (value: finish
+    reason, token counts, the prompt's last text) or `"error"` (value: status and sentence).
     """
 
     kind: str
@@ -207,14 +207,19 @@ class BatchAnswerer:
         options = self.pipe._start_call(1, request.decoding)._options
         if options.height * options.width > max(max_pixels, np.prod(self.pipe.default_size)):
             raise ValueError(
-                f"`size` is {options.width}x{options.height}, but this server allows {max_pixels} pixels."
+                f"`size` is {options.width}x{options.height}, but this server allows at most {max_pixels} pixels."
             )
         names = ("num_inference_steps", "guidance_scale", "height", "width")
         request.decoding = {name: getattr(options, name) for name in names}
         inputs = self.pipe.processor.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
+        self.check_prompt(inputs["input_ids"])
         return Row(request, conversation, inputs["input_ids"].shape[1], self.pipe, send)
+
+    def check_prompt(self, input_ids: torch.LongTensor) -> None:
+        """Raise what `generate` would raise for the whole batch."""
+        self.pipe.model._check_prompts(input_ids, None, mm_encoder_outputs=True)
 
     def run_batch(self, rows: list[Row]) -> None:
         """Answer all rows of a batch. A failure is an event of the rows that it concerns."""
@@ -341,6 +346,8 @@ class Engine(BatchAnswerer):
         tasks = [asyncio.create_task(self.submit(row)) for row in rows]
         try:
             pending, num_left = [], len(rows)
+            if requests[0].streams:  # so that a client that leaves is noticed before an answer begins
+                yield [Event("accepted", None)]
             while num_left > 0:
                 event = await events.get()
                 if event.kind == "image":

@@ -117,6 +117,7 @@ class ChatRequest(ImageOptions):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     modalities: list[Literal["text", "image"]] = Field(["text", "image"], min_length=1)
+    max_images: int | None = Field(None, ge=0)
     num_images_per_prompt: int = Field(1, ge=1)
     image_response_format: Literal["b64_json", "url"] = "b64_json"
 
@@ -240,7 +241,7 @@ class Server:
                     for event in await asyncio.wait_for(anext(response), max(0, deadline - time.monotonic())):
                         if event.kind == "error":
                             raise ApiError(*event.value)
-                        has_begun = True
+                        has_begun |= event.kind != "accepted"
                         num_left -= event.kind == "done"
                         yield event
                 return
@@ -271,12 +272,14 @@ class Server:
         if chat.max_tokens and chat.max_completion_tokens:
             raise ApiError(400, "Pass either `max_tokens` or `max_completion_tokens`.", "max_tokens")
         self.check_limit("n", chat.n * chat.num_images_per_prompt, self.settings.max_n)
+        self.check_limit("max_images", chat.max_images, self.settings.max_images)
+        max_images = self.settings.max_images if chat.max_images is None else chat.max_images
         base_url = self.get_base_url(http)
         request = self.build_request(
             chat,
             messages=await self.read_messages(chat.messages, base_url),
             max_new_tokens=chat.max_tokens or chat.max_completion_tokens,
-            max_images=self.settings.max_images if "image" in chat.modalities else 0,
+            max_images=max_images if "image" in chat.modalities else 0,
             temperature=chat.temperature,
             top_p=chat.top_p,
             num_images_per_prompt=chat.num_images_per_prompt,
@@ -358,7 +361,7 @@ class Server:
             elif event.kind == "done":
                 data = [item | {"revised_prompt": event.value[2]} for item in data]
         if not data:
-            raise ApiError(422, f"The model answered without an image: {text[:200]!r}. Ask for one.", "prompt")
+            raise ApiError(422, f"The model answered without an image: {text.strip()[:200]!r}. Ask for one.", "prompt")
         return JSONResponse({"created": int(time.time()), "data": data})
 
     async def edit_image(self, http: HttpRequest) -> Response:
