@@ -158,7 +158,7 @@ class TestStream:
             c.choices[0].delta.images[0]["image_url"]["url"] for c in chunks if hasattr(c.choices[0].delta, "images")
         ]
         assert urls[0].startswith(f"{server.url}/v1/files/")
-        assert Image.open(io.BytesIO(httpx.get(urls[0]).content)).size == (320, 320)
+        assert Image.open(io.BytesIO(httpx.get(urls[0]).content)).size == (512, 512)
 
     def test_error_has_a_status(self, client):
         with pytest.raises(openai.BadRequestError, match="context holds"):

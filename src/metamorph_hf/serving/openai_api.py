@@ -8,10 +8,11 @@ import base64
 import hmac
 import json
 import logging
+import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -35,7 +36,8 @@ from .server import Settings
 
 logger = logging.getLogger("ray.serve")
 
-MAX_LINE_BYTES = 128 * 1024  # Open WebUI refuses longer lines of an event stream
+# Open WebUI refuses lines of an event stream above 128 KB, and base64 text is a third longer than its bytes.
+MAX_LINE_IMAGE = 127 * 1024 * 3 / 4
 MAX_ATTEMPTS = 3
 FILES = "/v1/files/"
 ROUTES = ("/v1/chat/completions", "/v1/images/generations", "/v1/images/edits", "/v1/models", "/health", "/metrics")
@@ -163,13 +165,10 @@ class FileStore:
         return self.files[key]
 
 
-class Usage(dict):
-    def add(self, done: Event) -> None:
-        """Add the counts of a finished answer. The prompt of several answers counts once, as OpenAI counts."""
-        counts = done.value[1]
-        self["prompt_tokens"] = counts["prompt_tokens"]
-        self["completion_tokens"] = self.get("completion_tokens", 0) + counts["completion_tokens"]
-        self["total_tokens"] = self["prompt_tokens"] + self["completion_tokens"]
+def count_tokens(ends: list[tuple]) -> dict[str, int]:
+    """Add up the last events' values of several answers. Their prompt counts once, as OpenAI counts."""
+    prompt, completion = ends[0][1]["prompt_tokens"], sum(counts["completion_tokens"] for _, counts, _ in ends)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class Server:
@@ -257,14 +256,31 @@ class Server:
             finally:
                 response.cancel()
 
-    def give_image(self, data: bytes, image_format: str, base_url: str, as_url: bool) -> str:
-        """Return a URL of an image: of a file that is kept for download, or a data URI."""
-        if as_url:
-            return f"{base_url}{FILES}{self.files.put(data, f'image/{image_format}')}"
-        return f"data:image/{image_format};base64,{base64.b64encode(data).decode()}"
+    async def collect(self, requests: list[Request], give: Callable) -> tuple[list[tuple], dict]:
+        """Return each answer's text, what `give` makes of its images, and its last event's value; and token counts."""
+        texts, images, ends = [""] * len(requests), [[] for _ in requests], [None] * len(requests)
+        async for event in self.answer(requests):
+            if event.kind == "text":
+                texts[event.choice] += event.value
+            elif event.kind == "image":
+                images[event.choice].append(give(event.value))
+            elif event.kind == "done":
+                ends[event.choice] = event.value
+        return [(text.strip(), *rest) for text, *rest in zip(texts, images, ends)], count_tokens(ends)
 
     def get_base_url(self, http: HttpRequest) -> str:
         return (self.settings.public_url or str(http.base_url)).rstrip("/")
+
+    def choose_url(self, http: HttpRequest, image_format: str, kind: str) -> Callable:
+        """Return a function from encoded images to data URIs, or to addresses of files if `kind` is `"url"`."""
+        base_url = self.get_base_url(http)
+
+        def give(data: bytes, max_bytes: float = math.inf) -> str:
+            if kind == "url" or len(data) > max_bytes:
+                return f"{base_url}{FILES}{self.files.put(data, f'image/{image_format}')}"
+            return f"data:image/{image_format};base64,{base64.b64encode(data).decode()}"
+
+        return give
 
     # -- Routes --
 
@@ -286,37 +302,29 @@ class Server:
             streams=chat.stream,
             reports_progress=chat.stream and chat.stream_options.include_progress,
         )
+        give = self.choose_url(http, chat.image_format, chat.image_response_format)
         requests = [replace(request, seed=request.seed + choice) for choice in range(chat.n)]
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": chat.model}
         if chat.stream:
             events = self.answer(requests)
             first = await anext(events)  # so that errors before it have a status of their own
-            lines = self.stream(chat, head | {"object": "chat.completion.chunk"}, first, events, base_url)
+            lines = self.stream(chat, head | {"object": "chat.completion.chunk"}, first, events, give)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        texts, images, reasons, usage = [""] * chat.n, [[] for _ in requests], [""] * chat.n, Usage()
-        async for event in self.answer(requests):
-            if event.kind == "text":
-                texts[event.choice] += event.value
-            elif event.kind == "image":
-                as_url = chat.image_response_format == "url"
-                url = self.give_image(event.value, chat.image_format, base_url, as_url)
-                images[event.choice].append({"type": "image_url", "image_url": {"url": url}, "index": event.index})
-            elif event.kind == "done":
-                reasons[event.choice] = event.value[0]
-                usage.add(event)
+        answers, usage = await self.collect(requests, give)
         choices = []
-        for index, (text, urls, reason) in enumerate(zip(texts, images, reasons)):
-            message = {"role": "assistant", "content": text.strip()} | ({"images": urls} if urls else {})
+        for index, (text, urls, (reason, *_)) in enumerate(answers):
+            images = [{"type": "image_url", "image_url": {"url": url}, "index": i} for i, url in enumerate(urls)]
+            message = {"role": "assistant", "content": text} | ({"images": images} if images else {})
             if chat.modalities == ["image"]:  # as vLLM-Omni's clients expect
-                message = {"role": "assistant", "content": urls}
+                message = {"role": "assistant", "content": images}
             choices.append({"index": index, "message": message, "finish_reason": reason})
         return JSONResponse(head | {"object": "chat.completion", "choices": choices, "usage": usage})
 
     async def stream(
-        self, chat: ChatRequest, head: dict, event: Event | None, events: AsyncIterator[Event], base_url: str
+        self, chat: ChatRequest, head: dict, event: Event | None, events: AsyncIterator[Event], give: Callable
     ) -> AsyncIterator[str]:
         """Yield the lines of an event stream, given its first event. An error in its middle is its last line."""
-        usage, num_left = Usage(), chat.n
+        ends = []
 
         def line(choices: list[dict], **more) -> str:
             return f"data: {json.dumps(head | {'choices': choices} | more)}\n\n"
@@ -330,38 +338,35 @@ class Server:
                 elif event.kind == "progress":
                     delta = {"image_progress": {"index": event.index, "progress": event.value}}
                 elif event.kind == "image":
-                    # A base64 text is a third longer than its bytes, and the line around it is short.
-                    as_url = chat.image_response_format == "url" or len(event.value) * 4 / 3 > MAX_LINE_BYTES - 1024
-                    url = self.give_image(event.value, chat.image_format, base_url, as_url)
+                    url = give(event.value, max_bytes=MAX_LINE_IMAGE)
                     delta = {"images": [{"type": "image_url", "image_url": {"url": url}, "index": event.index}]}
                 elif event.kind == "done":
-                    usage.add(event)
-                    reason, num_left = event.value[0], num_left - 1
-                    more = {"usage": usage} if not num_left and not chat.stream_options.include_usage else {}
+                    ends.append(event.value)
+                    reason = event.value[0]
+                    if len(ends) == chat.n and not chat.stream_options.include_usage:
+                        more = {"usage": count_tokens(ends)}
                 if delta or reason:
                     yield line([{"index": event.choice, "delta": delta, "finish_reason": reason}], **more)
                 event = await anext(events, None)
             if chat.stream_options.include_usage:
-                yield line([], usage=usage)
+                yield line([], usage=count_tokens(ends))
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
 
-    async def generate_image(self, options: ImagesRequest, http: HttpRequest, images: list[bytes]) -> Response:
+    async def generate_image(self, options: ImagesRequest, http: HttpRequest) -> Response:
+        return await self.answer_with_images(options, http, [])
+
+    async def answer_with_images(self, options: ImagesRequest, http: HttpRequest, images: list[bytes]) -> Response:
         self.check_limit("n", options.n, self.settings.max_n)
         request = self.build_request(options, prompt=options.prompt, images=images, num_images_per_prompt=options.n)
-        data, base_url, text = [], self.get_base_url(http), ""
-        async for event in self.answer([request]):
-            if event.kind == "image" and options.response_format == "url":
-                data.append({"url": self.give_image(event.value, options.image_format, base_url, as_url=True)})
-            elif event.kind == "image":
-                data.append({"b64_json": base64.b64encode(event.value).decode()})
-            elif event.kind == "text":
-                text += event.value
-            elif event.kind == "done":
-                data = [item | {"revised_prompt": event.value[2]} for item in data]
-        if not data:
-            raise ApiError(422, f"The model answered without an image: {text.strip()[:200]!r}. Ask for one.", "prompt")
+        give = self.choose_url(http, options.image_format, options.response_format)
+        ((text, urls, (*_, prompt)),), _ = await self.collect([request], give)
+        if not urls:
+            raise ApiError(422, f"The model answered without an image: {text[:200]!r}. Ask for one.", "prompt")
+        if options.response_format == "b64_json":
+            urls = [url.partition(",")[2] for url in urls]
+        data = [{options.response_format: url, "revised_prompt": prompt} for url in urls]
         return JSONResponse({"created": int(time.time()), "data": data})
 
     async def edit_image(self, http: HttpRequest) -> Response:
@@ -378,24 +383,16 @@ class Server:
                 fields[name] = value
         if not images:
             raise ApiError(400, "`image` is missing: send one file or several.", "image")
-        return await self.generate_image(ImagesRequest.model_validate(fields), http, images)
+        return await self.answer_with_images(ImagesRequest.model_validate(fields), http, images)
 
     def __serve_build_asgi_app__(self) -> "Guard":
         """Return the ASGI application. Ray Serve calls this in the process of the deployment."""
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         guard = Guard(app, self.settings)
 
-        @app.post("/v1/chat/completions", response_model=None)
-        async def chat(chat: ChatRequest, http: HttpRequest) -> Response:
-            return await self.chat(chat, http)
-
-        @app.post("/v1/images/generations", response_model=None)
-        async def generate(options: ImagesRequest, http: HttpRequest) -> Response:
-            return await self.generate_image(options, http, [])
-
-        @app.post("/v1/images/edits", response_model=None)
-        async def edit(http: HttpRequest) -> Response:
-            return await self.edit_image(http)
+        app.post("/v1/chat/completions", response_model=None)(self.chat)
+        app.post("/v1/images/generations", response_model=None)(self.generate_image)
+        app.post("/v1/images/edits", response_model=None)(self.edit_image)
 
         @app.get("/v1/models")
         async def list_models() -> dict:
