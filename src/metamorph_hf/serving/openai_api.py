@@ -25,7 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field, field_validator
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
@@ -250,6 +250,8 @@ class Server:
                 logger.warning("A replica is gone: %s", type(error).__name__)
                 if has_begun or attempt == MAX_ATTEMPTS:
                     raise ApiError(503, "The process that wrote this answer died. Try again.", None, 5) from error
+            except TaskCancelledError:  # the client has left
+                raise asyncio.CancelledError from None
             except (RayError, StopAsyncIteration) as error:
                 logger.error("A request failed: %s", type(error).__name__)
                 raise ApiError(500, "The server failed to answer this request.") from error
@@ -359,7 +361,8 @@ class Server:
 
     async def answer_with_images(self, options: ImagesRequest, http: HttpRequest, images: list[bytes]) -> Response:
         self.check_limit("n", options.n, self.settings.max_n)
-        request = self.build_request(options, prompt=options.prompt, images=images, num_images_per_prompt=options.n)
+        given = {"prompt": options.prompt, "images": images, "num_images_per_prompt": options.n}
+        request = self.build_request(options, **given, max_images=1)
         give = self.choose_url(http, options.image_format, options.response_format)
         ((text, urls, (*_, prompt)),), _ = await self.collect([request], give)
         if not urls:
@@ -407,8 +410,8 @@ class Server:
         @app.get("/health", response_model=None)
         async def report_health() -> Response:
             applications = (await asyncio.to_thread(serve.status)).applications.values()
-            engines = [application.deployments["Engine"] for application in applications]
-            is_healthy = any(engine.replica_states.get("RUNNING") for engine in engines)
+            engines = [application.deployments.get("Engine") for application in applications]
+            is_healthy = any(engine and engine.replica_states.get("RUNNING") for engine in engines)
             return JSONResponse({"status": "ok" if is_healthy else "starting"}, 200 if is_healthy else 503)
 
         @app.get("/metrics", response_model=None)

@@ -73,7 +73,7 @@ async def follow(url: str, max_bytes: int) -> bytes:
             request = client.build_request(
                 "GET",
                 target.copy_with(host=address),
-                headers={"Host": target.netloc.decode(), "Accept": "image/*"},
+                headers={"Host": target.netloc.decode(), "Accept": "image/*", "Accept-Encoding": "identity"},
                 extensions={"sni_hostname": target.host},  # certificates are checked against the name
             )
             response = await client.send(request, stream=True)
@@ -84,7 +84,7 @@ async def follow(url: str, max_bytes: int) -> bytes:
             if response.status_code != 200:
                 raise ValueError(f"The image's host answers with status {response.status_code}.")
             data = bytearray()
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():
                 data += chunk
                 if len(data) > max_bytes:
                     raise ValueError(f"The image is larger than the {max_bytes} bytes that this server takes.")

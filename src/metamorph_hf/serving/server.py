@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     """Serve until the process is stopped. With RAY_ADDRESS set, the replicas run on that cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own ports listen on all addresses
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # it ends the server if others fill the memory
     import ray
     import torch
     from ray import serve
