@@ -67,5 +67,7 @@ def start_server(folder: Path, *flags: str) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[RunningServer]:
-    with start_server(tmp_path_factory.mktemp("server"), "--max-body-mb", "4", "--model-name", "emoji") as running:
+    """A server with two copies of the pipeline, each on one core."""
+    flags = ["--max-body-mb", "4", "--model-name", "emoji", "--replicas", "2", "--num-cpus", "1"]
+    with start_server(tmp_path_factory.mktemp("server"), *flags) as running:
         yield running

@@ -411,8 +411,8 @@ class Server:
         async def report_health() -> Response:
             applications = (await asyncio.to_thread(serve.status)).applications.values()
             engines = [application.deployments.get("Engine") for application in applications]
-            is_healthy = any(engine and engine.replica_states.get("RUNNING") for engine in engines)
-            return JSONResponse({"status": "ok" if is_healthy else "starting"}, 200 if is_healthy else 503)
+            count = sum(engine.replica_states.get("RUNNING", 0) for engine in engines if engine)
+            return JSONResponse({"status": "ok" if count else "starting", "replicas": count}, 200 if count else 503)
 
         @app.get("/metrics", response_model=None)
         async def send_metrics() -> Response:
