@@ -52,7 +52,7 @@ def start_server(folder: Path, *flags: str) -> Iterator[RunningServer]:
     try:
         start = time.monotonic()
         while "is served on" not in log.read_text():
-            assert process.poll() is None and time.monotonic() - start < 240, log.read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() - start < 600, log.read_text()[-3000:]
             time.sleep(0.5)
         assert httpx.get(f"{server.url}/health").status_code == 200
         server.start_seconds = time.monotonic() - start
