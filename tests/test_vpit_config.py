@@ -12,6 +12,7 @@ from metamorph_hf.vpit.config import UNSUPPORTED_OPTIONS
 
 # What TRL adds to the options of transformers and VPiT obeys.
 OBEYED_OPTIONS = {"model_init_kwargs", "trust_remote_code", "max_length", "activation_offloading"}
+OBEYED_OPTIONS |= {"packing", "padding_free"}
 
 
 class TestRefusedOptions:
@@ -22,8 +23,8 @@ class TestRefusedOptions:
             ({"on_nonfinite_loss": "ignore"}, "expected 'raise' or 'skip'"),
             ({"on_bad_sample": "ignore"}, "expected 'raise' or 'skip'"),
             ({"on_too_long": "cut"}, "expected 'refuse' or 'drop_turns'"),
-            ({"packing": True}, "packing=True is not supported by VPiT: TRL cannot pack"),
-            ({"padding_free": True}, "padding_free=True is not supported"),
+            ({"packing_strategy": "bfd_split"}, "it would cut conversations, and images in them: use 'bfd'"),
+            ({"packing": True, "train_sampling_strategy": "group_by_length"}, "use 'random' or 'sequential'"),
             ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not supported"),
             ({"loss_type": "dft"}, "loss_type='dft' is not supported"),
             ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False is not supported"),
@@ -43,7 +44,6 @@ class TestRefusedOptions:
             ("assistant_only_loss", True),
             ("pad_to_multiple_of", 64),
             ("eval_packing", True),
-            ("packing_strategy", "wrapped"),
             ("shuffle_dataset", True),
             ("router_aux_loss_coef", 0.1),
             ("chat_template_path", "template.jinja"),

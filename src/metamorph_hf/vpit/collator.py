@@ -21,12 +21,27 @@ from trl.trainer.utils import remove_none_values
 
 from ..data.formats import BadSample, count_images, extract_images, text_part
 from ..image_reading import read_image
-from ..processing_metamorph import MetaMorphProcessor, normalize_message
+from ..processing_metamorph import MetaMorphProcessor, check_unicode, normalize_message
 
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass
+class _Conversation:
+    """A sample on its way into a batch: what it holds, its rendered text, and then its ids and labels."""
+
+    messages: list[dict[str, Any]]
+    tools: list
+    images: list | tuple  # or visual tokens
+    column: str
+    num_dropped: int = 0
+    text: str = ""
+    answers: list[tuple[int, int]] | None = None  # spans of the text
+    input_ids: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
 
 @dataclass
@@ -46,6 +61,10 @@ class DataCollatorForVPiT:
     `rejected`, if there are any: a dictionary with `sample`, `task`, `reason` and `kind` for each example that was
     `"skipped"` or `"shortened"`. A batch of skipped examples alone holds one token without a target.
 
+    An example of a packed dataset has `conversations`, a list of such examples that share a row. Such batches, and
+    padding-free ones, have `position_ids` (B, S), which restart at each conversation, instead of `attention_mask`. A
+    padding-free one also has `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` for flash attention.
+
     Args:
         processor (`MetaMorphProcessor`): Its chat template (of several, the one named default) needs
             `{% generation %}` marks around answers. An EOS token right after them is a target, too.
@@ -54,6 +73,7 @@ class DataCollatorForVPiT:
             `"skip"` leaves it out and reports it in `rejected`.
         on_too_long (`str`, *optional*, defaults to `"refuse"`): `"refuse"` treats a conversation longer than
             `max_length` as a bad sample; `"drop_turns"` drops whole turns from its end until it fits.
+        padding_free (`bool`, *optional*, defaults to `False`): Join all conversations of a batch in one row.
 
     Raises:
         ValueError: If the chat template has no `{% generation %}` marks, or the tokenizer no token to pad with.
@@ -64,6 +84,7 @@ class DataCollatorForVPiT:
     max_length: int | None = None
     on_bad_sample: Literal["raise", "skip"] = "raise"
     on_too_long: Literal["refuse", "drop_turns"] = "refuse"
+    padding_free: bool = False
 
     def __post_init__(self):
         processor, template = self.processor, self.processor.chat_template
@@ -79,13 +100,13 @@ class DataCollatorForVPiT:
         if self._pad_id is None:
             raise ValueError("The tokenizer has neither a pad_token nor an eos_token: set its pad_token.")
         image = tokenizer(processor.replace_image_token(), add_special_tokens=False)
-        self._image_ids = torch.tensor(image.input_ids)
-        try:
-            probe = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
-            labels = self._tokenize(probe, None)[1]
-        except BadSample:  # the template takes other conversations than this one
+        self._image_ids = np.array(image.input_ids)
+        messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+        (probe,) = self._encode([{"messages": messages}], max_length=None)
+        if isinstance(probe, BadSample):  # the template takes other conversations than this one
             return
-        targets = [target for target in labels[labels != -100].tolist() if tokenizer.decode([target]).strip()]
+        labels = probe.labels[probe.labels != -100].tolist()
+        targets = [target for target in labels if tokenizer.decode([target]).strip()]
         if not {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()} & set(targets[-1:]):
             logger.warning(
                 "The chat template's {% generation %} marks leave out the token that ends an answer, so the model "
@@ -93,37 +114,39 @@ class DataCollatorForVPiT:
             )
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows, sample_ids, rejected = [], [], []
-        images: dict[str | int, PIL.Image.Image] = {}
         for index, example in enumerate(examples):
             if not isinstance(example, Mapping):
                 raise TypeError(f"Example {index} of the batch is {type(example).__name__}, expected a dictionary.")
+        groups = [example.get("conversations", [example]) for example in examples]
+        samples, numbers = list(chain(*groups)), np.repeat(range(len(groups)), [len(group) for group in groups])
+        rows, sample_ids, rejected, keys, visual_tokens = [[] for _ in groups], [], [], [], []
+        images: dict[str | int, PIL.Image.Image] = {}
+        encoded = self._encode(samples, self.max_length)
+        for index, (number, example, conversation) in enumerate(zip(numbers, samples, encoded)):
             source = f" of {example['source']}" if example.get("source") is not None else ""
             name = f"Example {f'{index} of the batch' if example.get('id') is None else example['id']}{source}"
             report = {"sample": name, "task": example.get("task")}
             try:
-                *row, num_dropped = self._encode(example, images)
+                if isinstance(conversation, BadSample):
+                    raise conversation
+                new_keys, new_tokens = self._read_images(conversation, images)
             except BadSample as error:
                 if self.on_bad_sample == "raise":
                     raise BadSample(f"{name} {error}") from error
                 rejected.append({**report, "kind": "skipped", "reason": str(error)})
                 continue
-            if num_dropped:
-                reason = f"{num_dropped} messages dropped to keep to {self.max_length} tokens"
+            if conversation.num_dropped:
+                reason = f"{conversation.num_dropped} messages dropped to keep to {self.max_length} tokens"
                 rejected.append({**report, "kind": "shortened", "reason": reason})
-            rows.append(row)
+            rows[number].append((torch.from_numpy(conversation.input_ids), torch.from_numpy(conversation.labels)))
             sample_ids.append(name)
-        rows = rows or [(torch.tensor([self._pad_id]), torch.tensor([-100]), [], [])]
-        input_ids, labels, keys, visual_tokens = zip(*rows)
-        batch = {
-            "input_ids": pad_sequence(input_ids, True, self._pad_id),
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True),
-            "labels": pad_sequence(labels, True, -100),
-            "sample_ids": sample_ids,
-        }
+            keys += new_keys
+            visual_tokens += new_tokens
+        rows = [row for row in rows if row] or [[(torch.tensor([self._pad_id]), torch.tensor([-100]))]]
+        is_packed = self.padding_free or any("conversations" in example for example in examples)
+        batch = self._join_rows(rows, is_packed) | {"sample_ids": sample_ids}
         if rejected:
             batch["rejected"] = rejected
-        keys, visual_tokens = list(chain(*keys)), list(chain(*visual_tokens))
         if keys and visual_tokens:
             raise ValueError("Some examples of the batch have images, others `visual_tokens`: use one of the two.")
         if visual_tokens:
@@ -136,11 +159,55 @@ class DataCollatorForVPiT:
                 batch["image_indices"] = torch.tensor([unique.index(key) for key in keys])
         return batch
 
-    def _encode(self, example: dict[str, Any], images: dict[str | int, PIL.Image.Image]) -> tuple:
-        """
-        Return ids, labels, keys of images, visual tokens, and the number of messages dropped from the end. Adds images
-        that are new to the batch to `images`.
-        """
+    def measure(self, examples: list[dict[str, Any]]) -> list[int]:
+        """Return the number of tokens of each example, 0 for bad ones. No image is read."""
+        encoded = self._encode(examples, self.max_length)
+        return [0 if isinstance(each, BadSample) else len(each.input_ids) for each in encoded]
+
+    def _join_rows(self, rows: list[list[tuple[torch.Tensor, torch.Tensor]]], is_packed: bool) -> dict[str, Any]:
+        """Return the tensors of rows that hold the ids and labels of one or, if packed, several conversations."""
+        if self.padding_free:
+            rows = [list(chain(*rows))]
+        input_ids, labels = ([torch.cat(part) for part in parts] for parts in zip(*(zip(*row) for row in rows)))
+        batch = {"input_ids": pad_sequence(input_ids, True, self._pad_id), "labels": pad_sequence(labels, True, -100)}
+        if not is_packed:
+            return batch | {"attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True)}
+        # Each position of the padding is 0, a conversation of its own.
+        positions = [torch.cat([torch.arange(len(ids)) for ids, _ in row]) for row in rows]
+        batch["position_ids"] = pad_sequence(positions, True)
+        batch["labels"][batch["position_ids"] == 0] = -100  # nothing predicts a first token
+        if self.padding_free:
+            lengths = torch.tensor([0, *(len(ids) for ids, _ in rows[0])], dtype=torch.int32)
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = lengths.cumsum(0, dtype=torch.int32)
+            batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
+        return batch
+
+    def _encode(self, examples: list[dict[str, Any]], max_length: int | None) -> list[_Conversation | BadSample]:
+        """Return each example with its ids and labels, or what is wrong with it. The texts are tokenized together."""
+        found = []
+        for example in examples:
+            try:
+                found.append(self._render(self._check(example)))
+            except BadSample as error:
+                found.append(error)
+        good = [index for index, conversation in enumerate(found) if not isinstance(conversation, BadSample)]
+        for index, encoding in zip(good, self._tokenize([found[index] for index in good])):
+            try:
+                found[index] = self._shorten(self._label(found[index], encoding), max_length)
+            except BadSample as error:
+                found[index] = error
+        return found
+
+    def _tokenize(self, conversations: list[_Conversation]) -> list[tuple[list, list] | None]:
+        """Return ids and the places in the text of their tokens; None for slow tokenizers."""
+        if not self.processor.tokenizer.is_fast or not conversations:
+            return [None] * len(conversations)
+        texts = [conversation.text for conversation in conversations]
+        encoded = self.processor.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"]))
+
+    def _check(self, example: dict[str, Any]) -> _Conversation:
+        """Return the parts of an example, whose images are as many as it has places for."""
         if example.get("bad") is not None:  # its source's row could not be made into a conversation
             raise BadSample(example["bad"])
         messages, within = self._check_messages(example.get("messages"))
@@ -159,19 +226,66 @@ class DataCollatorForVPiT:
             raise BadSample(f"has `{column}` of type {type(given).__name__}, expected a list.")
         if len(given) != (count := count_images(messages)):
             raise BadSample(f"has {count} image parts in its messages, but {len(given)} images.")
-        input_ids, labels = self._tokenize(messages, tools)
-        num_messages = len(messages)
-        while self.max_length is not None and len(input_ids) > self.max_length:
+        return _Conversation(messages, tools, given, column)
+
+    def _render(self, conversation: _Conversation) -> _Conversation:
+        """Add the text, and the spans of answers in it."""
+        options = {"chat_template": self._template, "return_assistant_tokens_mask": True}
+        options |= self.processor.tokenizer.special_tokens_map
+        try:
+            rendered = render_jinja_template([conversation.messages], conversation.tools or None, **options)
+            (conversation.text,), (conversation.answers,) = rendered
+            check_unicode(conversation.text)
+        except Exception as error:  # a template raises anything for values that it does not expect
+            raise BadSample(f"does not fit the chat template: {error}") from error
+        return conversation
+
+    def _label(self, conversation: _Conversation, encoding: tuple[list, list] | None) -> _Conversation:
+        """Add ids and labels, with each image expanded to its N + 2 tokens. A slow tokenizer gives no encoding."""
+        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
+        if encoding is None:
+            ids, learned = self._tokenize_in_pieces(conversation.text, conversation.answers)
+        else:
+            ids, (starts, ends) = np.array(encoding[0], dtype=np.int64), np.array(encoding[1]).reshape(-1, 2).T
+            learned = np.zeros(len(ids), dtype=bool)
+            for first, last in conversation.answers:
+                learned |= (starts < last) & (ends > first)
+        is_image, expected = ids == image_id, count_images(conversation.messages)
+        count, stray = int(is_image.sum()), {*ids.tolist()} & ({*self._image_ids.tolist()} - {image_id})
+        if stray or count > expected:
+            word = tokenizer.convert_ids_to_tokens(min(stray, default=image_id))
+            raise BadSample(f'has {word} in a text: images are parts of their own, {{"type": "image"}}.')
+        if count < expected:
+            raise BadSample(f"has {expected} images, but the chat template writes {count}.")
+        learned[1:] |= learned[:-1] & (ids[1:] == tokenizer.eos_token_id) & (ids[:-1] != tokenizer.eos_token_id)
+        repeats = np.where(is_image, len(self._image_ids), 1)
+        conversation.input_ids = ids.repeat(repeats)
+        conversation.input_ids[is_image.repeat(repeats)] = np.tile(self._image_ids, count)
+        conversation.labels = np.where(learned.repeat(repeats), conversation.input_ids, -100)
+        return conversation
+
+    def _shorten(self, conversation: _Conversation, max_length: int | None) -> _Conversation:
+        """Drop whole turns from the end until the conversation fits."""
+        num_messages = len(conversation.messages)
+        while max_length is not None and len(conversation.input_ids) > max_length:
+            messages = conversation.messages
             answers = [index for index, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
             if self.on_too_long == "refuse" or not answers:
                 raise BadSample(
-                    f"has {len(input_ids)} tokens, more than max_length={self.max_length}. Shorten it, leave it out, "
-                    "or raise max_length: cutting it could cut through an image."
+                    f"has {len(conversation.input_ids)} tokens, more than max_length={max_length}. Shorten it, leave "
+                    "it out, or raise max_length: cutting it could cut through an image."
                 )
-            messages = messages[: answers[-1] + 1]
-            input_ids, labels = self._tokenize(messages, tools)
-        keys, visual_tokens = [], []
-        for index, image in enumerate(given[: count_images(messages)]):
+            conversation.messages = messages[: answers[-1] + 1]
+            self._label(self._render(conversation), self._tokenize([conversation])[0])
+        conversation.num_dropped = num_messages - len(conversation.messages)
+        return conversation
+
+    def _read_images(
+        self, conversation: _Conversation, images: dict[str | int, PIL.Image.Image]
+    ) -> tuple[list[str | int], list[torch.Tensor]]:
+        """Return keys of images and visual tokens. Adds images that are new to the batch to `images`."""
+        keys, visual_tokens, column = [], [], conversation.column
+        for index, image in enumerate(conversation.images[: count_images(conversation.messages)]):
             try:
                 if column == "visual_tokens":
                     visual_tokens.append(torch.as_tensor(image))
@@ -183,49 +297,21 @@ class DataCollatorForVPiT:
                     images[keys[-1]] = images[keys[-1]] if keys[-1] in images else read_image(image)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise BadSample(f"has a bad image (`{column}`, index {index}). {error}") from error
-        return input_ids, labels, keys, visual_tokens, num_messages - len(messages)
+        return keys, visual_tokens
 
-    def _tokenize(self, messages: list[dict[str, Any]], tools: list | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and labels, with each image expanded to its N + 2 tokens."""
-        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
-        try:
-            if tokenizer.is_fast:
-                options = {"chat_template": self._template, "return_dict": True, "return_assistant_tokens_mask": True}
-                encoded = tokenizer.apply_chat_template(messages, tools=tools or None, **options)
-                ids, learned = encoded["input_ids"], encoded["assistant_masks"]
-            else:
-                ids, learned = self._tokenize_in_pieces(messages, tools)
-        except Exception as error:  # a template raises anything for values that it does not expect
-            raise BadSample(f"does not fit the chat template: {error}") from error
-        ids, learned = torch.tensor(ids), torch.tensor(learned).bool()
-        is_image = ids == image_id
-        stray = torch.isin(ids, self._image_ids[self._image_ids != image_id])
-        if stray.any() or is_image.sum() > count_images(messages):
-            word = tokenizer.convert_ids_to_tokens(int(ids[stray][0]) if stray.any() else image_id)
-            raise BadSample(f'has {word} in a text: images are parts of their own, {{"type": "image"}}.')
-        if is_image.sum() < count_images(messages):
-            raise BadSample(f"has {count_images(messages)} images, but the chat template writes {is_image.sum()}.")
-        learned[1:] |= learned[:-1] & (ids[1:] == tokenizer.eos_token_id) & (ids[:-1] != tokenizer.eos_token_id)
-        repeats = torch.where(is_image, len(self._image_ids), 1)
-        input_ids = ids.repeat_interleave(repeats)
-        input_ids[is_image.repeat_interleave(repeats)] = self._image_ids.repeat(int(is_image.sum()))
-        return input_ids, input_ids.where(learned.repeat_interleave(repeats), -100)
-
-    def _tokenize_in_pieces(self, messages: list[dict[str, Any]], tools: list | None) -> tuple[list[int], list[bool]]:
+    def _tokenize_in_pieces(self, text: str, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Return ids, and which are of answers, by a slow tokenizer, which does not know the places of its tokens."""
-        tokenizer = self.processor.tokenizer
-        options = {"chat_template": self._template, "return_assistant_tokens_mask": True}
-        options |= tokenizer.special_tokens_map
-        (text,), (spans,) = render_jinja_template([messages], tools or None, **options)
-        ids, learned = [], []
-        edges = sorted({0, len(text), *chain.from_iterable(spans)})
+        tokenizer, ids, learned = self.processor.tokenizer, [], []
+        edges = sorted({0, len(text), *chain.from_iterable(answers)})
         for start, end in zip(edges, edges[1:]):
             piece = tokenizer(text[start:end], add_special_tokens=False).input_ids
             ids += piece
-            learned += [any(first <= start and end <= last for first, last in spans)] * len(piece)
+            learned += [any(first <= start and end <= last for first, last in answers)] * len(piece)
         if ids != tokenizer(text, add_special_tokens=False).input_ids:
-            raise ValueError("this slow tokenizer joins the edges of answers and prompts. Use a fast tokenizer")
-        return ids, learned
+            raise BadSample(
+                "does not fit a slow tokenizer, which joins the edges of answers and prompts: use a fast one."
+            )
+        return np.array(ids, dtype=np.int64), np.array(learned, dtype=bool)
 
     @staticmethod
     def _check_messages(messages: Any) -> tuple[list[dict[str, Any]], list]:

@@ -13,10 +13,8 @@ MODULE_LEARNING_RATES = ("projector_learning_rate", "vision_head_learning_rate",
 
 # Options of TRL that have no effect on VPiT: the values that say what VPiT does, and the reason to refuse others.
 UNSUPPORTED_OPTIONS = {
-    "packing": ([False], "TRL cannot pack conversations with images"),
-    "packing_strategy": (["bfd"], "TRL cannot pack conversations with images"),
-    "eval_packing": ([None, False], "TRL cannot pack conversations with images"),
-    "padding_free": ([False], "TRL has no padding-free batches with images"),
+    "packing_strategy": (["bfd", "wrapped"], "it would cut conversations, and images in them: use 'bfd' or 'wrapped'"),
+    "eval_packing": ([None, False], "evaluation is not packed"),
     "pad_to_multiple_of": (["auto", None], "batches are padded to their longest conversation"),
     "label_smoothing_factor": ([0], "it would also smooth the labels of visual tokens"),
     "loss_type": (["nll"], "the text loss is the paper's cross-entropy"),
@@ -64,6 +62,11 @@ class VPiTConfig(SFTConfig):
             Maximum length of a conversation, visual tokens included; never more than the language model's context.
         on_too_long (`str`, *optional*, defaults to `"refuse"`):
             `"refuse"` treats a longer conversation as a bad sample, `"drop_turns"` drops whole turns from its end.
+        packing (`bool`, *optional*, defaults to `False`):
+            Put several whole conversations in each row of at most `max_length` tokens; batch sizes then count rows.
+        packing_strategy (`str`, *optional*, defaults to `"bfd"`): See [`~metamorph_hf.vpit.packing.pack_lengths`].
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Join the rows of a batch in one, which flash attention needs (packing then does it by itself).
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops at a sample that cannot be used, `"skip"` lists it in `rejected_samples-<process>.jsonl`.
         max_bad_share (`float`, *optional*, defaults to 0.01):
@@ -106,6 +109,12 @@ class VPiTConfig(SFTConfig):
         for name, (supported, reason) in UNSUPPORTED_OPTIONS.items():
             if getattr(self, name) not in supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by VPiT: {reason}.")
+        sampling = self.train_sampling_strategy
+        if self.packing and sampling not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={sampling!r} needs lengths that differ, which packed rows do not have: use "
+                "'random' or 'sequential'."
+            )
         if self.learning_rate is None:
             self.learning_rate = PAPER_LEARNING_RATE * (self.learning_rate_scale or 1)
             self.base_batch_size = self.base_batch_size or PAPER_BATCH_SIZE

@@ -32,6 +32,7 @@ from . import stages
 from .checkpoints import find_problems, last_complete_checkpoint
 from .collator import DataCollatorForVPiT
 from .config import MODULE_LEARNING_RATES, VPiTConfig
+from .packing import check_packable, pack_dataset
 
 
 logger = get_logger(__name__)
@@ -169,15 +170,28 @@ class VPiTTrainer(SFTTrainer):
             # Every batch reaches all trained parameters but the tower's final norm and a vision head without a loss.
             args.ddp_find_unused_parameters = weight == 0 or trains_tower
         self.visual_loss_weight = 0.0 if args.stage == "projector" and args.visual_loss_weight is None else weight
+        is_ours = isinstance(data_collator, DataCollatorForVPiT)
+        if (args.packing or args.padding_free) and not is_ours:
+            raise ValueError("packing and padding_free need a DataCollatorForVPiT: leave out data_collator.")
+        if args.packing and data_collator.max_length is None:
+            raise ValueError("packing=True needs the length of a row: set max_length.")
         self.totals = Counter()  # samples, skipped_samples, shortened_samples, skipped_steps and num_tokens of the run
         self.step_start, self.seconds = 0.0, 0.0  # and the seconds of all steps since the last log
         self._rejected = Counter()  # training samples of this process, by task and kind
         self._sums = {"train": defaultdict(int), "eval": defaultdict(int)}
         self._unchecked_losses = []
-        super().__init__(
-            model, args, data_collator, processing_class=processing_class, peft_config=peft_config, **kwargs
-        )
+        packing, padding_free = args.packing, args.padding_free
+        args.packing = args.padding_free = False  # TRL packs text alone, and refuses images
+        try:
+            super().__init__(
+                model, args, data_collator, processing_class=processing_class, peft_config=peft_config, **kwargs
+            )
+        finally:
+            args.packing, args.padding_free = packing, padding_free
         self._has_visual_tokens = "visual_tokens" in next(iter(self.train_dataset))
+        self._num_samples = len(self.train_dataset) if has_length(self.train_dataset) else None
+        if packing or padding_free:
+            self._pack()
         stages.set_trainable(self.model, args)
         if isinstance(self.model, PeftModel) and (base := Path(self.metamorph.config._name_or_path)).is_dir():
             # A relative path works from here only.
@@ -191,6 +205,23 @@ class VPiTTrainer(SFTTrainer):
             self.accelerator.print(
                 f"The learning rate {args.learning_rate / args.learning_rate_scale:.3g} for a batch of "
                 f"{args.base_batch_size} is {args.learning_rate:.3g} for this batch of {args.total_train_batch_size}."
+            )
+
+    def _pack(self) -> None:
+        """Replace the training dataset by a packed one, or let the collator join the rows of a batch."""
+        args, collator = self.args, self.data_collator
+        language_model = self.metamorph.model.language_model
+        check_packable(language_model, not (self.is_fsdp_enabled or self.is_deepspeed_enabled))
+        # Flash attention tells conversations apart in one row only; others would compute the square of its length.
+        is_flash = "flash" in language_model.config._attn_implementation
+        collator.padding_free = args.padding_free or is_flash
+        if args.packing:
+            with args.main_process_first(desc="measuring conversations"):  # the others read its cache
+                self.train_dataset = pack_dataset(self.train_dataset, collator, args.packing_strategy)
+        if args.packing and self._num_samples is not None:
+            self.accelerator.print(
+                f"{self._num_samples} conversations are packed in {len(self.train_dataset)} rows of at most "
+                f"{collator.max_length} tokens. Batch sizes count rows."
             )
 
     @staticmethod
@@ -351,7 +382,7 @@ class VPiTTrainer(SFTTrainer):
             "num_text_labels": num_text,
             "num_visual_labels": num_visual,
             "num_images": (inputs["input_ids"] == config.image_token_id).sum() / config.num_image_tokens,
-            "num_tokens": inputs["attention_mask"].sum(),
+            "num_tokens": self._count_tokens(inputs, len(sample_ids)),
         }.items():
             sums[name] += torch.where(is_finite, value.float(), 0)
         sums["samples"] += len(sample_ids)
@@ -361,6 +392,13 @@ class VPiTTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # Data parallelism averages gradients over processes.
         return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def _count_tokens(inputs: dict[str, Any], num_samples: int) -> torch.Tensor:
+        """Count the tokens of a batch without its padding. In a packed one, each conversation has one position 0."""
+        if "attention_mask" in inputs:
+            return inputs["attention_mask"].sum()
+        return (inputs["position_ids"] > 0).sum() + num_samples
 
     def _add_missing_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """
@@ -473,7 +511,7 @@ class VPiTTrainer(SFTTrainer):
             self.totals.update(counts)
             counts, skipped = self.totals, self.totals["skipped_samples"]
             # Relative to a whole epoch, or to a thousand samples of a stream: one sample early on is a large share.
-            expected = len(self.train_dataset) if has_length(self.train_dataset) else 1000
+            expected = self._num_samples or 1000
             if skipped > self.args.max_bad_share * max(counts["samples"] + skipped, expected):
                 raise ValueError(
                     f"{skipped} of {counts['samples'] + skipped} samples were skipped, a larger share than "
