@@ -16,7 +16,9 @@ from transformers import TrainerCallback
 
 sys.path.append(str(Path(__file__).parent))
 import conftest  # noqa: E402
-from helpers import EXAMPLES, arguments, build_trainer, examples_with_nan, losses  # noqa: E402
+from helpers import EXAMPLES, arguments, dataset_of, examples_with_nan, losses  # noqa: E402
+
+from metamorph_hf import VPiTTrainer  # noqa: E402
 
 
 class Kill(TrainerCallback):
@@ -69,7 +71,9 @@ def run(
         # accelerate shards on accelerators only; with this it takes the same path for CPU processes.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     examples = examples_with_nan() if nan else EXAMPLES
-    trainer = build_trainer(model, processor, args, examples, callbacks=[Kill()] if kill == "step" else [])
+    dataset = IterableDataset.from_generator(partial(iter, EXAMPLES)) if stream else dataset_of(examples)
+    options = {"processing_class": processor, "callbacks": [Kill()] if kill == "step" else []}
+    trainer = VPiTTrainer(model, args, train_dataset=dataset, **options)
     if kill == "save":
         save_model = trainer.save_model
 
@@ -79,9 +83,6 @@ def run(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.save_model = save_and_die
-    dataset = trainer.train_dataset
-    if stream:
-        trainer.train_dataset = IterableDataset.from_generator(partial(iter, EXAMPLES))
     trainer.train(resume_from_checkpoint=resume)
     assert fsdp == any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     logs = {"skipped_steps": trainer.totals["skipped_steps"]}

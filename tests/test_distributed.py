@@ -53,6 +53,9 @@ CASES = {
     "fsdp": {"max_steps": 3, "gradient_accumulation_steps": 2, "fsdp": True},
     "fsdp_projector": {"max_steps": 3, "stage": "projector", "tied": True, "fsdp": True},
     "stream": {"max_steps": 3, "stream": True},
+    # Four rows.
+    "packed": {"max_steps": 2, "packing": True, "max_length": 60},
+    "packed_stream": {"max_steps": 2, "packing": True, "max_length": 60, "stream": True},
     # One of the two processes has a NaN loss, so both skip the step.
     "nan": {"max_steps": 4, "nan": True, "on_nonfinite_loss": "skip"},
 }
