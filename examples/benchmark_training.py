@@ -1,6 +1,7 @@
 """Measure training against a plain twin, and check that gradients do not depend on how a batch is divided.
 
-    python examples/benchmark_training.py            # about three minutes and 5 GB of memory on 2 CPU cores
+    python examples/benchmark_training.py            # about six minutes and 5 GB of memory on 2 CPU cores
+    python examples/benchmark_training.py --parts packing collator trainer
 
 All weights are random. The twin is the same model, trained in the simplest way: float32 logits of all positions, the
 cross-entropy over them with -100 where there is no text label, and the vision head at all positions. Times are medians
@@ -11,9 +12,11 @@ an earlier one. Its memory is the peak of torch's allocations, beyond weights an
 import argparse
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,8 +29,14 @@ from benchmark import Timer, build_model
 from datasets import Dataset
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor, VPiTConfig, VPiTTrainer
+from metamorph_hf.data.mixture import load_mixture
+from metamorph_hf.image_reading import read_image
+from metamorph_hf.vpit.collator import DataCollatorForVPiT
+from metamorph_hf.vpit.packing import pack_lengths
 
 
 EMOJI = Path(__file__).parent / "emoji"
@@ -136,7 +145,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, float]:
     """Return times and memory of a step, ours and the twin's."""
     timer, results = Timer("cpu", args.repeats), {}
     torch.manual_seed(0)
-    model = build_model(args).train()
+    model = build_model(args, "autoregressive").train()
     model.model.vision_tower.requires_grad_(False)
     batch = make_batch(model, args.tokens - args.visual_tokens - 2, 0, 1)  # a quarter of all tokens are targets
     ours, twin = partial(step, model, batch), partial(step, model, batch, twin_loss)
@@ -161,6 +170,100 @@ def measure_steps(args: argparse.Namespace) -> dict[str, float]:
     return results | {"step, 4 images, precomputed visual tokens / with the tower": seconds[0] / seconds[1]}
 
 
+def make_conversations(count: int, shape: tuple[int, int], tokens: tuple[int, int] = (60, 600)) -> list[dict]:
+    """Return conversations of about `tokens` tokens, uniformly: short ones answer with an image, longer ones are about
+    one, with an answer of a quarter of the words. Images are visual tokens of `shape`."""
+    rng, conversations = random.Random(0), []
+    for _ in range(count):
+        image, words = [{"type": "image"}], rng.randint(*tokens) - shape[0] - 6
+        texts = ("a" + " apple" * (words - words // 4), "a" + " apple" * (words // 4))
+        parts = [[{"type": "text", "text": text}] for text in texts]
+        parts = [parts[0], parts[1] + image] if words < 90 else [image + parts[0], parts[1]]
+        messages = [{"role": role, "content": part} for role, part in zip(("user", "assistant"), parts)]
+        conversations.append({"messages": messages, "visual_tokens": [torch.randn(shape)]})
+    return conversations
+
+
+def measure_packing(args: argparse.Namespace) -> dict[str, float]:
+    """Return the speed of the same conversations, packed and padded, and the shares of padding."""
+    torch.manual_seed(0)
+    model, emoji = build_model(args, "autoregressive").train(), EMOJI / "checkpoint" / "processor"
+    processor = MetaMorphProcessor.from_pretrained(emoji, num_image_tokens=args.visual_tokens)
+    model.model.vision_tower.requires_grad_(False)
+    for name in ("image_token_id", "image_start_token_id", "image_end_token_id"):
+        setattr(model.config, name, getattr(processor, name))
+    collate = DataCollatorForVPiT(processor, args.row)
+    conversations = make_conversations(1000, (args.visual_tokens, model.config.visual_token_dim))
+    lengths = collate.measure(conversations)
+    padded = sum(max(lengths[i : i + args.batch]) * args.batch for i in range(0, 1000 - args.batch + 1, args.batch))
+    results = {
+        f"length of conversations, {name}": value for name, value in (("min", min(lengths)), ("max", max(lengths)))
+    }
+    results["share of padding, padded batches"] = 1 - sum(lengths[: 1000 // args.batch * args.batch]) / padded
+    rows = pack_lengths(lengths, args.row)
+    results["share of padding, packed (at most 0.03)"] = 1 - sum(lengths) / (len(rows) * args.row)
+    batch = conversations[: args.batch]
+    rows = pack_lengths(lengths[: args.batch], args.row)
+    packed = collate([{"conversations": [batch[index] for index in row]} for row in rows])
+    seconds = Timer("cpu", args.repeats)(partial(step, model, packed), partial(step, model, collate(batch)))
+    return results | {"real tokens per second, packed / padded (at least 1.6)": seconds[1] / seconds[0]}
+
+
+def measure_collator(args: argparse.Namespace) -> dict[str, float]:
+    """Return the collator's time on emoji of 64 pixels, beyond that of decoding and resizing them."""
+    processor = MetaMorphProcessor.from_pretrained(EMOJI / "checkpoint" / "processor")
+    source = {"path": "parquet", "data_files": str(EMOJI / "emoji.parquet"), "columns": {"caption": "name"}}
+    dataset = load_mixture([{**source, "task": "text_to_image", "num_samples": 256}])
+    batches = [[dataset[index] for index in range(start, start + 16)] for start in range(0, 256, 16)]
+    collate, times = DataCollatorForVPiT(processor), []
+
+    def decode() -> None:
+        for batch in batches:
+            processor.image_processor([read_image(row["images"][0]) for row in batch], return_tensors="pt")
+
+    times = Timer("cpu", 3 * args.repeats)(decode, lambda: [collate(batch) for batch in batches])
+    return {"collator, beyond decoding and resizing / these (at most 0.3)": times[1] / times[0] - 1}
+
+
+class StepTimes(TrainerCallback):
+    """Record when each optimization step ends."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+
+def measure_trainer(args: argparse.Namespace, folder: str, steps: int = 12) -> dict[str, float]:
+    """Return the speed of the trainer's steps, and that of a loop of the same model, optimizer and data loader."""
+    processor = MetaMorphProcessor.from_pretrained(EMOJI / "checkpoint" / "processor")
+    source = {"path": "parquet", "data_files": str(EMOJI / "emoji.parquet"), "columns": {"caption": "name"}}
+    dataset = load_mixture([{**source, "task": "text_to_image", "num_samples": 16 * steps}])
+    options = {"max_steps": steps, "per_device_train_batch_size": 16, "train_sampling_strategy": "sequential"}
+    options |= {"learning_rate": 1e-4, "gradient_checkpointing": False, "bf16": False, "use_cpu": True}
+    options |= {"dataloader_pin_memory": False, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    config = VPiTConfig(folder, logging_steps=10, optim="adamw_torch", **options)
+    trainer_seconds, loop_seconds = [], []
+    for _ in range(args.repeats):
+        model = MetaMorphForConditionalGeneration.from_pretrained(EMOJI / "checkpoint" / "model", dtype="float32")
+        times = StepTimes()
+        trainer = VPiTTrainer(model, config, processing_class=processor, train_dataset=dataset, callbacks=[times])
+        trainer.train()
+        trainer_seconds += [end - start for start, end in zip(times.ends[1:], times.ends[2:])]
+        optimizer = torch.optim.AdamW(trainer.optimizer.param_groups, fused=trainer.optimizer.defaults.get("fused"))
+        ends = []
+        for batch in DataLoader(dataset, 16, collate_fn=trainer.data_collator):
+            model(**batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            ends.append(time.perf_counter())
+        loop_seconds += [end - start for start, end in zip(ends[1:], ends[2:])]
+    speed = statistics.median(loop_seconds) / statistics.median(trainer_seconds)
+    return {"steps per second, trainer / a bare loop (at least 0.95)": speed}
+
+
 def compare_gradients(folder: str) -> dict[str, float]:
     """Return the relative differences of gradients of a whole batch and of a divided one."""
     whole = one_step_gradients(8, folder)
@@ -181,9 +284,13 @@ def main() -> None:
         ("--layers", 8, "layers of the language model"),
         ("--vocabulary", 128_256, "vocabulary of the language model"),
         ("--tokens", 512, "length of the timed conversation"),
+        ("--batch", 8, "conversations of a padded batch"),
+        ("--row", 1024, "tokens of a packed row"),
         ("--repeats", 3, "timed runs of each step"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{help_text} (default: {default})")
+    parts = ("steps", "packing", "collator", "trainer", "gradients")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure (default: all)")
     parser.add_argument("--gradients-to", help=argparse.SUPPRESS)  # set for the two processes that this one launches
     parser.set_defaults(device="cpu", dtype="float32", visual_tokens=64, tower_hidden=768, tower_layers=12)
     args = parser.parse_args()
@@ -195,7 +302,16 @@ def main() -> None:
         return
 
     with tempfile.TemporaryDirectory() as folder:
-        results = measure_steps(args) | compare_gradients(folder)
+        measures = {
+            "steps": partial(measure_steps, args),
+            "packing": partial(measure_packing, args),
+            "collator": partial(measure_collator, args),
+            "trainer": partial(measure_trainer, args, folder),
+            "gradients": partial(compare_gradients, folder),
+        }
+        results = {}
+        for part in args.parts:
+            results |= measures[part]()
     for name, value in results.items():
         print(f"{name:<86} {value:10.3g}")
     print(json.dumps({"settings": vars(args), "results": results}))
