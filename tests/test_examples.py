@@ -141,3 +141,32 @@ class TestEmojiRecipe:
         done = run_example("evaluate_emoji.py", "--checkpoint", tmp_path, cwd=tmp_path)
         assert done.returncode == 1
         assert "no file named model_index.json" in done.stderr and "Traceback" not in done.stderr
+
+
+class TestGpuBenchmark:
+    @pytest.mark.slow
+    def test_tiny_models_on_a_cpu(self, tmp_path):
+        done = run_example("benchmarks/gpu.py", "--tiny", "--device", "cpu", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        content = json.loads((tmp_path / "gpu.json").read_text())
+        assert content["facts"]["models"].startswith("tiny")
+        rows = {row["what"]: row for row in content["rows"]}
+        for attention in ("eager", "sdpa"):
+            assert float(rows[f"packed loss, {attention}"]["difference"]) < 1e-5
+        for kind in ("1 B, full", "8 B, LoRA", "8 B, QLoRA"):
+            layouts = [row["layout"] for row in content["rows"] if row["what"] == f"training, {kind}, sdpa"]
+            assert layouts == ["padded", "packed"]
+        assert {"generation, 1 B, parallel, static, batch 2", "decoding, U-Net of Stable Diffusion 1.5"} < set(rows)
+        assert all("flash" in name or "compiled" in name for name in content["left_out"]), content["left_out"]
+        table = (tmp_path / "gpu.md").read_text()
+        assert f"torch {torch.__version__}" in table and "| packed loss, sdpa |" in table
+
+    def test_ends_by_itself(self, tmp_path):
+        """What does not fit the time is named."""
+        done = run_example("benchmarks/gpu.py", "--tiny", "--device", "cpu", "--minutes", "0.02", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "gpu.json").read_text())["left_out"]
+
+    def test_without_a_gpu(self, tmp_path):
+        done = run_example("benchmarks/gpu.py", cwd=tmp_path)
+        assert done.returncode == 2 and "--tiny --device cpu" in done.stderr
