@@ -167,6 +167,7 @@ class TestGpuBenchmark:
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "gpu.json").read_text())["left_out"]
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_gpu(self, tmp_path):
         done = run_example("benchmarks/gpu.py", cwd=tmp_path)
         assert done.returncode == 2 and "--tiny --device cpu" in done.stderr
