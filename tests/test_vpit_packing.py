@@ -228,6 +228,15 @@ class TestTrainer:
             trained.append(losses(trainer))
         assert trained[0] == pytest.approx(trained[1], rel=1e-6)
 
+    @pytest.mark.slow
+    def test_compiled_and_checkpointed(self, tiny_processor, tiny_model, tmp_path):
+        """Traced as for compilation, but run without generated code, which would need a compiler."""
+        options = {"packing": True, "max_length": MAX_LENGTH, "max_steps": 2}
+        expected = losses(train(tiny_model(), tiny_processor, arguments(tmp_path, **options)))
+        options |= {"torch_compile": True, "torch_compile_backend": "eager", "gradient_checkpointing": True}
+        found = losses(train(tiny_model(), tiny_processor, arguments(tmp_path, **options)))
+        assert found == pytest.approx(expected, rel=1e-5)
+
     def test_bad_samples_are_listed(self, tiny_processor, tiny_model, tmp_path):
         bad = {**EXAMPLES[1], "images": ["/no/such.png"]}
         args = arguments(
