@@ -171,3 +171,14 @@ class TestGpuBenchmark:
     def test_without_a_gpu(self, tmp_path):
         done = run_example("benchmarks/gpu.py", cwd=tmp_path)
         assert done.returncode == 2 and "--tiny --device cpu" in done.stderr
+
+
+class TestTrainingBenchmark:
+    @pytest.mark.slow
+    def test_small_sizes(self, tmp_path):
+        flags = ["--hidden", 64, "--layers", 1, "--vocabulary", 8000, "--batch", 2, "--repeats", 1]
+        done = run_example("benchmark_training.py", "--parts", "packing", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        results = json.loads(done.stdout.splitlines()[-1])["results"]
+        assert results["share of padding, packed (at most 0.03)"] < 0.03 < results["share of padding, padded batches"]
+        assert results["real tokens per second, packed / padded (at least 1.6)"] > 0
