@@ -101,6 +101,8 @@ class DataCollatorForVPiT:
             raise ValueError("The tokenizer has neither a pad_token nor an eos_token: set its pad_token.")
         image = tokenizer(processor.replace_image_token(), add_special_tokens=False)
         self._image_ids = np.array(image.input_ids)
+        self._options = {"chat_template": self._template, "return_assistant_tokens_mask": True}
+        self._options |= tokenizer.special_tokens_map
         messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
         (probe,) = self._encode([{"messages": messages}], max_length=None)
         if isinstance(probe, BadSample):  # the template takes other conversations than this one
@@ -230,10 +232,8 @@ class DataCollatorForVPiT:
 
     def _render(self, conversation: _Conversation) -> _Conversation:
         """Add the text, and the spans of answers in it."""
-        options = {"chat_template": self._template, "return_assistant_tokens_mask": True}
-        options |= self.processor.tokenizer.special_tokens_map
         try:
-            rendered = render_jinja_template([conversation.messages], conversation.tools or None, **options)
+            rendered = render_jinja_template([conversation.messages], conversation.tools or None, **self._options)
             (conversation.text,), (conversation.answers,) = rendered
             check_unicode(conversation.text)
         except Exception as error:  # a template raises anything for values that it does not expect
