@@ -1,0 +1,328 @@
+"""MetaMorph as a model of lmms-eval 0.7, which finds it by its entry point in the group `lmms_eval.models`.
+
+    python -m lmms_eval --model metamorph --model_args pretrained=my-metamorph --tasks mmbench_en_dev --batch_size 8
+
+With `visualizer=my-pipeline` every answer is the string `{"text": ..., "images": [paths]}` that tasks for images expect.
+lmms-eval builds `multiple_choice`, `loglikelihood` and `generate_visual_cot` tasks with `--force_simple` only.
+
+Shapes: B requests, I images, N visual tokens per image, V vision width.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableMessagesTask
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.utils import Collator
+from loguru import logger
+from PIL import Image
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.utils import cached_file
+
+from .. import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphProcessor
+from ..data.video import video_frames, video_seconds
+
+
+SAMPLING = ("temperature", "top_p", "top_k")
+VISUAL_COT = re.compile(r"\[GEN_PROMPT\](.*?)\[/GEN_PROMPT\].*?\[QUESTION\](.*?)\[/QUESTION\]", re.DOTALL)
+build_user_turn = ConfigurableMessagesTask._build_user_turn  # tells images and videos apart as chat tasks do
+
+
+def manifest() -> ModelManifest:
+    """Return what the entry point registers."""
+    return ModelManifest("metamorph", f"{__name__}.MetaMorphSimple", f"{__name__}.MetaMorphChat")
+
+
+class MetaMorphChat(lmms):
+    """
+    MetaMorph for tasks that give messages.
+
+    Args:
+        pretrained (`str`): Folder or Hub id of a model with its processor, or of a pipeline that has both.
+        visualizer (`str`, *optional*): Folder or Hub id of a [`MetaMorphPipeline`] that decodes the answers' images.
+            Without it, answers are text only.
+        batch_size (`int`), device (`str`, *optional*): As given to lmms-eval.
+        max_images (`int`, defaults to 1): Largest number of images in an answer. They do not count as new tokens of
+            the task, whose limits (64 for WISE) are too small for an image.
+        force_image (`bool`, defaults to `False`): Begin each answer with an image.
+        wrap_captions (`bool`, defaults to `False`): Put prompts without images into the pipeline's
+            `instruction_template`, for tasks such as WISE whose prompts are captions.
+        max_frames (`int`, defaults to 16): Number of frames that stand for a video.
+        output_dir (`str`): Folder for the images, `TASK_SPLIT_DOC.png`.
+        seed (`int`): An image's noise depends on the seed and its name alone, as in `evaluate_generation.py`.
+
+    Raises:
+        ValueError: If `batch_size` is not a number.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        visualizer: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_images: int = 1,
+        force_image: bool = False,
+        wrap_captions: bool = False,
+        max_frames: int = 16,
+        output_dir: str = "lmms_eval_images",
+        seed: int = 0,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"--batch_size is {batch_size!r}, but must be a number: it cannot be found automatically.")
+        self.batch_size, self.max_frames, self.seed = int(batch_size), max_frames, seed
+        self.max_images, self.force_image, self.wrap_captions = max_images, force_image, wrap_captions
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        alone = device is not None and self._world_size == 1
+        self.device = torch.device(device) if alone else self.accelerator.device
+        index = cached_file(pretrained, "model_index.json", _raise_exceptions_for_missing_entries=False)
+        folders = ("", "") if index is None else ("model", "processor")
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        model = MetaMorphForConditionalGeneration.from_pretrained(pretrained, subfolder=folders[0], dtype=dtype)
+        self.model = model.eval().to(self.device)
+        self.processor = MetaMorphProcessor.from_pretrained(pretrained, subfolder=folders[1])
+        self.pipe, self.output_dir = None, Path(output_dir).resolve()
+        if visualizer is not None:
+            parts = {"model": self.model, "processor": self.processor}
+            self.pipe = MetaMorphPipeline.from_pretrained(visualizer, dtype=dtype, **parts).to(self.device)
+            self.pipe.set_progress_bar_config(disable=True)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def clean(self) -> None:
+        """Free the memory, which lmms-eval may need for a judge."""
+        self.pipe = None
+        super().clean()
+
+    # ---- Requests ----
+
+    def get_document(self, request: Instance) -> dict:
+        *_, index, task, split = request.args
+        return self.task_dict[task][split][index]
+
+    def get_generation_kwargs(self, request: Instance) -> dict:
+        return request.args[1 if self.is_simple else 2]
+
+    def read_round(self, request: Instance, outputs: list[str], info: Any) -> tuple[list[dict] | None, Any]:
+        """Return the messages of the next round, None after the last, and what the task remembers for the one after."""
+        document, build = self.get_document(request), request.args[1]
+        if not outputs:
+            return build(document), None
+        turn = build(document, round_idx=len(outputs), previous_output=list(outputs), previous_round_info=info)
+        if not isinstance(turn, tuple):  # the task has one round only
+            return None, None
+        messages, is_over, _, info = turn
+        return None if is_over else messages, info
+
+    def convert_messages(self, messages: list[dict]) -> list[dict]:
+        """Return messages for our processor: frames for videos, and images where `<image>` stands in the text."""
+        converted, token = [], self.processor.image_token
+        for message in messages:
+            content, parts = message["content"], []
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "video":
+                    seconds = (video_seconds(part["url"]) or self.max_frames) / self.max_frames
+                    frames = video_frames(part["url"], seconds, limit=self.max_frames)
+                    parts += [{"type": "image", "image": frame} for frame in frames]
+                else:
+                    parts.append(part)
+            images = [part for part in parts if part["type"] == "image"]
+            pieces = [re.split(f"({re.escape(token)})", part["text"]) for part in parts if part["type"] == "text"]
+            pieces = [piece for row in pieces for piece in row]
+            if images and pieces.count(token) == len(images):
+                following = iter(images)
+                parts = [next(following) if p == token else {"type": "text", "text": p} for p in pieces if p.strip()]
+            converted.append({"role": message["role"], "content": parts})
+        return converted
+
+    def read_options(self, generation_kwargs: dict, allows_images: bool) -> dict:
+        """Return the arguments of `generate` for those of a task."""
+        known, given = vars(GenerationConfig()), {k: v for k, v in generation_kwargs.items() if v is not None}
+        if unknown := sorted(given.keys() - known.keys() - {"until", "visual_cot"}):
+            logger.warning(f"The task's generation_kwargs {unknown} are for other models and are left out.")
+        options = {"max_new_tokens": 512, **{k: v for k, v in given.items() if k in known}}
+        temperature = given.get("temperature")
+        options["do_sample"] = bool(given.get("do_sample", temperature)) and temperature != 0
+        if not options["do_sample"]:
+            options = {name: value for name, value in options.items() if name not in SAMPLING}
+        if not allows_images:
+            return {**options, "max_images": 0}
+        options["max_new_tokens"] += self.max_images * (self.processor.num_image_tokens + 2)
+        return {**options, "max_images": self.max_images, "force_image": self.force_image}
+
+    def run_batches(self, requests: list[Instance], answer: Callable, is_generation: bool = True) -> list:
+        """Call `answer` on batches of requests with equal generation kwargs; return the answers in order."""
+        collator = Collator(requests, lambda request: 0, self.get_generation_kwargs, grouping=is_generation)
+        answers = []
+        with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
+            for batch in collator.get_batched(n=self.batch_size):
+                answers += answer(batch)
+                progress.update(len(batch))
+        return collator.get_original(answers)
+
+    # ---- The model ----
+
+    def prepare(self, conversations: list[list[dict]]) -> dict:
+        """Tokenize B conversations, padded on the left."""
+        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
+        return dict(inputs.to(self.device, dtype=self.model.dtype))
+
+    @torch.no_grad()
+    def generate(
+        self, conversations: list[list[dict]], options: dict, drawings: torch.Tensor | None = None
+    ) -> tuple[list[str], list[torch.Tensor]]:
+        """
+        Return B texts without placeholders, and the visual tokens (images, N, V) of each answer.
+
+        Args:
+            drawings (`torch.Tensor` of shape (B, N, V), *optional*): Take the place of each prompt's last image.
+        """
+        inputs = self.prepare(conversations)
+        if drawings is not None:
+            visual_tokens = self.model.get_visual_tokens(inputs.pop("pixel_values"))
+            counts = [sum(part["type"] == "image" for turn in c for part in turn["content"]) for c in conversations]
+            visual_tokens[torch.tensor(counts).cumsum(0) - 1] = drawings.to(visual_tokens)
+            inputs["visual_tokens"] = visual_tokens
+        output = self.model.generate(**inputs, **options, return_dict_in_generate=True)
+        texts = self.processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
+        texts = [text.replace(self.processor.image_token, "").strip() for text in texts]
+        return texts, output.get("visual_tokens")
+
+    def answer(self, conversations: list[list[dict]], names: list[str], generation_kwargs: dict) -> list[str]:
+        """Answer B conversations: with text, or with a visualizer as JSON. `names` are those of their images."""
+        conversations = [self.convert_messages(messages) for messages in conversations]
+        if self.pipe is not None and self.wrap_captions:
+            for part in (turns[-1]["content"][0] for turns in conversations if len(turns[-1]["content"]) == 1):
+                part["text"] = self.pipe.config.instruction_template.replace("{}", part["text"])
+        options = self.read_options(generation_kwargs, allows_images=self.pipe is not None)
+        texts, visual_tokens = self.generate(conversations, options)
+        # lmms-eval adds the empty line to tasks that name no end; it would cut answers of several paragraphs.
+        for end in set(generation_kwargs.get("until") or []) - {"\n\n"}:
+            texts = [text.split(end)[0] if end else text for text in texts]
+        if self.pipe is None:
+            return texts
+        paths = self.save_images(names, visual_tokens)
+        return [json.dumps({"text": text, "images": images}) for text, images in zip(texts, paths, strict=True)]
+
+    def save_images(self, names: list[str], visual_tokens: list[torch.Tensor]) -> list[list[str]]:
+        """Decode B answers' visual tokens (images, N, V) and return the paths of their images."""
+        rows = [[f"{name}_{i}" if i else name for i in range(len(t))] for name, t in zip(names, visual_tokens)]
+        stems = [stem for row in rows for stem in row]
+        digests = [hashlib.sha256(f"{self.seed} {stem}".encode()).digest() for stem in stems]
+        generators = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
+        if stems:
+            images = self.pipe.decode_visual_tokens(torch.cat(visual_tokens), generator=generators)
+            for stem, image in zip(stems, images, strict=True):
+                image.save(self.output_dir / f"{stem}.png")
+        return [[str(self.output_dir / f"{stem}.png") for stem in row] for row in rows]
+
+    # ---- The four kinds of requests ----
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer questions."""
+        return [outputs[0] for outputs in self.run_batches(requests, lambda batch: self.answer_rounds(batch, 1))]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answer until the task ends; returns the answers of all rounds. Only the task's messages are the context."""
+        return self.run_batches(requests, self.answer_rounds)
+
+    def answer_rounds(self, batch: list[Instance], max_rounds: int | None = None) -> list[list[str]]:
+        outputs, infos, active = [[] for _ in batch], [None] * len(batch), list(range(len(batch)))
+        names = ["_".join(str(part) for part in (task, split, doc)) for *_, doc, task, split in (r.args for r in batch)]
+        while active and len(outputs[active[0]]) != max_rounds:
+            turns = {row: self.read_round(batch[row], outputs[row], infos[row]) for row in active}
+            infos = [turns[row][1] if row in turns else None for row in range(len(batch))]
+            active = [row for row in active if turns[row][0] is not None]
+            rounds = [f"{names[row]}_round{len(outputs[row])}" if outputs[row] else names[row] for row in active]
+            if active:
+                kwargs = self.get_generation_kwargs(batch[0])
+                answers = self.answer([turns[row][0] for row in active], rounds, kwargs)
+                for row, answer in zip(active, answers, strict=True):
+                    outputs[row].append(answer)
+        return outputs
+
+    def generate_visual_cot(self, requests: list[Instance]) -> list[str]:
+        """Generate an image first, then answer in text with its visual tokens in the context, after the images."""
+        return self.run_batches(requests, self.draw_and_answer)
+
+    def draw_and_answer(self, batch: list[Instance]) -> list[str]:
+        blank, drawing, asking = Image.new("RGB", (8, 8)), [], []
+        for request in batch:
+            context, _, doc_to_visual, *_ = request.args
+            images = list(doc_to_visual(self.get_document(request)) or [])
+            found = VISUAL_COT.search(context)
+            wish, question = (text.strip() for text in found.groups()) if found else (context, context)
+            drawing.append(self.convert_messages(build_user_turn(images, wish.replace("{question}", question))))
+            asking.append(self.convert_messages(build_user_turn([*images, blank], question)))
+        length = self.processor.num_image_tokens + 2
+        options = {"max_new_tokens": length, "max_images": 1, "force_image": True, "do_sample": False}
+        _, visual_tokens = self.generate(drawing, options)
+        options = self.read_options(self.get_generation_kwargs(batch[0]), allows_images=False)
+        return self.generate(asking, options, torch.cat(visual_tokens))[0]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """
+        Return for each continuation its negative log-likelihood, summed over its tokens, and whether greedy search
+        would give it. lmms-eval takes the least value as the answer, since its other models return losses, too.
+        """
+        return self.run_batches(requests, self.score, is_generation=False)
+
+    @torch.no_grad()
+    def score(self, batch: list[Instance]) -> list[tuple[float, bool]]:
+        conversations, continuations = [], []
+        for request in batch:
+            context, continuation, *rest = request.args
+            document = self.get_document(request) if rest else None  # without one, the choice alone is scored
+            images = rest[0](document) if rest and rest[0] is not None else None
+            conversations.append(self.convert_messages(build_user_turn(images, context)))
+            continuations.append(continuation(document) if callable(continuation) else continuation)
+        inputs = self.prepare(conversations)
+        encoded = self.processor.tokenizer(
+            continuations, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
+        ).to(self.device)
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
+        position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        logits = self.model(**inputs, position_ids=position_ids, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
+        logits = logits.float()
+        logits[..., self.processor.image_token_id] = -torch.inf  # never predicted as text
+        likelihoods = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        losses = -likelihoods.where(mask.bool(), 0.0).sum(1)
+        is_greedy = ((logits.argmax(-1) == ids) | (mask == 0)).all(1)
+        return list(zip(losses.tolist(), is_greedy.tolist(), strict=True))
+
+
+class MetaMorphSimple(MetaMorphChat):
+    """[`MetaMorphChat`] for tasks that give images and a text (`--force_simple`)."""
+
+    is_simple = True
+
+    def read_round(self, request: Instance, outputs: list[str], info: Any) -> tuple[list[dict] | None, Any]:
+        """See [`MetaMorphChat.read_round`]."""
+        document, (context, _, doc_to_visual, *_) = self.get_document(request), request.args
+        if not outputs:
+            return build_user_turn(None if doc_to_visual is None else doc_to_visual(document), context), None
+        doc_to_text = request.args[3]
+        turn = doc_to_text(document, round_idx=len(outputs), previous_output=list(outputs), previous_round_info=info)
+        if not isinstance(turn, tuple):
+            return None, None
+        images, context, is_over, _, info = turn
+        return None if is_over else build_user_turn(images, context), info
+
+
+__all__ = ["MetaMorphChat", "MetaMorphSimple", "manifest"]
