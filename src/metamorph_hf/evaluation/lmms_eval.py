@@ -82,7 +82,9 @@ class MetaMorphChat(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"--batch_size is {batch_size!r}, but must be a number: it cannot be found automatically.")
+            raise ValueError(
+                f"--batch_size is {batch_size!r}, but must be a number: it cannot be found automatically."
+            )
         self.batch_size, self.max_frames, self.seed = int(batch_size), max_frames, seed
         self.max_images, self.force_image, self.wrap_captions = max_images, force_image, wrap_captions
         self.accelerator = Accelerator(cpu=device == "cpu")
@@ -242,7 +244,9 @@ class MetaMorphChat(lmms):
 
     def answer_rounds(self, batch: list[Instance], max_rounds: int | None = None) -> list[list[str]]:
         outputs, infos, active = [[] for _ in batch], [None] * len(batch), list(range(len(batch)))
-        names = ["_".join(str(part) for part in (task, split, doc)) for *_, doc, task, split in (r.args for r in batch)]
+        names = [
+            "_".join(str(part) for part in (task, split, doc)) for *_, doc, task, split in (r.args for r in batch)
+        ]
         while active and len(outputs[active[0]]) != max_rounds:
             turns = {row: self.read_round(batch[row], outputs[row], infos[row]) for row in active}
             infos = [turns[row][1] if row in turns else None for row in range(len(batch))]

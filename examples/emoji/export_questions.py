@@ -1,0 +1,55 @@
+"""Write the questions of the emoji tasks for lmms-eval (`lmms_eval_tasks/`), and run them:
+
+    python examples/emoji/export_questions.py
+    python -m lmms_eval --model metamorph --include_path examples/emoji/lmms_eval_tasks --tasks emoji_naming \\
+        --model_args pretrained=examples/emoji/checkpoint --batch_size 16
+
+`emoji_drawing` needs visualizer=examples/emoji/checkpoint, too. Run both from the folder that has `runs/`.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetDict
+from emoji_images import PARQUET
+from emoji_tasks import DEFAULT_PHRASING, EmojiTasks
+
+
+def list_questions(rows: list[dict]) -> dict[str, list[dict]]:
+    """Return the questions of both tasks: `question`, `answer`, the `row` of the real image, and what is shown."""
+    tasks = EmojiTasks(rows)
+    naming = [
+        {
+            "question": record["messages"][0]["content"][-1]["text"],
+            "answer": record["answer"],
+            "row": record["images"][0],
+            "image": rows[record["images"][0]]["image"],
+        }
+        for record in tasks.evaluation("name_twitter_held_out")
+    ]
+    drawing = [
+        {"question": DEFAULT_PHRASING.replace("{}", rows[row]["name"]), "answer": rows[row]["name"], "row": row}
+        for row in tasks.google
+    ]
+    return {"naming": naming, "drawing": drawing}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/emoji_questions"))
+    parser.add_argument("--limit", type=int, help="maximum number of questions of each task (default: all)")
+    args = parser.parse_args()
+    rows = Dataset.from_parquet(str(PARQUET)).cast_column("image", datasets.Image(decode=False)).to_list()
+    for name, questions in list_questions(rows).items():
+        if args.limit is not None and args.limit < len(questions):
+            questions = random.Random(0).sample(questions, args.limit)
+        test = Dataset.from_list(questions)
+        if name == "naming":
+            test = test.cast_column("image", datasets.Image())
+        DatasetDict({"test": test}).save_to_disk(str(args.output / name))
+
+
+if __name__ == "__main__":
+    main()
