@@ -2,10 +2,8 @@
 
     python -m lmms_eval --model metamorph --model_args pretrained=my-metamorph --tasks mmbench_en_dev --batch_size 8
 
-With `visualizer=my-pipeline` every answer is the string `{"text": ..., "images": [paths]}` that tasks for images expect.
-lmms-eval builds `multiple_choice`, `loglikelihood` and `generate_visual_cot` tasks with `--force_simple` only.
-
-Shapes: B requests, I images, N visual tokens per image, V vision width.
+With `visualizer=my-pipeline` every answer is the string `{"text": ..., "images": [paths]}`, which tasks for images
+expect. lmms-eval builds `multiple_choice`, `loglikelihood` and `generate_visual_cot` tasks with `--force_simple` only.
 """
 
 import hashlib
@@ -32,8 +30,6 @@ from .. import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphPr
 from ..data.video import video_frames, video_seconds
 
 
-SAMPLING = ("temperature", "top_p", "top_k")
-VISUAL_COT = re.compile(r"\[GEN_PROMPT\](.*?)\[/GEN_PROMPT\].*?\[QUESTION\](.*?)\[/QUESTION\]", re.DOTALL)
 build_user_turn = ConfigurableMessagesTask._build_user_turn  # tells images and videos apart as chat tasks do
 
 
@@ -57,11 +53,7 @@ class MetaMorphChat(lmms):
         wrap_captions (`bool`, defaults to `False`): Put prompts without images into the pipeline's
             `instruction_template`, for tasks such as WISE whose prompts are captions.
         max_frames (`int`, defaults to 16): Number of frames that stand for a video.
-        output_dir (`str`): Folder for the images, `TASK_SPLIT_DOC.png`.
-        seed (`int`): An image's noise depends on the seed and its name alone, as in `evaluate_generation.py`.
-
-    Raises:
-        ValueError: If `batch_size` is not a number.
+        output_dir (`str`): Folder for the images, `TASK_SPLIT_DOC.png`. Their noise depends on this name alone.
     """
 
     is_simple = False
@@ -77,20 +69,17 @@ class MetaMorphChat(lmms):
         wrap_captions: bool = False,
         max_frames: int = 16,
         output_dir: str = "lmms_eval_images",
-        seed: int = 0,
-        max_batch_size: int | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(
                 f"--batch_size is {batch_size!r}, but must be a number: it cannot be found automatically."
             )
-        self.batch_size, self.max_frames, self.seed = int(batch_size), max_frames, seed
+        self.batch_size, self.max_frames = int(batch_size), max_frames
         self.max_images, self.force_image, self.wrap_captions = max_images, force_image, wrap_captions
         self.accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        alone = device is not None and self._world_size == 1
-        self.device = torch.device(device) if alone else self.accelerator.device
+        self.device = torch.device(device if device and self._world_size == 1 else self.accelerator.device)
         index = cached_file(pretrained, "model_index.json", _raise_exceptions_for_missing_entries=False)
         folders = ("", "") if index is None else ("model", "processor")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -109,8 +98,6 @@ class MetaMorphChat(lmms):
         self.pipe = None
         super().clean()
 
-    # ---- Requests ----
-
     def get_document(self, request: Instance) -> dict:
         *_, index, task, split = request.args
         return self.task_dict[task][split][index]
@@ -118,15 +105,15 @@ class MetaMorphChat(lmms):
     def get_generation_kwargs(self, request: Instance) -> dict:
         return request.args[1 if self.is_simple else 2]
 
+    def get_builder(self, request: Instance) -> Callable:
+        """Return the task's function from a document, and later its rounds, to messages."""
+        return request.args[1]
+
     def read_round(self, request: Instance, outputs: list[str], info: Any) -> tuple[list[dict] | None, Any]:
-        """Return the messages of the next round, None after the last, and what the task remembers for the one after."""
-        document, build = self.get_document(request), request.args[1]
-        if not outputs:
-            return build(document), None
-        turn = build(document, round_idx=len(outputs), previous_output=list(outputs), previous_round_info=info)
-        if not isinstance(turn, tuple):  # the task has one round only
-            return None, None
-        messages, is_over, _, info = turn
+        """Return the messages of the next round, None after the last one, and what the task remembers."""
+        document, build = self.get_document(request), self.get_builder(request)
+        rounds = {"round_idx": len(outputs), "previous_output": list(outputs), "previous_round_info": info}
+        messages, is_over, _, info = build(document, **rounds) if outputs else (build(document), False, None, None)
         return None if is_over else messages, info
 
     def convert_messages(self, messages: list[dict]) -> list[dict]:
@@ -135,15 +122,14 @@ class MetaMorphChat(lmms):
         for message in messages:
             content, parts = message["content"], []
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                frames = [part]
                 if part["type"] == "video":
                     seconds = (video_seconds(part["url"]) or self.max_frames) / self.max_frames
                     frames = video_frames(part["url"], seconds, limit=self.max_frames)
-                    parts += [{"type": "image", "image": frame} for frame in frames]
-                else:
-                    parts.append(part)
+                    frames = [{"type": "image", "image": frame} for frame in frames]
+                parts += frames
             images = [part for part in parts if part["type"] == "image"]
-            pieces = [re.split(f"({re.escape(token)})", part["text"]) for part in parts if part["type"] == "text"]
-            pieces = [piece for row in pieces for piece in row]
+            pieces = re.split(f"({re.escape(token)})", "".join(part.get("text", "") for part in parts))
             if images and pieces.count(token) == len(images):
                 following = iter(images)
                 parts = [next(following) if p == token else {"type": "text", "text": p} for p in pieces if p.strip()]
@@ -151,15 +137,13 @@ class MetaMorphChat(lmms):
         return converted
 
     def read_options(self, generation_kwargs: dict, allows_images: bool) -> dict:
-        """Return the arguments of `generate` for those of a task."""
-        known, given = vars(GenerationConfig()), {k: v for k, v in generation_kwargs.items() if v is not None}
-        if unknown := sorted(given.keys() - known.keys() - {"until", "visual_cot"}):
-            logger.warning(f"The task's generation_kwargs {unknown} are for other models and are left out.")
-        options = {"max_new_tokens": 512, **{k: v for k, v in given.items() if k in known}}
-        temperature = given.get("temperature")
-        options["do_sample"] = bool(given.get("do_sample", temperature)) and temperature != 0
-        if not options["do_sample"]:
-            options = {name: value for name, value in options.items() if name not in SAMPLING}
+        """Return the arguments of `generate` among those of a task; the others are for other models."""
+        known = vars(GenerationConfig())
+        given = {name: value for name, value in generation_kwargs.items() if name in known and value is not None}
+        is_random = bool(given.get("do_sample", given.get("temperature"))) and given.get("temperature") != 0
+        options = {"max_new_tokens": 512, **given, "do_sample": is_random}
+        if not is_random:
+            options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         if not allows_images:
             return {**options, "max_images": 0}
         options["max_new_tokens"] += self.max_images * (self.processor.num_image_tokens + 2)
@@ -168,14 +152,8 @@ class MetaMorphChat(lmms):
     def run_batches(self, requests: list[Instance], answer: Callable, is_generation: bool = True) -> list:
         """Call `answer` on batches of requests with equal generation kwargs; return the answers in order."""
         collator = Collator(requests, lambda request: 0, self.get_generation_kwargs, grouping=is_generation)
-        answers = []
-        with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
-            for batch in collator.get_batched(n=self.batch_size):
-                answers += answer(batch)
-                progress.update(len(batch))
-        return collator.get_original(answers)
-
-    # ---- The model ----
+        batches = tqdm(collator.get_batched(n=self.batch_size), desc="batches", disable=self.rank != 0)
+        return collator.get_original([result for batch in batches for result in answer(batch)])
 
     def prepare(self, conversations: list[list[dict]]) -> dict:
         """Tokenize B conversations, padded on the left."""
@@ -188,10 +166,8 @@ class MetaMorphChat(lmms):
         self, conversations: list[list[dict]], options: dict, drawings: torch.Tensor | None = None
     ) -> tuple[list[str], list[torch.Tensor]]:
         """
-        Return B texts without placeholders, and the visual tokens (images, N, V) of each answer.
-
-        Args:
-            drawings (`torch.Tensor` of shape (B, N, V), *optional*): Take the place of each prompt's last image.
+        Return B texts without placeholders, and the visual tokens (images, N, V) of each answer. `drawings`, visual
+        tokens (B, N, V), take the place of each prompt's last image.
         """
         inputs = self.prepare(conversations)
         if drawings is not None:
@@ -207,9 +183,10 @@ class MetaMorphChat(lmms):
     def answer(self, conversations: list[list[dict]], names: list[str], generation_kwargs: dict) -> list[str]:
         """Answer B conversations: with text, or with a visualizer as JSON. `names` are those of their images."""
         conversations = [self.convert_messages(messages) for messages in conversations]
-        if self.pipe is not None and self.wrap_captions:
-            for part in (turns[-1]["content"][0] for turns in conversations if len(turns[-1]["content"]) == 1):
-                part["text"] = self.pipe.config.instruction_template.replace("{}", part["text"])
+        for content in [turns[-1]["content"] for turns in conversations] if self.wrap_captions and self.pipe else []:
+            if [part["type"] for part in content] == ["text"]:
+                text = self.pipe.config.instruction_template.replace("{}", content[0]["text"])
+                content[0] = {"type": "text", "text": text}
         options = self.read_options(generation_kwargs, allows_images=self.pipe is not None)
         texts, visual_tokens = self.generate(conversations, options)
         # lmms-eval adds the empty line to tasks that name no end; it would cut answers of several paragraphs.
@@ -218,21 +195,20 @@ class MetaMorphChat(lmms):
         if self.pipe is None:
             return texts
         paths = self.save_images(names, visual_tokens)
+        if missing := [name for name, images in zip(names, paths) if not images]:
+            logger.warning(f"{len(missing)} answers have no image: {', '.join(missing)}.")
         return [json.dumps({"text": text, "images": images}) for text, images in zip(texts, paths, strict=True)]
 
     def save_images(self, names: list[str], visual_tokens: list[torch.Tensor]) -> list[list[str]]:
         """Decode B answers' visual tokens (images, N, V) and return the paths of their images."""
         rows = [[f"{name}_{i}" if i else name for i in range(len(t))] for name, t in zip(names, visual_tokens)]
         stems = [stem for row in rows for stem in row]
-        digests = [hashlib.sha256(f"{self.seed} {stem}".encode()).digest() for stem in stems]
+        digests = [hashlib.sha256(f"0 {stem}".encode()).digest() for stem in stems]  # as evaluate_generation.py
         generators = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
-        if stems:
-            images = self.pipe.decode_visual_tokens(torch.cat(visual_tokens), generator=generators)
-            for stem, image in zip(stems, images, strict=True):
-                image.save(self.output_dir / f"{stem}.png")
+        images = self.pipe.decode_visual_tokens(torch.cat(visual_tokens), generator=generators)
+        for stem, image in zip(stems, images, strict=True):
+            image.save(self.output_dir / f"{stem}.png")
         return [[str(self.output_dir / f"{stem}.png") for stem in row] for row in rows]
-
-    # ---- The four kinds of requests ----
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answer questions."""
@@ -244,19 +220,19 @@ class MetaMorphChat(lmms):
 
     def answer_rounds(self, batch: list[Instance], max_rounds: int | None = None) -> list[list[str]]:
         outputs, infos, active = [[] for _ in batch], [None] * len(batch), list(range(len(batch)))
-        names = [
-            "_".join(str(part) for part in (task, split, doc)) for *_, doc, task, split in (r.args for r in batch)
-        ]
         while active and len(outputs[active[0]]) != max_rounds:
-            turns = {row: self.read_round(batch[row], outputs[row], infos[row]) for row in active}
-            infos = [turns[row][1] if row in turns else None for row in range(len(batch))]
-            active = [row for row in active if turns[row][0] is not None]
-            rounds = [f"{names[row]}_round{len(outputs[row])}" if outputs[row] else names[row] for row in active]
-            if active:
-                kwargs = self.get_generation_kwargs(batch[0])
-                answers = self.answer([turns[row][0] for row in active], rounds, kwargs)
-                for row, answer in zip(active, answers, strict=True):
-                    outputs[row].append(answer)
+            turns, names = [], []
+            for row in list(active):
+                messages, infos[row] = self.read_round(batch[row], outputs[row], infos[row])
+                if messages is None:
+                    active.remove(row)
+                    continue
+                *_, document, task, split = batch[row].args
+                names.append(f"{task}_{split}_{document}" + (f"_round{len(outputs[row])}" if outputs[row] else ""))
+                turns.append(messages)
+            answers = self.answer(turns, names, self.get_generation_kwargs(batch[0])) if turns else []
+            for row, answer in zip(active, answers, strict=True):
+                outputs[row].append(answer)
         return outputs
 
     def generate_visual_cot(self, requests: list[Instance]) -> list[str]:
@@ -268,7 +244,7 @@ class MetaMorphChat(lmms):
         for request in batch:
             context, _, doc_to_visual, *_ = request.args
             images = list(doc_to_visual(self.get_document(request)) or [])
-            found = VISUAL_COT.search(context)
+            found = re.search(r"\[GEN_PROMPT\](.*)\[/GEN_PROMPT\]\s*\[QUESTION\](.*)\[/QUESTION\]", context, re.DOTALL)
             wish, question = (text.strip() for text in found.groups()) if found else (context, context)
             drawing.append(self.convert_messages(build_user_turn(images, wish.replace("{question}", question))))
             asking.append(self.convert_messages(build_user_turn([*images, blank], question)))
@@ -302,8 +278,9 @@ class MetaMorphChat(lmms):
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
         position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        logits = self.model(**inputs, position_ids=position_ids, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
-        logits = logits.float()
+        logits = (
+            self.model(**inputs, position_ids=position_ids, logits_to_keep=ids.shape[1] + 1).logits[:, :-1].float()
+        )
         logits[..., self.processor.image_token_id] = -torch.inf  # never predicted as text
         likelihoods = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         losses = -likelihoods.where(mask.bool(), 0.0).sum(1)
@@ -316,17 +293,13 @@ class MetaMorphSimple(MetaMorphChat):
 
     is_simple = True
 
-    def read_round(self, request: Instance, outputs: list[str], info: Any) -> tuple[list[dict] | None, Any]:
-        """See [`MetaMorphChat.read_round`]."""
-        document, (context, _, doc_to_visual, *_) = self.get_document(request), request.args
-        if not outputs:
-            return build_user_turn(None if doc_to_visual is None else doc_to_visual(document), context), None
-        doc_to_text = request.args[3]
-        turn = doc_to_text(document, round_idx=len(outputs), previous_output=list(outputs), previous_round_info=info)
-        if not isinstance(turn, tuple):
-            return None, None
-        images, context, is_over, _, info = turn
-        return None if is_over else build_user_turn(images, context), info
+    def get_builder(self, request: Instance) -> Callable:
+        context, _, doc_to_visual, doc_to_text, *_ = request.args
 
+        def build(document: dict, **rounds) -> list[dict] | tuple:
+            if not rounds:
+                return build_user_turn(None if doc_to_visual is None else doc_to_visual(document), context)
+            images, text, *rest = doc_to_text(document, **rounds)
+            return build_user_turn(images, text), *rest
 
-__all__ = ["MetaMorphChat", "MetaMorphSimple", "manifest"]
+        return build
