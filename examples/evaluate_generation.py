@@ -6,6 +6,8 @@
         --clip-network openai/clip-vit-large-patch14
     python examples/evaluate_generation.py --output runs/sd --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --captions mine.jsonl --judge my-pipeline                                         # another one, to compare
+    python examples/evaluate_generation.py --output runs/geneval --pipeline my-pipeline --layout geneval \\
+        --captions geneval/prompts/evaluation_metadata.jsonl                              # images for GenEval's scorer
 
 A line of a captions file is {"caption": "a cat", "image": "cat.png", "id": "cat"}. `image`, the real image, lies in
 the file's folder; text-to-image can do without (and then measures neither FID nor retrieval), reconstruct without
@@ -40,6 +42,7 @@ from common import EMOJI_CHECKPOINT, exit_with_sentence, load_pipeline
 from diffusers import DiffusionPipeline
 from evaluation import draw_contact_sheet, rank_references
 from evaluation_captions import COCO_CAPTIONS, Row, read_rows
+from evaluation_layouts import SAMPLES, Prompt, list_samples, read_prompts, write_layout
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
@@ -105,10 +108,14 @@ def split_batches(accelerator: Accelerator, items: list, size: int, desc: str) -
 
 
 def generate_missing(
-    accelerator: Accelerator, pipe: DiffusionPipeline, rows: list[Row], args: argparse.Namespace, options: dict
+    accelerator: Accelerator,
+    pipe: DiffusionPipeline,
+    rows: list[Row],
+    args: argparse.Namespace,
+    options: dict,
+    folder: Path,
 ) -> int:
     """Generate the images that are not in the folder yet; return their number over all processes."""
-    folder = args.output / "images"
     missing = [row for row in rows if not any((folder / f"{row.id}{end}").is_file() for end in (".png", ".txt"))]
     accelerator.wait_for_everyone()  # all have looked before one of them adds to it
     for batch in split_batches(accelerator, missing, args.batch_size, "generating images"):
@@ -279,6 +286,7 @@ def describe_settings(rows: list[Row], pipe: DiffusionPipeline, args: argparse.N
         "seed": args.seed,
         "max_new_tokens": args.max_new_tokens,
         "captions": args.captions,
+        "layout": args.layout,
         "number_of_captions": len(rows),
         "captions_sha256": hashlib.sha256(requests.encode()).hexdigest(),
     }
@@ -302,6 +310,26 @@ def prepare_folder(accelerator: Accelerator, folder: Path, settings: dict[str, A
     accelerator.wait_for_everyone()
 
 
+def choose_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Read the prompts of a benchmark; `--limit` samples them, always the same ones."""
+    prompts = read_prompts(args.layout, [Path(path) for path in args.captions.split(",")])
+    if args.limit is not None and args.limit < len(prompts):
+        prompts = random.Random(0).sample(prompts, max(0, args.limit))
+    if not prompts:
+        sys.exit(f"{args.captions} holds no prompts (--limit {args.limit}): there is nothing to generate.")
+    return prompts
+
+
+def finish_layout(prompts: list[Prompt], args: argparse.Namespace, samples: Path, result: dict) -> None:
+    """Write the benchmark's folder and `result.json`, and say what to run then."""
+    if not any(samples.glob("*.png")):
+        sys.exit(f"None of the answers to the {len(prompts)} prompts has an image.")
+    facts = write_layout(args.layout, prompts, samples, args.output / "images")
+    result = {**facts, **result, "versions": {module.__name__: module.__version__ for module in LIBRARIES}}
+    (args.output / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    print(*facts["notes"], f"Now run, in the benchmark's repository:\n{chr(10).join(facts['commands'])}", sep="\n")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for images and result")
@@ -310,7 +338,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--captions",
         help="JSONL file, emoji (1,911 names, the default), emoji-held-out (200 images in a style that the "
-        "visualizer has not seen, the default for reconstruct) or coco-30k",
+        "visualizer has not seen, the default for reconstruct) or coco-30k; with --layout, the benchmark's own files "
+        "(WISE: three, with commas between them) or folder (DPG-Bench)",
+    )
+    parser.add_argument(
+        "--layout", choices=SAMPLES, help="write images for this benchmark's own scorer; measure nothing"
     )
     parser.add_argument("--coco", type=Path, help=f"for coco-30k: folder with {COCO_CAPTIONS} and val2014/")
     parser.add_argument("--limit", type=int, help="maximum number of captions, always the same ones")
@@ -330,6 +362,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}, but must be at least 1")
+    if args.layout is not None and (args.captions is None or args.task != "text-to-image"):
+        parser.error("--layout needs the benchmark's prompts by --captions, and --task text-to-image")
     if args.captions is None:
         args.captions = "emoji-held-out" if args.task == "reconstruct" else "emoji"
     return args
@@ -338,7 +372,10 @@ def parse_args() -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=args.cpu)
     device = accelerator.device
-    rows = read_rows(args.captions, args.task, args.coco, args.limit)
+    prompts = None if args.layout is None else choose_prompts(args)
+    rows = (
+        list_samples(args.layout, prompts) if prompts else read_rows(args.captions, args.task, args.coco, args.limit)
+    )
     pipe = load_pipeline(args.pipeline, device, any_class=True)
     pipe.set_progress_bar_config(disable=True)
     options = choose_options(pipe, args)
@@ -352,9 +389,15 @@ def evaluate(args: argparse.Namespace) -> None:
     clip_score = None if args.clip_network is None else load_clip(args.clip_network, device)
     settings = describe_settings(rows, pipe, args, options)
     prepare_folder(accelerator, args.output, settings)
-
-    generated_now = generate_missing(accelerator, pipe, rows, args, options)
     images = args.output / "images"
+    samples = images if prompts is None else args.output / "samples"
+    samples.mkdir(exist_ok=True)
+    generated_now = generate_missing(accelerator, pipe, rows, args, options, samples)
+    if prompts is not None:
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            finish_layout(prompts, args, samples, {"settings": settings, "generated_in_this_run": generated_now})
+        return
     generated = [index for index, row in enumerate(rows) if (images / f"{row.id}.png").is_file()]
     missing = [
         {"id": row.id, "caption": row.caption, "answer": (images / f"{row.id}.txt").read_text(encoding="utf-8")}
