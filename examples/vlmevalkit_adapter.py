@@ -1,0 +1,88 @@
+"""MetaMorph as a model of VLMEvalKit, which has no plugins: it reads its models from `vlmeval/config.py`.
+
+In a checkout of open-compass/VLMEvalKit, add these lines to the end of `vlmeval/config.py`:
+
+    from vlmevalkit_adapter import MetaMorph
+    supported_VLM["MetaMorph"] = partial(MetaMorph, pretrained="my-metamorph")
+
+and run it with this folder on the path:
+
+    PYTHONPATH=metamorph-hf/examples python run.py --data MMBench_DEV_EN MMVP CV-Bench-2D --model MetaMorph
+
+Its branch `lite` also evaluates generated images; there, `supported_ULM` or its like takes
+`partial(MetaMorphImages, pipeline="my-pipeline")`.
+"""
+
+import torch
+from common import load_pipeline, resolve_model
+from PIL import Image
+from vlmeval.vlm.base import BaseModel
+
+from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor
+
+
+try:
+    from vlmeval.ulm.base import BaseGenModel
+except ModuleNotFoundError:  # the branch main, whose other base class has all that `MetaMorphImages` needs
+    BaseGenModel = BaseModel
+
+
+class MetaMorph(BaseModel):
+    """Answers with text. Messages are lists of {"type": "text" or "image", "value": text or path}, in order.
+
+    Args:
+        pretrained: Folder or Hub id of a model with its processor, or a pipeline folder.
+        max_new_tokens: Maximum length of an answer.
+        generation_kwargs: Additional arguments of `generate`. The default is greedy search.
+    """
+
+    INTERLEAVE = True
+    VIDEO_LLM = False  # VLMEvalKit gives the frames of a video as images then
+    allowed_types = ["text", "image"]
+
+    def __init__(self, pretrained: str, max_new_tokens: int = 512, **generation_kwargs):
+        super().__init__()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, processor = resolve_model(pretrained)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.model = MetaMorphForConditionalGeneration.from_pretrained(model, dtype=dtype).to(device)
+        self.processor = MetaMorphProcessor.from_pretrained(processor)
+        self.options = {"max_new_tokens": max_new_tokens, "do_sample": False, "max_images": 0, **generation_kwargs}
+
+    @torch.no_grad()
+    def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:
+        content = [{"type": part["type"], part["type"]: part["value"]} for part in message]
+        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = self.processor.apply_chat_template([{"role": "user", "content": content}], **template)
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        ids = self.model.generate(**inputs, **self.options)
+        return self.processor.decode_generated(ids[:, inputs["input_ids"].shape[1] :])[0]
+
+
+class MetaMorphImages(BaseGenModel):
+    """Answers with an image, for captions and for edits.
+
+    Args:
+        pipeline: Folder or Hub id of a MetaMorphPipeline.
+        options: Arguments of the pipeline's call, such as `num_inference_steps`.
+    """
+
+    INTERLEAVE = True
+    EXPERTISE = ["T2I", "TI2I"]
+    allowed_types = ["text", "image"]
+
+    def __init__(self, pipeline: str, **options):
+        super().__init__()
+        self.pipe, self.options = load_pipeline(pipeline), options
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def generate_inner(self, message: list[dict], dataset: str | None = None) -> Image.Image:
+        return self.batch_generate_inner(message, dataset, 1)[0]
+
+    def batch_generate_inner(self, message: list[dict], dataset: str | None, num_generations: int) -> list:
+        """Return `num_generations` images. All answers begin with an image, since VLMEvalKit saves each of them."""
+        prompt = "\n".join(part["value"] for part in message if part["type"] == "text")
+        images = [part["value"] for part in message if part["type"] == "image"]
+        forced = {"generation_kwargs": {"force_image": True, "max_images": 1, "do_sample": False}}
+        count = num_generations
+        return self.pipe([prompt] * count, image=[images] * count, **{**forced, **self.options}).images
