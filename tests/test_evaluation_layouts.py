@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import import_example, write_jsonl
+from helpers import ROOT, import_example, write_jsonl
 from PIL import Image
 
 
@@ -218,6 +218,13 @@ class TestBadInput:
     def test_no_prompts(self, run, layout):
         with pytest.raises(SystemExit, match=f"nowhere does not exist: --layout {layout} needs"):
             run(layout, "nowhere")
+
+    def test_documented_commands(self, monkeypatch):
+        commands = re.findall(r"`GENERATE (.*?)`", (ROOT / "docs" / "evaluation.md").read_text())
+        for command in commands:
+            monkeypatch.setattr(sys, "argv", ["evaluate_generation.py", "--pipeline", "my-pipeline", *command.split()])
+            evaluate_generation.parse_args()
+        assert {re.search(r"--layout (\w+)", command)[1] for command in commands[1:]} == {"geneval", "dpg", "wise"}
 
     def test_prompts_must_be_given(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["evaluate_generation.py", "--output", "out", "--layout", "dpg"])

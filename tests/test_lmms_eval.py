@@ -3,12 +3,13 @@
 import hashlib
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import EMOJI_CHECKPOINT, EXAMPLES_FOLDER, import_example, write_jsonl
+from helpers import EMOJI_CHECKPOINT, EXAMPLES_FOLDER, ROOT, import_example, write_jsonl
 from PIL import Image
 
 from metamorph_hf import MetaMorphPipeline
@@ -20,6 +21,8 @@ registry = pytest.importorskip("lmms_eval.models")
 
 from lmms_eval.api.instance import Instance  # noqa: E402
 from lmms_eval.api.task import ConfigurableMessagesTask  # noqa: E402
+from lmms_eval.evaluator import simple_evaluate  # noqa: E402
+from lmms_eval.tasks import TaskManager  # noqa: E402
 
 from metamorph_hf.evaluation.lmms_eval import MetaMorphChat, MetaMorphSimple  # noqa: E402
 
@@ -87,6 +90,11 @@ class TestRegistry:
         assert (lm.batch_size, lm.rank, lm.world_size, lm.pipe) == (2, 0, 1, None)
         lm.clean()
         assert "model" not in vars(lm)
+
+    def test_documented_tasks(self):
+        known = TaskManager().all_tasks
+        tasks = re.findall(r"`LMMS.*? --tasks (\S+?)[ `]", (ROOT / "docs" / "evaluation.md").read_text())
+        assert len(tasks) > 10 and {name for group in tasks for name in group.split(",")} <= set(known)
 
     @pytest.mark.parametrize("size", ["auto", "auto:4", "0"])
     def test_automatic_batches(self, load, size):
@@ -290,9 +298,6 @@ class TestLoglikelihood:
 @pytest.mark.slow
 def test_emoji_tasks_give_our_own_scores(tmp_path, monkeypatch):
     """Both tasks, run as a user does, against our evaluation of the same questions."""
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
-
     monkeypatch.chdir(tmp_path)
     export, evaluate_emoji = import_example("emoji/export_questions.py"), import_example("evaluate_emoji.py")
     evaluate_generation = import_example("evaluate_generation.py")
