@@ -310,16 +310,6 @@ def prepare_folder(accelerator: Accelerator, folder: Path, settings: dict[str, A
     accelerator.wait_for_everyone()
 
 
-def choose_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """Read the prompts of a benchmark; `--limit` samples them, always the same ones."""
-    prompts = read_prompts(args.layout, [Path(path) for path in args.captions.split(",")])
-    if args.limit is not None and args.limit < len(prompts):
-        prompts = random.Random(0).sample(prompts, max(0, args.limit))
-    if not prompts:
-        sys.exit(f"{args.captions} holds no prompts (--limit {args.limit}): there is nothing to generate.")
-    return prompts
-
-
 def finish_layout(prompts: list[Prompt], args: argparse.Namespace, samples: Path, result: dict) -> None:
     """Write the benchmark's folder and `result.json`, and say what to run then."""
     if not any(samples.glob("*.png")):
@@ -372,10 +362,11 @@ def parse_args() -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=args.cpu)
     device = accelerator.device
-    prompts = None if args.layout is None else choose_prompts(args)
-    rows = (
-        list_samples(args.layout, prompts) if prompts else read_rows(args.captions, args.task, args.coco, args.limit)
-    )
+    if args.layout is not None:
+        prompts = read_prompts(args.layout, args.captions, args.limit)
+        rows = list_samples(args.layout, prompts)
+    else:
+        rows = read_rows(args.captions, args.task, args.coco, args.limit)
     pipe = load_pipeline(args.pipeline, device, any_class=True)
     pipe.set_progress_bar_config(disable=True)
     options = choose_options(pipe, args)
@@ -390,10 +381,10 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = describe_settings(rows, pipe, args, options)
     prepare_folder(accelerator, args.output, settings)
     images = args.output / "images"
-    samples = images if prompts is None else args.output / "samples"
+    samples = images if args.layout is None else args.output / "samples"
     samples.mkdir(exist_ok=True)
     generated_now = generate_missing(accelerator, pipe, rows, args, options, samples)
-    if prompts is not None:
+    if args.layout is not None:
         accelerator.end_training()
         if accelerator.is_main_process:
             finish_layout(prompts, args, samples, {"settings": settings, "generated_in_this_run": generated_now})

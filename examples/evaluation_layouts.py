@@ -4,6 +4,7 @@ Written from the scorers' code: djghosh13/geneval, TencentQQGYLab/ELLA (dpg_benc
 """
 
 import json
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from evaluation_captions import Row
 from PIL import Image
 
@@ -79,9 +81,10 @@ def read_wise(path: Path) -> list[Prompt]:
     return [Prompt(str(entry["prompt_id"]), entry["Prompt"]) for entry in entries]
 
 
-def read_prompts(layout: str, paths: list[Path]) -> list[Prompt]:
-    """Read the prompts of a benchmark's own files (GenEval, WISE) or folder (DPG-Bench), or exit with a sentence."""
+def read_prompts(layout: str, captions: str, limit: int | None) -> list[Prompt]:
+    """Read a benchmark's own files or folder, or exit with a sentence; `limit` samples them, always the same ones."""
     read = {"geneval": read_geneval, "dpg": read_dpg, "wise": read_wise}[layout]
+    paths = [Path(path) for path in captions.split(",")]
     for path in paths:
         if not (path.is_dir() if layout == "dpg" else path.is_file()):
             sys.exit(f"{path} does not exist: --layout {layout} needs the benchmark's own prompts by --captions.")
@@ -90,6 +93,10 @@ def read_prompts(layout: str, paths: list[Path]) -> list[Prompt]:
         sys.exit(f"The prompt {empty[0]} is empty: --layout {layout} needs a text for each id.")
     if prompts and (most := Counter(prompt.id for prompt in prompts).most_common(1)[0])[1] > 1:
         sys.exit(f"The prompts have the id {most[0]} {most[1]} times: ids must be unique.")
+    if limit is not None and limit < len(prompts):
+        prompts = random.Random(0).sample(prompts, max(0, limit))
+    if not prompts:
+        sys.exit(f"{captions} holds no prompts (--limit {limit}): there is nothing to generate.")
     return prompts
 
 
@@ -100,11 +107,8 @@ def list_samples(layout: str, prompts: list[Prompt]) -> list[Row]:
 
 def join_images(images: list[Image.Image]) -> Image.Image:
     """Join four images of one size into a 2 x 2 grid."""
-    width, height = images[0].size
-    grid = Image.new("RGB", (2 * width, 2 * height))
-    for index, image in enumerate(images):
-        grid.paste(image, (index % 2 * width, index // 2 * height))
-    return grid
+    rows = [np.concatenate([np.asarray(image) for image in images[start : start + 2]], axis=1) for start in (0, 2)]
+    return Image.fromarray(np.concatenate(rows))
 
 
 def write_layout(layout: str, prompts: list[Prompt], samples: Path, folder: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ and run it with this folder on the path:
 
     PYTHONPATH=metamorph-hf/examples python run.py --data MMBench_DEV_EN MMVP CV-Bench-2D --model MetaMorph
 
-Its branch `lite` also evaluates generated images; there, `supported_ULM` or its like takes
-`partial(MetaMorphImages, pipeline="my-pipeline")`.
+Its branch `lite` also evaluates generated images. There, add
+`supported_VLM["MetaMorph"] = partial(MetaMorphImages, pipeline="my-pipeline")` to `vlmeval/config/__init__.py`.
 """
 
 import torch
@@ -28,12 +28,10 @@ except ModuleNotFoundError:  # the branch main, whose other base class has all t
 
 
 class MetaMorph(BaseModel):
-    """Answers with text. Messages are lists of {"type": "text" or "image", "value": text or path}, in order.
+    """Answers with text, by greedy search unless `generation_kwargs`, arguments of `generate`, say otherwise.
 
-    Args:
-        pretrained: Folder or Hub id of a model with its processor, or a pipeline folder.
-        max_new_tokens: Maximum length of an answer.
-        generation_kwargs: Additional arguments of `generate`. The default is greedy search.
+    A message is a list of {"type": "text" or "image", "value": text or path}, in order. `pretrained` is a model with
+    its processor, or a pipeline folder.
     """
 
     INTERLEAVE = True
@@ -60,12 +58,7 @@ class MetaMorph(BaseModel):
 
 
 class MetaMorphImages(BaseGenModel):
-    """Answers with an image, for captions and for edits.
-
-    Args:
-        pipeline: Folder or Hub id of a MetaMorphPipeline.
-        options: Arguments of the pipeline's call, such as `num_inference_steps`.
-    """
+    """Answers captions and edits with an image. `options` are arguments of the pipeline, as `num_inference_steps`."""
 
     INTERLEAVE = True
     EXPERTISE = ["T2I", "TI2I"]
@@ -84,5 +77,5 @@ class MetaMorphImages(BaseGenModel):
         prompt = "\n".join(part["value"] for part in message if part["type"] == "text")
         images = [part["value"] for part in message if part["type"] == "image"]
         forced = {"generation_kwargs": {"force_image": True, "max_images": 1, "do_sample": False}}
-        count = num_generations
-        return self.pipe([prompt] * count, image=[images] * count, **{**forced, **self.options}).images
+        prompts, shown = [prompt] * num_generations, [images] * num_generations
+        return self.pipe(prompts, image=shown, **{**forced, **self.options}).images

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from helpers import EMOJI_CHECKPOINT, EXAMPLES_FOLDER, ROOT, import_example, write_jsonl
 from PIL import Image
 
@@ -295,6 +295,35 @@ class TestLoglikelihood:
         assert any(greedy)
 
 
+def test_a_task_of_choices(load, folder, tmp_path, monkeypatch):
+    """lmms-eval takes the choice with the least value that we return."""
+    monkeypatch.chdir(tmp_path)
+    choices = ["yes", "no", "a bird"]
+    rows = [{"question": f"{number}?", "choices": choices, "answer": number % 3} for number in range(6)]
+    DatasetDict({"test": Dataset.from_list(rows)}).save_to_disk("questions")
+    task = {"task": "choose", "dataset_path": "questions", "dataset_kwargs": {"load_from_disk": True}}
+    task |= {"test_split": "test", "output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]}
+    task |= {"doc_to_text": "question", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "choose.yaml").write_text(json.dumps(task))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), model_name="metamorph")
+    options = {"tasks": ["choose"], "task_manager": manager, "batch_size": 4, "device": "cpu"}
+    with pytest.raises(AssertionError, match="Currently messages is used for generation only"):
+        simple_evaluate("metamorph", f"pretrained={folder}", **options)
+    score = simple_evaluate("metamorph", f"pretrained={folder}", force_simple=True, **options)["results"]["choose"]
+    lm, correct = load(), 0
+    for row in rows:
+        losses = []
+        for choice in choices:
+            prompt = f"<|user|>{row['question']}<|end|><|assistant|>"
+            inputs = lm.processor(text=f"{prompt} {choice}", return_tensors="pt")
+            labels = inputs["input_ids"].clone()
+            labels[:, : -len(choice) - 1] = -100  # a token is a byte
+            losses.append(lm.model(**inputs, labels=labels).text_loss.item() * (len(choice) + 1))
+        correct += losses.index(min(losses)) == row["answer"]
+    assert score["acc,none"] == pytest.approx(correct / 6)
+
+
 @pytest.mark.slow
 def test_emoji_tasks_give_our_own_scores(tmp_path, monkeypatch):
     """Both tasks, run as a user does, against our evaluation of the same questions."""
@@ -319,7 +348,8 @@ def test_emoji_tasks_give_our_own_scores(tmp_path, monkeypatch):
     assert scores["emoji_naming"]["accuracy,none"] == pytest.approx(sum(map(str.__eq__, texts, names)) / 20)
 
     # Drawing: the retrieval of `evaluate_generation.py`, whose noise follows from the same ids
-    drawing = Dataset.load_from_disk(str(tmp_path / "runs" / "emoji_questions" / "drawing" / "test")).to_list()
+    drawing = Dataset.load_from_disk(str(tmp_path / "runs" / "emoji_questions" / "drawing" / "test"))
+    drawing = drawing.remove_columns("image").to_list()
     lines = []
     for index, question in enumerate(drawing):
         Image.fromarray(pixels[question["row"]].permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")

@@ -17,23 +17,18 @@ from emoji_images import PARQUET
 from emoji_tasks import DEFAULT_PHRASING, EmojiTasks
 
 
+NAMING = "name_twitter_held_out"  # Twitter's images that no training question has shown
+
+
 def list_questions(rows: list[dict]) -> dict[str, list[dict]]:
-    """Return the questions of both tasks: `question`, `answer`, the `row` of the real image, and what is shown."""
+    """Return the questions of both tasks: `question`, `answer`, the `row` of the real image, and that image."""
     tasks = EmojiTasks(rows)
-    naming = [
-        {
-            "question": record["messages"][0]["content"][-1]["text"],
-            "answer": record["answer"],
-            "row": record["images"][0],
-            "image": rows[record["images"][0]]["image"],
-        }
-        for record in tasks.evaluation("name_twitter_held_out")
-    ]
-    drawing = [
-        {"question": DEFAULT_PHRASING.replace("{}", rows[row]["name"]), "answer": rows[row]["name"], "row": row}
-        for row in tasks.google
-    ]
-    return {"naming": naming, "drawing": drawing}
+    naming = [(r["messages"][0]["content"][-1]["text"], r["images"][0]) for r in tasks.evaluation(NAMING)]
+    drawing = [(DEFAULT_PHRASING.replace("{}", rows[row]["name"]), row) for row in tasks.google]
+    return {
+        task: [{"question": q, "answer": rows[i]["name"], "row": i, "image": rows[i]["image"]} for q, i in questions]
+        for task, questions in (("naming", naming), ("drawing", drawing))
+    }
 
 
 def main() -> None:
@@ -45,9 +40,7 @@ def main() -> None:
     for name, questions in list_questions(rows).items():
         if args.limit is not None and args.limit < len(questions):
             questions = random.Random(0).sample(questions, args.limit)
-        test = Dataset.from_list(questions)
-        if name == "naming":
-            test = test.cast_column("image", datasets.Image())
+        test = Dataset.from_list(questions).cast_column("image", datasets.Image())
         DatasetDict({"test": test}).save_to_disk(str(args.output / name))
 
 

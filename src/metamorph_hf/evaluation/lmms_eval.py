@@ -47,8 +47,8 @@ class MetaMorphChat(lmms):
         visualizer (`str`, *optional*): Folder or Hub id of a [`MetaMorphPipeline`] that decodes the answers' images.
             Without it, answers are text only.
         batch_size (`int`), device (`str`, *optional*): As given to lmms-eval.
-        max_images (`int`, defaults to 1): Largest number of images in an answer. They do not count as new tokens of
-            the task, whose limits (64 for WISE) are too small for an image.
+        max_images (`int`, defaults to 1): Largest number of images in an answer. They come on top of the task's
+            `max_new_tokens`, which may be too small for an image.
         force_image (`bool`, defaults to `False`): Begin each answer with an image.
         wrap_captions (`bool`, defaults to `False`): Put prompts without images into the pipeline's
             `instruction_template`, for tasks such as WISE whose prompts are captions.
@@ -80,8 +80,8 @@ class MetaMorphChat(lmms):
         self.accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device if device and self._world_size == 1 else self.accelerator.device)
-        index = cached_file(pretrained, "model_index.json", _raise_exceptions_for_missing_entries=False)
-        folders = ("", "") if index is None else ("model", "processor")
+        is_pipeline = cached_file(pretrained, "model_index.json", _raise_exceptions_for_missing_entries=False)
+        folders = ("model", "processor") if is_pipeline else ("", "")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         model = MetaMorphForConditionalGeneration.from_pretrained(pretrained, subfolder=folders[0], dtype=dtype)
         self.model = model.eval().to(self.device)
@@ -106,7 +106,6 @@ class MetaMorphChat(lmms):
         return request.args[1 if self.is_simple else 2]
 
     def get_builder(self, request: Instance) -> Callable:
-        """Return the task's function from a document, and later its rounds, to messages."""
         return request.args[1]
 
     def read_round(self, request: Instance, outputs: list[str], info: Any) -> tuple[list[dict] | None, Any]:
@@ -122,12 +121,12 @@ class MetaMorphChat(lmms):
         for message in messages:
             content, parts = message["content"], []
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                frames = [part]
-                if part["type"] == "video":
-                    seconds = (video_seconds(part["url"]) or self.max_frames) / self.max_frames
-                    frames = video_frames(part["url"], seconds, limit=self.max_frames)
-                    frames = [{"type": "image", "image": frame} for frame in frames]
-                parts += frames
+                if part["type"] != "video":
+                    parts.append(part)
+                    continue
+                seconds = (video_seconds(part["url"]) or self.max_frames) / self.max_frames
+                frames = video_frames(part["url"], seconds, limit=self.max_frames)
+                parts += [{"type": "image", "image": frame} for frame in frames]
             images = [part for part in parts if part["type"] == "image"]
             pieces = re.split(f"({re.escape(token)})", "".join(part.get("text", "") for part in parts))
             if images and pieces.count(token) == len(images):
@@ -150,7 +149,7 @@ class MetaMorphChat(lmms):
         return {**options, "max_images": self.max_images, "force_image": self.force_image}
 
     def run_batches(self, requests: list[Instance], answer: Callable, is_generation: bool = True) -> list:
-        """Call `answer` on batches of requests with equal generation kwargs; return the answers in order."""
+        """Call `answer` on batches with equal generation kwargs, and return the answers in order."""
         collator = Collator(requests, lambda request: 0, self.get_generation_kwargs, grouping=is_generation)
         batches = tqdm(collator.get_batched(n=self.batch_size), desc="batches", disable=self.rank != 0)
         return collator.get_original([result for batch in batches for result in answer(batch)])
@@ -177,8 +176,7 @@ class MetaMorphChat(lmms):
             inputs["visual_tokens"] = visual_tokens
         output = self.model.generate(**inputs, **options, return_dict_in_generate=True)
         texts = self.processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
-        texts = [text.replace(self.processor.image_token, "").strip() for text in texts]
-        return texts, output.get("visual_tokens")
+        return [t.replace(self.processor.image_token, "").strip() for t in texts], output.get("visual_tokens")
 
     def answer(self, conversations: list[list[dict]], names: list[str], generation_kwargs: dict) -> list[str]:
         """Answer B conversations: with text, or with a visualizer as JSON. `names` are those of their images."""
@@ -248,9 +246,8 @@ class MetaMorphChat(lmms):
             wish, question = (text.strip() for text in found.groups()) if found else (context, context)
             drawing.append(self.convert_messages(build_user_turn(images, wish.replace("{question}", question))))
             asking.append(self.convert_messages(build_user_turn([*images, blank], question)))
-        length = self.processor.num_image_tokens + 2
-        options = {"max_new_tokens": length, "max_images": 1, "force_image": True, "do_sample": False}
-        _, visual_tokens = self.generate(drawing, options)
+        options = {"max_images": 1, "force_image": True, "do_sample": False}
+        _, visual_tokens = self.generate(drawing, {"max_new_tokens": self.processor.num_image_tokens + 2, **options})
         options = self.read_options(self.get_generation_kwargs(batch[0]), allows_images=False)
         return self.generate(asking, options, torch.cat(visual_tokens))[0]
 
@@ -275,15 +272,13 @@ class MetaMorphChat(lmms):
             continuations, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
         ).to(self.device)
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
+        inputs |= {name: torch.cat([inputs[name], encoded[name]], dim=1) for name in ("input_ids", "attention_mask")}
         position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         logits = (
             self.model(**inputs, position_ids=position_ids, logits_to_keep=ids.shape[1] + 1).logits[:, :-1].float()
         )
         logits[..., self.processor.image_token_id] = -torch.inf  # never predicted as text
-        likelihoods = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        losses = -likelihoods.where(mask.bool(), 0.0).sum(1)
+        losses = -logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0].where(mask.bool(), 0.0).sum(1)
         is_greedy = ((logits.argmax(-1) == ids) | (mask == 0)).all(1)
         return list(zip(losses.tolist(), is_greedy.tolist(), strict=True))
 
