@@ -91,6 +91,7 @@ class TestRegistry:
         lm.clean()
         assert "model" not in vars(lm)
 
+    @pytest.mark.slow
     def test_documented_tasks(self):
         known = TaskManager().all_tasks
         tasks = re.findall(r"`LMMS.*? --tasks (\S+?)[ `]", (ROOT / "docs" / "evaluation.md").read_text())
@@ -263,7 +264,7 @@ class TestLoglikelihood:
         ]
         args.append(("", "bird"))  # the choice alone
         requests = [Instance("loglikelihood", a, 0, TASK | {"doc_id": 0}) for a in args]
-        found = lm.loglikelihood(requests)
+        found = [result.text for result in lm.loglikelihood(requests)]
         for (loss, is_greedy), document in zip(found, [*documents, {"question": "", "images": [], "choice": "bird"}]):
             text = lm.processor.apply_chat_template(turn(document), add_generation_prompt=True) + document["choice"]
             inputs = lm.processor(
@@ -284,7 +285,8 @@ class TestLoglikelihood:
         greedy = []
         for question in map(str, range(8)):
             args = [(question, character, None, 0, "t", "test") for character in characters]
-            scores = lm.loglikelihood([Instance("loglikelihood", a, 0, TASK | {"doc_id": 0}) for a in args])
+            results = lm.loglikelihood([Instance("loglikelihood", a, 0, TASK | {"doc_id": 0}) for a in args])
+            scores = [result.text for result in results]
             with torch.no_grad():
                 logits = lm.model(**lm.prepare([turn({"question": question, "images": []})])).logits[0, -1]
             logits[lm.processor.image_token_id] = -torch.inf
@@ -295,6 +297,7 @@ class TestLoglikelihood:
         assert any(greedy)
 
 
+@pytest.mark.slow
 def test_a_task_of_choices(load, folder, tmp_path, monkeypatch):
     """lmms-eval takes the choice with the least value that we return."""
     monkeypatch.chdir(tmp_path)

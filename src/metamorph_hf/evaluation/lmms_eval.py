@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -251,12 +251,13 @@ class MetaMorphChat(lmms):
         options = self.read_options(self.get_generation_kwargs(batch[0]), allows_images=False)
         return self.generate(asking, options, torch.cat(visual_tokens))[0]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """
         Return for each continuation its negative log-likelihood, summed over its tokens, and whether greedy search
         would give it. lmms-eval takes the least value as the answer, since its other models return losses, too.
         """
-        return self.run_batches(requests, self.score, is_generation=False)
+        # lmms-eval 0.7.3 makes a string of a bare tuple, but leaves the content of a result as it is.
+        return [GenerationResult(score) for score in self.run_batches(requests, self.score, is_generation=False)]
 
     @torch.no_grad()
     def score(self, batch: list[Instance]) -> list[tuple[float, bool]]:
