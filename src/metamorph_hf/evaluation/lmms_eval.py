@@ -252,10 +252,7 @@ class MetaMorphChat(lmms):
         return self.generate(asking, options, torch.cat(visual_tokens))[0]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """
-        Return for each continuation its negative log-likelihood, summed over its tokens, and whether greedy search
-        would give it. lmms-eval takes the least value as the answer, since its other models return losses, too.
-        """
+        """Return each continuation's summed negative log-likelihood (the least one wins), and whether it is greedy."""
         # lmms-eval 0.7.3 makes a string of a bare tuple, but leaves the content of a result as it is.
         return [GenerationResult(score) for score in self.run_batches(requests, self.score, is_generation=False)]
 
