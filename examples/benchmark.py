@@ -116,6 +116,19 @@ def generate_image(model, batch: int, length: int, **kwargs) -> Callable[[], obj
     return lambda: model.generate(**inputs, max_new_tokens=steps, do_sample=False, **kwargs)
 
 
+def train_on_images(model, batch: int, length: int) -> Callable[[], object]:
+    """Take a training step, without the optimizer, on prompts that are answered with an image each."""
+    config, inputs = model.config, make_prompt(model, batch, length)
+    image = [config.image_token_id] * config.num_image_tokens
+    image = torch.tensor([config.image_start_token_id, *image, config.image_end_token_id], device=model.device)
+    answer = image.expand(batch, -1)
+    ids = torch.cat([inputs["input_ids"], answer], dim=1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], dim=1)
+    tokens = torch.randn(batch, config.num_image_tokens, config.visual_token_dim).to(model.device, model.dtype)
+    model.train()
+    return lambda: model(input_ids=ids, labels=labels, visual_tokens=tokens, use_cache=False).loss.backward()
+
+
 def measure_generation(args: argparse.Namespace) -> dict[str, float]:
     timer, results = Timer(args.device, args.repeats), {}
     model, parallel = (build_model(args, visual_decoding) for visual_decoding in ("autoregressive", "parallel"))
@@ -162,6 +175,10 @@ def measure_generation(args: argparse.Namespace) -> dict[str, float]:
     name = "images per second, batch 16{} / batch 1"
     ratio = results[name.format(", parallel decoding")] / results[name.format("")]
     results["images per second, batch 16, parallel / autoregressive"] = ratio
+
+    models = (model, parallel)
+    seconds = Timer(args.device, 3 * args.repeats)(*(train_on_images(each, 4, length) for each in models))
+    results["training step, parallel / autoregressive"] = seconds[1] / seconds[0]
 
     statements = ("import metamorph_hf", "from transformers import LlamaForCausalLM")
     commands = [[sys.executable, "-c", statement] for statement in statements]

@@ -124,7 +124,7 @@ def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
         warmup_steps=0,
         optim="sgd",
         max_grad_norm=0.0,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         bf16=False,
         use_cpu=True,
         dataloader_pin_memory=False,

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from helpers import GOLDEN, ROWS, SPECIAL_TOKENS, byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers import AutoImageProcessor, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from metamorph_hf import MetaMorphConfig, MetaMorphForConditionalGeneration, MetaMorphProcessor, VisualTokenProjector
@@ -134,6 +134,15 @@ def tiny_model(tiny_config):
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def mixtral_config(tiny_config) -> MixtralConfig:
+    """Return a `text_config` of a mixture of experts with the tiny model's sizes."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes += ("num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    shared = {name: getattr(tiny_config().text_config, name) for name in sizes}
+    return MixtralConfig(**shared, num_local_experts=4, num_experts_per_tok=2)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from datasets import IterableDataset
@@ -38,6 +39,7 @@ def run(
     tied: bool = False,
     nan: bool = False,
     stream: bool = False,
+    parallel: bool = False,
     **options,
 ) -> None:
     """
@@ -48,11 +50,13 @@ def run(
         zero: DeepSpeed's stage.
         nan: One sample has a NaN loss.
         stream: The dataset is read while training.
+        parallel: The model decodes images in parallel.
         options: Options of the configuration.
     """
     processor = conftest.tiny_processor.__wrapped__(conftest.tiny_tokenizer.__wrapped__())
     make_config = conftest.tiny_config.__wrapped__(processor.tokenizer)
-    model = conftest.tiny_model.__wrapped__(make_config)(tie_word_embeddings=tied, visual_token_noise=0.0)
+    decoding = "parallel" if parallel else "autoregressive"
+    model = conftest.tiny_model.__wrapped__(make_config)(tie_word_embeddings=tied, visual_decoding=decoding)
     if fsdp:
         # Layers of both towers are sharded, so a process whose batch has no image must still run them.
         layers = ["LlamaDecoderLayer", "SiglipEncoderLayer"]
@@ -70,8 +74,9 @@ def run(
     if fsdp:
         # accelerate shards on accelerators only; with this it takes the same path for CPU processes.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    examples = examples_with_nan() if nan else EXAMPLES
-    dataset = IterableDataset.from_generator(partial(iter, EXAMPLES)) if stream else dataset_of(examples)
+    examples = [{**example, "task": f"task {index % 3}"} for index, example in enumerate(EXAMPLES)]
+    examples = examples_with_nan() if nan else examples
+    dataset = IterableDataset.from_generator(partial(iter, examples)) if stream else dataset_of(examples)
     options = {"processing_class": processor, "callbacks": [Kill()] if kill == "step" else []}
     trainer = VPiTTrainer(model, args, train_dataset=dataset, **options)
     if kill == "save":
@@ -88,9 +93,14 @@ def run(
     logs = {"skipped_steps": trainer.totals["skipped_steps"]}
     if not nan:  # Logs leave out the NaN batch of one process, which a single process has in a larger batch.
         # Five samples do not divide by any batch.
-        few = IterableDataset.from_generator(partial(iter, EXAMPLES[:5])) if stream else dataset.select(range(5))
+        few = IterableDataset.from_generator(partial(iter, examples[:5])) if stream else dataset.select(range(5))
         evaluated = trainer.evaluate(few)
+        if trainer.args.world_size > 1:
+            with pytest.raises(ValueError, match="Predictions cannot be gathered from several processes"):
+                trainer.predict(few)
         logs |= {"losses": losses(trainer)}
+        last_log = [log for log in trainer.state.log_history if "loss" in log][-1]
+        logs |= {name: value for name, value in {**last_log, **evaluated}.items() if "/" in name}  # of tasks
         logs |= {name: evaluated[f"eval_{name}"] for name in ("loss", "num_images", "num_text_labels")}
     trainer.save_model(output / "final")
     if trainer.is_world_process_zero():

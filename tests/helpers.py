@@ -105,7 +105,7 @@ def arguments(tmp_path, **kwargs) -> VPiTConfig:
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "optim": "sgd",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "bf16": False,
         "use_cpu": True,
         "report_to": "none",

@@ -681,6 +681,22 @@ class TestInitFromPretrained:
         ):
             torch.testing.assert_close(embeddings.weight[new], old.mean(0).expand(3, -1))
 
+    def test_parallel_decoding(self, make_llm, towers, tmp_path, monkeypatch):
+        more = ("--visual-decoding", "parallel")
+        folder = self.make(monkeypatch, make_llm("llama", 0), towers["siglip"], tmp_path / "ours", *more)
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert model.config.visual_decoding == "parallel"
+        queries = model.model.visual_queries.weight
+        assert len(queries) == 4 and queries.std() > 0
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModel.from_pretrained(tmp_path / "again")
+        assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
+        options = {"force_image": True, "max_new_tokens": 6, "return_dict_in_generate": True}
+        expected, found = (each.generate(torch.tensor([[40, 41]]), **options) for each in (model, again))
+        assert len(found.visual_tokens[0]) == 1
+        assert torch.equal(found.visual_tokens[0], expected.visual_tokens[0])
+
     @pytest.mark.parametrize("name", ["siglip", "clip", "dinov2"])
     def test_towers(self, make_llm, towers, tiny_images, tmp_path, monkeypatch, name):
         folder = self.make(

@@ -1,6 +1,7 @@
 import datetime
 import io
 import json
+import math
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -295,7 +296,15 @@ class TestMixture:
         [
             ([], "at least one source"),
             ([{"task": "poem", "path": "x"}], "task is 'poem', expected one of chat"),
-            ([{"path": "x"}], "lacks task"),
+            ([{"path": "x"}], "must be a dictionary with `task` and `path`, but is {'path': 'x'}"),
+            (["x"], "must be a dictionary with `task` and `path`, but is 'x'"),
+            ([{"task": "chat", "path": "x", "fraction": math.nan}], "fraction=nan, expected a number of more than 0"),
+            ([{"task": "chat", "path": "x", "num_samples": "5"}], "num_samples='5', expected an integer"),
+            ([{"task": "chat", "path": "x", "num_samples": 2.5}], "num_samples=2.5, expected an integer"),
+            (
+                [{"task": "chat", "path": "x", "colums": {}}],
+                "has colums, neither a key of sources nor an option of chat",
+            ),
             ([{"task": "chat", "path": "x", "fraction": 1, "num_samples": 2}], "one of the two"),
             ([{"task": "chat", "path": "x", "fraction": 0}], "more than 0"),
             (
@@ -307,6 +316,15 @@ class TestMixture:
     def test_refused(self, entries, reason):
         with pytest.raises(ValueError, match=reason):
             load_mixture(entries)
+
+    def test_broken_tables_are_named(self, tmp_path):
+        (tmp_path / "table.parquet").write_bytes(b"no table")
+        (tmp_path / "chat").mkdir()
+        (tmp_path / "chat" / "rows.json").write_text("no rows")
+        for name, options in (("parquet", {"data_files": str(tmp_path / "table.parquet")}), (tmp_path / "chat", {})):
+            path = options.get("data_files", str(name))
+            with pytest.raises(ValueError, match=f"^{path} cannot be loaded: "):
+                load_mixture([{"task": "chat", "path": str(name), **options}])
 
     def test_weight_is_the_old_name_of_fraction(self, sources):
         with pytest.warns(FutureWarning, match="`weight` is now called `fraction`"):

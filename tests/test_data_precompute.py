@@ -14,14 +14,15 @@ from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
 class TestPrecomputeVisualTokens:
-    def test_training_is_the_same(self, tiny_processor, tiny_model, tmp_path):
+    @pytest.mark.parametrize("decoding", ["autoregressive", "parallel"])
+    def test_training_is_the_same(self, tiny_processor, tiny_model, tmp_path, decoding):
         """With precomputed visual tokens the weights end up the same, although no image is read."""
         columns = {key: [example[key] for example in EXAMPLES] for key in ("messages", "images")}
         columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
         dataset = Dataset.from_dict(columns).cast_column("images", List(ImageFeature()))
         states = []
         for precomputed in (False, True):
-            model = tiny_model()
+            model = tiny_model(visual_decoding=decoding)
             used = precompute_visual_tokens(dataset, model, tiny_processor, batch_size=3) if precomputed else dataset
             rows = [{**row, "messages": json.loads(row["messages"])} for row in used]
             if precomputed:

@@ -52,6 +52,8 @@ CASES = {
     "ddp_projector": {"max_steps": 3, "stage": "projector", "tied": True},
     "fsdp": {"max_steps": 3, "gradient_accumulation_steps": 2, "fsdp": True},
     "fsdp_projector": {"max_steps": 3, "stage": "projector", "tied": True, "fsdp": True},
+    "ddp_parallel": {"max_steps": 3, "gradient_accumulation_steps": 2, "parallel": True},
+    "fsdp_parallel": {"max_steps": 3, "gradient_accumulation_steps": 2, "parallel": True, "fsdp": True},
     "stream": {"max_steps": 3, "stream": True},
     # Four rows.
     "packed": {"max_steps": 2, "packing": True, "max_length": 60},
@@ -62,6 +64,7 @@ CASES = {
 DEEPSPEED_CASES = {
     "zero2": {"max_steps": 3, "gradient_accumulation_steps": 2, "zero": 2},
     "zero3": {"max_steps": 3, "gradient_accumulation_steps": 2, "zero": 3},
+    "zero3_parallel": {"max_steps": 3, "gradient_accumulation_steps": 2, "parallel": True, "zero": 3},
     "zero3_projector": {"max_steps": 3, "stage": "projector", "tied": True, "zero": 3},
 }
 
@@ -99,12 +102,12 @@ def test_two_processes_are_one(two_processes, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "kill", "last"), [(1, "step", 2), (1, "save", 2), (2, "step", 2), (2, "save", 2)]
-)
-def test_killed_runs_resume(tmp_path, processes, kill, last):
+@pytest.mark.parametrize("kill", ["step", "save"])
+@pytest.mark.parametrize(("processes", "parallel"), [(1, False), (2, False), (2, True)])
+def test_killed_runs_resume(tmp_path, processes, parallel, kill):
     options = {
         "max_steps": 6,
+        "parallel": parallel,
         "optim": "adamw_torch",
         "train_sampling_strategy": "random",
         "per_device_train_batch_size": 2 // processes,

@@ -41,6 +41,14 @@ class TestGenerate:
 
         return run
 
+    def test_files_that_exist_are_kept(self, generate):
+        Path("mine.png").write_text("precious")
+        for options, expected in (([], "mine_2.png"), ([], "mine_3.png"), (["--overwrite"], "mine.png")):
+            output = generate("a red apple", "--steps", 1, "--out", "mine.png", *options)
+            assert f"saved {expected} (64x64)" in output
+            Image.open(expected).verify()
+            assert expected == "mine.png" or Path("mine.png").read_text() == "precious"
+
     def test_question_about_an_image(self, generate):
         """With the pipeline's model folder as --model, which stands for the pipeline."""
         Image.new("RGB", (80, 60), "red").save("image.png")

@@ -29,6 +29,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from metamorph_hf import (
     GridUNet2DConditionModel,
@@ -215,6 +216,27 @@ class TestAnswers:
         options = {"max_new_tokens": 3, "generation_kwargs": {"num_beams": 2, "max_images": 0}}
         output = build(components)(["a dog", "a cat"], **options)
         assert output.images == [] and len(output.text) == 2
+
+    def test_a_single_criterion(self, components):
+        pipe = build(components)
+        kwargs = {"max_images": 0, "return_dict_in_generate": False}
+        whole = pipe("a dog", max_new_tokens=8, generation_kwargs=kwargs).text[0]
+        for criterion, expected in ((None, whole), (lambda ids, scores: True, whole[:1])):
+            options = {"max_new_tokens": 8, "generation_kwargs": {**kwargs, "stopping_criteria": criterion}}
+            assert pipe("a dog", **options).text == [expected]
+
+    @pytest.mark.parametrize(
+        ("kwargs", "sentence"),
+        [
+            ({"max_length": 9}, "`generation_kwargs` has max_length"),
+            ({"generation_config": GenerationConfig(max_new_tokens=3)}, "`generation_config` limits the answer"),
+            ({"input_ids": torch.ones(1, 3, dtype=torch.long)}, "`generation_kwargs` has input_ids"),
+            ({"inputs_embeds": torch.zeros(1, 2, 32)}, "`generation_kwargs` has inputs_embeds"),
+        ],
+    )
+    def test_arguments_of_the_call(self, components, kwargs, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            build(components)("a dog", generation_kwargs=kwargs)
 
     def test_a_tuple_on_request(self, pipe):
         images, text, image_counts = pipe("a dog", return_dict=False)
@@ -579,6 +601,8 @@ class TestErrors:
             ({"prompt": []}, "must be a string or a list of strings"),
             ({"prompt": 3}, "must be a string or a list of strings"),
             ({"messages": []}, "none of them empty"),
+            ({"messages": {"role": "user", "content": "hi"}}, "none of them empty"),
+            ({"messages": "hi"}, "none of them empty"),
             ({"messages": [[]]}, "none of them empty"),
             ({"messages": [{"role": "user", "content": "hi"}], "image": "x.png"}, "not passed as `image`"),
             ({"prompt": ["a", "b"], "image": ["x.png"]}, "Got 2 prompts but 1 entries in `image`"),

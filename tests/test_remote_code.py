@@ -9,14 +9,17 @@ from helpers import EMOJI_CHECKPOINT, run_as_stranger
 from metamorph_hf import GridUNet2DConditionModel, MetaMorphPipeline, PatchVAE, VisualTokenProjector
 
 
-def test_model_and_processor(tiny_model, tiny_processor, tiny_images, tmp_path):
-    model = tiny_model()
+@pytest.mark.parametrize("decoding", ["autoregressive", "parallel"])
+def test_model_and_processor(tiny_model, tiny_processor, tiny_images, tmp_path, decoding):
+    model = tiny_model(visual_decoding=decoding)
     model.save_pretrained(tmp_path / "saved")
     tiny_processor.save_pretrained(tmp_path / "saved")
     tiny_images[0].save(tmp_path / "saved" / "image.png")
     inputs = tiny_processor(text="See <image> here", images=tiny_images[:1], return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits
+    options = {"force_image": True, "max_images": 1, "max_new_tokens": 8, "do_sample": False}
+    sequences = model.generate(**inputs, **options)
 
     found = run_as_stranger(
         """
@@ -27,11 +30,15 @@ for auto_class in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMult
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         found.append(model(**inputs).logits)
+options = {"force_image": True, "max_images": 1, "max_new_tokens": 8, "do_sample": False}
+found.append(model.generate(**inputs, **options))
 """,
         tmp_path / "saved",
         tmp_path,
     )
-    assert len(found) == 3 and all(torch.equal(logits, expected) for logits in found)
+    *logits, generated = found
+    assert len(logits) == 3 and all(torch.equal(each, expected) for each in logits)
+    assert torch.equal(generated, sequences)
 
 
 @pytest.mark.slow

@@ -212,6 +212,15 @@ class TestCollator:
                 {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": []}]},
                 "has a bad message .* content must be text or a list of parts, but it is NoneType",
             ),
+            (
+                {"messages": [{"role": "assistant", "tool_calls": [{"type": "function"}]}]},
+                "has tool_calls, which the chat template does not write",
+            ),
+            (
+                {"messages": [{"role": "assistant", "content": "ho", "reasoning_content": "well"}]},
+                "has reasoning_content, which the chat template does not write",
+            ),
+            ({"messages": [{"role": "assistant", "content": "ho", "weight": 0}]}, "has a message with a weight"),
             ({"tools": "{"}, "has tools that are not a list or the JSON of one"),
             ({"tools": 3}, "has tools that are not a list"),
             ({"images": None, "visual_tokens": 3}, "has `visual_tokens` of type int"),

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import warnings
 
 import pytest
 from helpers import arguments, build_trainer
@@ -12,7 +13,7 @@ from metamorph_hf.vpit.config import UNSUPPORTED_OPTIONS
 
 # What TRL adds to the options of transformers and VPiT obeys.
 OBEYED_OPTIONS = {"model_init_kwargs", "trust_remote_code", "max_length", "activation_offloading"}
-OBEYED_OPTIONS |= {"packing", "padding_free"}
+OBEYED_OPTIONS |= {"packing", "padding_free", "router_aux_loss_coef"}
 
 
 class TestRefusedOptions:
@@ -45,7 +46,6 @@ class TestRefusedOptions:
             ("pad_to_multiple_of", 64),
             ("eval_packing", True),
             ("shuffle_dataset", True),
-            ("router_aux_loss_coef", 0.1),
             ("chat_template_path", "template.jinja"),
             ("eos_token", "<|end|>"),
             ("pad_token", "<pad>"),
@@ -59,6 +59,14 @@ class TestRefusedOptions:
     def test_without_effect(self, tmp_path, name, value):
         with pytest.raises(ValueError, match=f"^{name}=.* is not supported by VPiT: "):
             arguments(tmp_path, **{name: value})
+
+    def test_defaults_are_not_deprecated(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            args = VPiTConfig(tmp_path, bf16=False, use_cpu=True)
+            assert args.activation_checkpointing and args.gradient_checkpointing
+            assert not dataclasses.replace(args, activation_checkpointing=False).gradient_checkpointing
+        assert not VPiTConfig(tmp_path, bf16=False, gradient_checkpointing=False).activation_checkpointing
 
     def test_options_of_trl_are_known(self):
         transformers_options = {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -168,6 +168,29 @@ class TestPeft:
         assert {"lm_head.weight", "vision_head.0.weight", "model.projector.0.weight"} <= changed
         assert not any("vision_tower" in name for name in changed)
 
+    def test_experts_are_adapted(self, tiny_processor, tiny_model, mixtral_config, tmp_path):
+        tiny_model(text_config=mixtral_config).save_pretrained(tmp_path / "base")
+        tiny_processor.save_pretrained(tmp_path / "base")
+        args = arguments(tmp_path / "run", max_steps=3, learning_rate=1e-1)
+        trainer = train(str(tmp_path / "base"), None, args, peft_config=LoraConfig(r=4))
+        adapted = [n for n, p in trainer.model.named_parameters() if "experts" in n and "lora_B" in n and p.any()]
+        assert len(adapted) == 2 * 2  # both matrices of two layers
+        trainer.save_model(tmp_path / "adapter")
+        batch = DataCollatorForVPiT(tiny_processor)(EXAMPLES)
+        with torch.no_grad():
+            expected = trainer.model.eval()(**batch).logits
+            base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+            assert not torch.allclose(base(**batch).logits, expected, atol=1e-3)
+            loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(loaded.merge_and_unload()(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
+    def test_experts_that_cannot_be_adapted(self, tiny_model, mixtral_config, caplog, options):
+        completed = complete_peft_config(LoraConfig(**options), tiny_model(text_config=mixtral_config))
+        assert completed.target_parameters is None
+        assert "The experts are left out: PEFT cannot adapt them" in caplog.text
+
     def test_load_adapter(self, tiny_processor, tiny_model, tmp_path):
         """`load_adapter` of transformers gives the same model as PEFT."""
         args = arguments(tmp_path, max_steps=2, learning_rate=1e-1)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from helpers import (
     EXAMPLES,
     arguments,
@@ -20,10 +20,11 @@ from helpers import (
     train,
 )
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainingArguments
+from transformers import MixtralForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from metamorph_hf import MetaMorphForConditionalGeneration, modeling_metamorph
+from metamorph_hf import MetaMorphForConditionalGeneration, VPiTTrainer, modeling_metamorph
+from metamorph_hf.modeling_metamorph import MetaMorphCausalLMOutputWithPast
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
@@ -127,6 +128,80 @@ class TestTrainer:
         assert [log["num_tokens"] for log in (first, second)] == [tokens, 2 * tokens]
         assert trainer.evaluate(trainer.train_dataset)["eval_num_tokens"] == 2 * tokens
 
+    def test_losses_of_tasks(self, tiny_processor, model, tmp_path):
+        """Over accumulated batches that mix them, the losses of a task and source are those of its samples alone."""
+        places = [("chat", "a"), ("chat", "b"), ("draw", "a"), ("chat", "a"), ("draw", "a"), *[("draw", "b")] * 3]
+        examples = [{**example, "task": t, "source": s} for example, (t, s) in zip(EXAMPLES, places)]
+        expected, collator = {}, DataCollatorForVPiT(tiny_processor)
+        for task, source in set(places):
+            outputs = model(**collator([e for e, place in zip(EXAMPLES, places) if place == (task, source)]))
+            for name in ("text", "visual"):
+                if outputs[f"num_{name}_labels"]:
+                    expected[f"{name}_loss/{task}/{source}"] = outputs[f"{name}_loss"].item()
+        assert len(expected) == 6  # two of the four have no visual label
+        args = arguments(tmp_path, gradient_accumulation_steps=4, per_device_eval_batch_size=3)
+        trainer = build_trainer(model, tiny_processor, args, examples)
+        evaluated = trainer.evaluate(trainer.train_dataset)
+        trainer.train()
+        logs = next(log for log in trainer.state.log_history if "loss" in log)
+        assert {name: value for name, value in logs.items() if "/" in name} == pytest.approx(expected, rel=1e-4)
+        assert all(evaluated[f"eval_{name}"] == pytest.approx(value, rel=1e-4) for name, value in expected.items())
+
+    def test_one_task_is_not_logged_twice(self, tiny_processor, model, tmp_path):
+        examples = [{**example, "task": "chat", "source": "a"} for example in EXAMPLES]
+        logs = train(model, tiny_processor, arguments(tmp_path), examples).state.log_history[0]
+        assert not any("/" in name for name in logs)
+
+    def test_tasks_of_packed_conversations(self, tiny_processor, model, tmp_path):
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path))
+        alone = [DataCollatorForVPiT(tiny_processor)([example]) for example in EXAMPLES[2:5:2]]
+        rows = [[alone[0], alone[1]], [alone[1]]]
+        length = sum(batch["labels"].shape[1] for batch in alone)
+        labels, positions = torch.full((2, length), -100), torch.zeros(2, length, dtype=torch.long)
+        for row, batches in enumerate(rows):
+            start = 0
+            for batch in batches:
+                end = start + batch["labels"].shape[1]
+                labels[row, start:end], positions[row, start:end] = batch["labels"][0], torch.arange(end - start)
+                start = end
+        losses = torch.arange(1.0, (labels[:, 1:] != -100).sum() + 1)
+        outputs = MetaMorphCausalLMOutputWithPast(text_losses=losses, visual_losses=losses[:0])
+        found = trainer._sum_by_sample({"labels": labels, "position_ids": positions}, outputs, 3)
+        counts = [(batch["labels"][:, 1:] != -100).sum().item() for batch in (alone[0], alone[1], alone[1])]
+        expected = [part.sum().item() for part in losses.split(counts)]
+        assert found.tolist() == [expected, counts, [0.0] * 3, [0.0] * 3]
+
+    def test_load_balancing_loss(self, tiny_processor, tiny_model, mixtral_config, tmp_path):
+        """Mixtures of experts have transformers' loss, a mean over batches, with the coefficient of their own."""
+        model, batches = tiny_model(text_config=mixtral_config), [EXAMPLES[2:5:2], [EXAMPLES[4]] * 2]
+        reference, collator = MixtralForCausalLM(mixtral_config).eval(), DataCollatorForVPiT(tiny_processor)
+        reference.model.load_state_dict(model.model.language_model.state_dict())
+        expected = []
+        for examples in batches:
+            batch = collator(examples)
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            expected.append(reference(**inputs, output_router_logits=True).aux_loss.item())
+            found = model(**batch, output_router_logits=True)
+            assert found.aux_loss.item() == pytest.approx(expected[-1], rel=1e-5)
+            difference = found.loss - model(**batch).loss
+            assert difference.item() == pytest.approx(mixtral_config.router_aux_loss_coef * expected[-1], abs=1e-5)
+        for coefficient, used in ((None, mixtral_config.router_aux_loss_coef), (10.0, 10.0)):
+            options = {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2}
+            args = arguments(tmp_path, router_aux_loss_coef=coefficient, **options)
+            trainer = build_trainer(tiny_model(text_config=mixtral_config), tiny_processor, args, sum(batches, []))
+            evaluated = trainer.evaluate(trainer.train_dataset)
+            trainer.train()
+            trained = next(log for log in trainer.state.log_history if "loss" in log)
+            for logs, prefix in ((trained, ""), (evaluated, "eval_")):
+                assert logs[f"{prefix}aux_loss"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+                total = logs[f"{prefix}text_loss"] + used * sum(expected) / 2
+                assert logs[f"{prefix}loss"] == pytest.approx(total, rel=1e-5)
+
+    def test_load_balancing_loss_can_be_left_out(self, tiny_processor, tiny_model, mixtral_config, tmp_path):
+        args = arguments(tmp_path, router_aux_loss_coef=0.0)
+        logs = train(tiny_model(text_config=mixtral_config), tiny_processor, args).state.log_history[0]
+        assert "aux_loss" not in logs
+
     def test_best_model_by_token_accuracy(self, tiny_processor, model, tmp_path):
         options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "max_steps": 2}
         args = arguments(tmp_path, metric_for_best_model="mean_token_accuracy", **options)
@@ -159,7 +234,7 @@ class TestTrainer:
         states = []
         for kwargs in (
             {},
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}},
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": use_reentrant}},
         ):
             model = tiny_model()
             train(model, tiny_processor, arguments(tmp_path, per_device_train_batch_size=8, **kwargs))
@@ -198,8 +273,8 @@ class TestTrainer:
         collate = DataCollatorForVPiT(tiny_processor)
         lengths = [collate([example])["input_ids"].shape[1] for example in EXAMPLES]
         args = arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=8)
-        trainer = build_trainer(model, tiny_processor, args)
-        trainer.train_dataset = Dataset.from_dict({"length": lengths})
+        dataset = Dataset.from_dict({"length": lengths, "messages": [EXAMPLES[2]["messages"]] * len(lengths)})
+        trainer = VPiTTrainer(model, args, processing_class=tiny_processor, train_dataset=dataset)
         order = [lengths[index] for index in trainer._get_train_sampler()]
         assert order == sorted(lengths, reverse=True)
 
@@ -229,6 +304,19 @@ class TestRefused:
         with pytest.raises(ValueError, match="resize_token_embeddings"):
             build_trainer(MetaMorphForConditionalGeneration(config), tiny_processor, arguments(tmp_path))
 
+    def test_no_samples(self, tiny_processor, model, tmp_path):
+        for empty in (Dataset.from_list([]), IterableDataset.from_generator(lambda: iter(()))):
+            with pytest.raises(ValueError, match="train_dataset has no samples"):
+                VPiTTrainer(model, arguments(tmp_path), processing_class=tiny_processor, train_dataset=empty)
+
+    def test_a_tokenizer_alone(self, tiny_processor, model, tmp_path):
+        with pytest.raises(TypeError, match="processing_class is a .*, expected a MetaMorphProcessor"):
+            build_trainer(model, tiny_processor.tokenizer, arguments(tmp_path))
+
+    def test_groups_without_lengths(self, tiny_processor, model, tmp_path):
+        with pytest.raises(ValueError, match="needs the lengths of the samples: add a column 'length'"):
+            build_trainer(model, tiny_processor, arguments(tmp_path, train_sampling_strategy="group_by_length"))
+
     def test_trained_tower_with_visual_tokens(self, tiny_processor, model, tmp_path):
         args = arguments(tmp_path, vision_tower_learning_rate=1e-3)
         with pytest.raises(ValueError, match="the tower does not run on `visual_tokens`"):
@@ -255,18 +343,20 @@ class TestFaults:
         }
         return arguments(tmp_path, **{**defaults, **kwargs})
 
-    @pytest.mark.parametrize("stage", ["projector", "full"])
-    def test_resumed_is_uninterrupted(self, tiny_processor, tiny_model, tmp_path, stage):
+    @pytest.mark.parametrize(
+        ("stage", "decoding"), [("projector", "autoregressive"), ("full", "autoregressive"), ("full", "parallel")]
+    )
+    def test_resumed_is_uninterrupted(self, tiny_processor, tiny_model, tmp_path, stage, decoding):
         """Data order and noise are the same, so the loss curve continues as if nothing had happened."""
         options = {"stage": stage, "gradient_accumulation_steps": 2}
-        noise = {"visual_token_noise": 1.0}
-        whole = train(tiny_model(**noise), tiny_processor, self.arguments(tmp_path / "whole", **options))
+        config = {"visual_token_noise": 1.0, "visual_decoding": decoding}
+        whole = train(tiny_model(**config), tiny_processor, self.arguments(tmp_path / "whole", **options))
         args = self.arguments(tmp_path / "cut", **options)
-        cut = train(tiny_model(**noise), tiny_processor, args, callbacks=[_StopAt(5)])
+        cut = train(tiny_model(**config), tiny_processor, args, callbacks=[_StopAt(5)])
         # The save of step 4 was interrupted in the file that Trainer writes last.
         (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1')
         assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-2")
-        resumed = build_trainer(tiny_model(**noise), tiny_processor, args)
+        resumed = build_trainer(tiny_model(**config), tiny_processor, args)
         resumed.train(resume_from_checkpoint=True)
         assert losses(cut) == losses(whole)[:5]
         assert losses(resumed) == losses(whole)

@@ -53,7 +53,7 @@ def train(model, processor, tasks: EmojiTasks, visual_tokens: torch.Tensor, out:
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 25),
         max_length=256,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         logging_steps=max(1, steps // 15),
     )
 

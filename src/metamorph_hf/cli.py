@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -71,7 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser, default_model: str | Path | N
     required = {"default": default_model} if default_model else {"required": True}
     parser.add_argument("--model", help=f"pipeline folder or Hub id ({text})", **required)
     parser.add_argument("--image", action="append", default=[], help="image to ask about or to edit; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("generated.png"), help="file of the generated image")
+    parser.add_argument(
+        "--out", type=Path, default=Path("generated.png"), help="file of the image, numbered if it exists"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise that becomes an image (default: 0)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum length of the answer (default: 128)")
@@ -90,8 +94,9 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
     )
     print(output.text[0])
-    for number, image in enumerate(output.images, start=1):
-        path = args.out if number == 1 else args.out.with_stem(f"{args.out.stem}_{number}")
+    numbered = (args.out.with_stem(f"{args.out.stem}_{number}") for number in count(2))
+    free = (path for path in chain([args.out], numbered) if args.overwrite or not path.exists())
+    for image, path in zip(output.images, free):
         image.save(path)
         print(f"saved {path} ({image.width}x{image.height})")
 

@@ -23,7 +23,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from .generation_checks import check_types, is_count, join_visual_tokens
 from .pipeline_saving import PipelineSavingMixin
@@ -107,6 +107,7 @@ def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
         found = type(unet).__name__
         raise ValueError(f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion 1.5, but is a {found}.")
     unet_fields = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
+    unet_fields += ("time_cond_proj_dim",)
     for part, fields in ((unet, unet_fields), (vae, ("shift_factor", "latents_mean", "latents_std"))):
         if found := {field: part.config[field] for field in fields if part.config.get(field)}:
             raise ValueError(
@@ -228,8 +229,9 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         if (prompt is None) == (messages is None):
             raise ValueError(f"Pass either `prompt` or `messages`, but got {'neither' if prompt is None else 'both'}.")
         if messages is not None:
-            conversations = messages if messages and isinstance(messages[0], list) else [messages]
-            if image is not None or not all(conversations):
+            is_batch = isinstance(messages, list) and messages and isinstance(messages[0], list)
+            conversations = messages if is_batch else [messages]
+            if image is not None or not all(isinstance(each, (list, tuple)) and each for each in conversations):
                 raise ValueError(
                     "`messages` must be a conversation or several, none of them empty. Their images are not passed as "
                     '`image`, but are part of the content: {"type": "image", "image": image}.'
@@ -260,9 +262,16 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
         inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
+        options = dict(generation_kwargs or {})
+        config = options.get("generation_config")
+        if isinstance(config, GenerationConfig) and (config.max_new_tokens or config.max_length):
+            raise ValueError("`generation_config` limits the answer: pass `max_new_tokens` to the call instead.")
+        if refused := {"max_length", "inputs", "inputs_embeds", *inputs} & options.keys():
+            names = ", ".join(sorted(refused))
+            raise ValueError(f"`generation_kwargs` has {names}: pass prompt, images and `max_new_tokens` to the call.")
         # Offloading moves a model to the device when `forward` is called, but `generate` reads its device before that.
         generate = apply_forward_hook(type(self.model).generate)
-        options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, **(generation_kwargs or {})}
+        options = {"max_new_tokens": max_new_tokens, **options, "return_dict_in_generate": True}
         with self.progress_bar(total=max_new_tokens) as progress_bar:
             progress_bar.set_description("Answering")
 
@@ -270,7 +279,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
                 progress_bar.update()
                 return False
 
-            options["stopping_criteria"] = [*options.get("stopping_criteria", []), advance]
+            criteria = options.get("stopping_criteria") or []
+            options["stopping_criteria"] = [*(criteria if isinstance(criteria, list) else [criteria]), advance]
             answers = generate(self.model, **inputs, **options)
         text = self.processor.decode_generated(answers.sequences[:, inputs["input_ids"].shape[1] :])
         # Beam search and assisted decoding only generate text.

@@ -5,8 +5,10 @@ A record has the `messages`, `images` and `tools` that a family of `formats` mak
 to name it, and `bad`, which says why a row could not become one, so that the collator can raise or skip it.
 """
 
+import inspect
 import json
 import logging
+import math
 import os
 import random
 import warnings
@@ -16,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, Video, interleave_datasets, load_dataset
+from datasets.exceptions import DatasetsError
 
 from . import BadSample
 from .formats import FAMILIES, Record, Row, as_list, count_images, resolve_path
@@ -94,19 +98,25 @@ class Source:
             raise ValueError(f"task is {self.task!r}, expected one of {', '.join(FAMILIES)}.")
         if self.fraction is not None and self.num_samples is not None:
             raise ValueError(f"{self.path} has a fraction and num_samples: give one of the two.")
-        for name, value in (("fraction", self.fraction), ("num_samples", self.num_samples)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{self.path} has {name}={value}, expected more than 0: leave out unwanted sources.")
+        for name, kind, kinds in (("fraction", Real, "a number"), ("num_samples", Integral, "an integer")):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, kind) and 0 < value < math.inf):
+                sentence = f"{self.path} has {name}={value!r}, expected {kinds} of more than 0"
+                raise ValueError(f"{sentence}: leave out unwanted sources.")
+        if unknown := self.options.keys() - inspect.signature(FAMILIES[self.task]).parameters.keys():
+            raise ValueError(
+                f"{self.path} has {', '.join(sorted(unknown))}, neither a key of sources nor an option of {self.task}."
+            )
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> "Source":
         """Build a source from a dictionary. Keys that are not fields are options of the family."""
+        if not isinstance(entry, Mapping) or not {"task", "path"} <= entry.keys():
+            raise ValueError(f"A source must be a dictionary with `task` and `path`, but is {entry!r}.")
         entry = dict(entry)
         if "weight" in entry:
             warnings.warn("A source's `weight` is now called `fraction`, as in TRL.", FutureWarning, stacklevel=3)
             entry["fraction"] = entry.pop("weight")
-        if missing := {"task", "path"} - set(entry):
-            raise ValueError(f"A source of a mixture lacks {' and '.join(sorted(missing))}: {entry}.")
         options = {name: entry.pop(name) for name in set(entry) - set(cls.__dataclass_fields__)}
         return cls(**{**entry, "options": {**entry.get("options", {}), **options}})
 
@@ -133,7 +143,10 @@ class Source:
                 raise ValueError(f"{self.path} holds {type(rows).__name__}, expected a list of samples.")
             return rows
         options = {"split": self.split, "streaming": self.streaming}
-        dataset = load_dataset(self.path, self.name, self.data_dir, self.data_files, **options)
+        try:
+            dataset = load_dataset(self.path, self.name, self.data_dir, self.data_files, **options)
+        except (DatasetsError, ValueError) as error:
+            raise ValueError(f"{self.label} cannot be loaded: {error.__cause__ or error}") from error
         if self.streaming:
             return dataset if dataset.features is None else dataset.decode(False)  # CSV has no images to decode
         return dataset.cast(Features({name: disable_decoding(feature) for name, feature in dataset.features.items()}))

@@ -57,9 +57,10 @@ class DataCollatorForVPiT:
     example in messages. An image that occurs several times in a batch (the same path or object) is decoded only once.
 
     Returns a dictionary with `input_ids`, `attention_mask` and `labels` of shape (B, S); `pixel_values` of shape
-    (I, 3, H, W), with `image_indices` if images repeat, or `visual_tokens` of shape (I, N, V); `sample_ids`; and
-    `rejected`, if there are any: a dictionary with `sample`, `task`, `reason` and `kind` for each example that was
-    `"skipped"` or `"shortened"`. A batch of skipped examples alone holds one token without a target.
+    (I, 3, H, W), with `image_indices` if images repeat, or `visual_tokens` of shape (I, N, V); `sample_ids`; `tasks`,
+    such as "task/source", if the examples have any; and `rejected`, if there are any: a dictionary with `sample`,
+    `task`, `reason` and `kind` for each example that was `"skipped"` or `"shortened"`. A batch of skipped examples
+    alone holds one token without a target.
 
     An example of a packed dataset has `conversations`, a list of such examples that share a row. Such batches, and
     padding-free ones, have `position_ids` (B, S), which restart at each conversation, instead of `attention_mask`. A
@@ -121,7 +122,7 @@ class DataCollatorForVPiT:
                 raise TypeError(f"Example {index} of the batch is {type(example).__name__}, expected a dictionary.")
         groups = [example.get("conversations", [example]) for example in examples]
         samples, numbers = list(chain(*groups)), np.repeat(range(len(groups)), [len(group) for group in groups])
-        rows, sample_ids, rejected, keys, visual_tokens = [[] for _ in groups], [], [], [], []
+        rows, sample_ids, tasks, rejected, keys, visual_tokens = [[] for _ in groups], [], [], [], [], []
         images: dict[str | int, PIL.Image.Image] = {}
         encoded = self._encode(samples, self.max_length)
         for index, (number, example, conversation) in enumerate(zip(numbers, samples, encoded)):
@@ -142,11 +143,14 @@ class DataCollatorForVPiT:
                 rejected.append({**report, "kind": "shortened", "reason": reason})
             rows[number].append((torch.from_numpy(conversation.input_ids), torch.from_numpy(conversation.labels)))
             sample_ids.append(name)
+            tasks.append("/".join(str(example[key]) for key in ("task", "source") if example.get(key) is not None))
             keys += new_keys
             visual_tokens += new_tokens
         rows = [row for row in rows if row] or [[(torch.tensor([self._pad_id]), torch.tensor([-100]))]]
         is_packed = self.padding_free or any("conversations" in example for example in examples)
         batch = self._join_rows(rows, is_packed) | {"sample_ids": sample_ids}
+        if any(tasks):
+            batch["tasks"] = tasks
         if rejected:
             batch["rejected"] = rejected
         if keys and visual_tokens:
@@ -213,6 +217,11 @@ class DataCollatorForVPiT:
         if example.get("bad") is not None:  # its source's row could not be made into a conversation
             raise BadSample(example["bad"])
         messages, within = self._check_messages(example.get("messages"))
+        for key in ("tool_calls", "reasoning_content"):
+            if key not in self._template and any(message.get(key) for message in messages):
+                raise BadSample(f"has {key}, which the chat template does not write: use one that does.")
+        if any(message.get("weight", 1) != 1 for message in messages):
+            raise BadSample("has a message with a weight, which is not supported: every answer is learned alike.")
         tools = example.get("tools")
         try:
             tools = remove_none_values(json.loads(tools) if isinstance(tools, str) else tools or [])

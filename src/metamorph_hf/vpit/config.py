@@ -21,7 +21,6 @@ UNSUPPORTED_OPTIONS = {
     "average_tokens_across_devices": ([True], "each loss is a mean over the labels of all devices"),
     "completion_only_loss": ([None], "the answers of a conversation are learned, and nothing else"),
     "assistant_only_loss": ([False], "the answers of a conversation are always learned, and nothing else"),
-    "router_aux_loss_coef": ([None, 0], "the load-balancing loss of mixtures of experts is not computed"),
     "chat_template_path": ([None], "set the processor's chat_template before the trainer is made"),
     "eos_token": ([None], "set the eos_token of the processor's tokenizer before the trainer is made"),
     "pad_token": ([None], "set the pad_token of the processor's tokenizer before the trainer is made"),
@@ -118,6 +117,8 @@ class VPiTConfig(SFTConfig):
         if self.learning_rate is None:
             self.learning_rate = PAPER_LEARNING_RATE * (self.learning_rate_scale or 1)
             self.base_batch_size = self.base_batch_size or PAPER_BATCH_SIZE
+        if self.activation_checkpointing is None:  # TRL's default has the old name, of which transformers warns
+            self.activation_checkpointing = self.gradient_checkpointing
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -16,6 +17,9 @@ from trl.trainer.utils import create_model_from_path
 
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from .config import VPiTConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 def set_trainable(model: MetaMorphForConditionalGeneration | PeftModel, args: VPiTConfig) -> None:
@@ -67,9 +71,9 @@ def complete_peft_config(
 ) -> PeftConfig:
     """
     Return a copy of a [`~peft.LoraConfig`] (LoRA, DoRA, QLoRA) with what it leaves open: adapters on all linear layers
-    of the language model, and the rows of `<image_start>` and `<image_end>` of embeddings and `lm_head`, where it does
-    not train these itself. To its `modules_to_save`, add projector, vision head and visual queries (of models that
-    decode images in parallel).
+    of the language model and on its experts (PEFT's `target_parameters`), and the rows of `<image_start>` and
+    `<image_end>` of embeddings and `lm_head`, where it does not train these itself. To its `modules_to_save`, add
+    projector, vision head and visual queries (of models that decode images in parallel).
 
     Args:
         peft_config ([`~peft.PeftConfig`]): Configurations other than LoRA's are returned as they are.
@@ -81,6 +85,19 @@ def complete_peft_config(
     peft_config, modules = copy.deepcopy(peft_config), dict(model.named_modules())
     if peft_config.target_modules is None:
         peft_config.target_modules = "all-linear"  # PEFT leaves out lm_head and what is excluded below.
+        experts = {  # matrices of all experts, which are one parameter
+            f"{name.split('.')[-1]}.{parameter}"
+            for name, module in model.model.language_model.named_modules()
+            for parameter, weight in module.named_parameters(recurse=False)
+            if weight.ndim == 3 and not isinstance(module, nn.Conv1d)
+        }
+        if experts and (peft_config.lora_dropout or peft_config.use_dora or peft_config.lora_bias):
+            logger.warning(
+                "The experts are left out: PEFT cannot adapt them with lora_dropout, use_dora or lora_bias. Set "
+                "target_modules to say which layers to adapt, or leave out these options."
+            )
+        elif experts and peft_config.target_parameters is None:
+            peft_config.target_parameters = sorted(experts)
     if peft_config.exclude_modules is None:
         peft_config.exclude_modules = r"(model\.)?(vision_tower|projector|vision_head)\..*"
     whole = ["model.projector", "vision_head", "model.visual_queries"] + ["model.vision_tower"] * train_vision_tower

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
@@ -39,7 +40,7 @@ logger = get_logger(__name__)
 
 # What is summed between two logs. Means are divided by the count that they name.
 MEANS = dict.fromkeys(("text_loss", "mean_token_accuracy", "entropy"), "num_text_labels")
-MEANS |= dict.fromkeys(("visual_loss", "visual_cosine"), "num_visual_labels")
+MEANS |= dict.fromkeys(("visual_loss", "visual_cosine"), "num_visual_labels") | {"aux_loss": "batches"}
 COUNTS = ("num_text_labels", "num_visual_labels", "num_images")
 RUN_COUNTS = ("num_tokens", "samples", "skipped_samples", "shortened_samples")
 
@@ -102,8 +103,9 @@ class VPiTTrainer(SFTTrainer):
     Each loss is a mean over its own labels in the whole optimization step, over all devices and accumulation steps.
     Training and evaluation log, over all processes since the last log, `text_loss`, `visual_loss`, `visual_cosine`,
     `mean_token_accuracy` and `entropy` (of text labels), `num_text_labels`, `num_visual_labels`, `num_images` and, in
-    training, `images_per_second`; and of the whole run `num_tokens` and, if they are not 0, `skipped_samples`,
-    `shortened_samples` and `skipped_steps`.
+    training, `images_per_second`; both losses of each task and source, such as `text_loss/llava/captions.jsonl`, if
+    there are several; `aux_loss` of mixtures of experts, as SFTTrainer does; and of the whole run `num_tokens` and, if
+    they are not 0, `skipped_samples`, `shortened_samples` and `skipped_steps`.
 
     Args:
         model ([`MetaMorphForConditionalGeneration`], [`~peft.PeftModel`] of one, or `str`):
@@ -138,6 +140,8 @@ class VPiTTrainer(SFTTrainer):
             raise TypeError(f"args is a {type(args).__name__}, expected a VPiTConfig, which has the same options.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func cannot replace VPiT's two losses: leave it out.")
+        if (dataset := kwargs.get("train_dataset")) is not None and next(iter(dataset), None) is None:
+            raise ValueError("train_dataset has no samples.")
         if kwargs.get("formatting_func") is not None:
             raise ValueError("formatting_func has no effect on VPiT: format the dataset's `messages` before training.")
         path = model if isinstance(model, str) else model.config._name_or_path
@@ -179,6 +183,7 @@ class VPiTTrainer(SFTTrainer):
         self.step_start, self.seconds = 0.0, 0.0  # and the seconds of all steps since the last log
         self._rejected = Counter()  # training samples of this process, by task and kind
         self._sums = {"train": defaultdict(int), "eval": defaultdict(int)}
+        self._task_sums = {"train": defaultdict(int), "eval": defaultdict(int)}  # of this process, see _sum_by_sample
         self._unchecked_losses = []
         packing, padding_free = args.packing, args.padding_free
         args.packing = args.padding_free = False  # TRL packs text alone, and refuses images
@@ -226,6 +231,8 @@ class VPiTTrainer(SFTTrainer):
 
     @staticmethod
     def _check_agreement(config: MetaMorphConfig, processor: MetaMorphProcessor) -> None:
+        if not isinstance(processor, MetaMorphProcessor):
+            raise TypeError(f"processing_class is a {type(processor).__name__}, expected a MetaMorphProcessor.")
         for name in ("image_token_id", "image_start_token_id", "image_end_token_id", "num_image_tokens"):
             if (expected := getattr(config, name)) != (found := getattr(processor, name)):
                 raise ValueError(
@@ -243,6 +250,10 @@ class VPiTTrainer(SFTTrainer):
             raise ValueError("VPiTTrainer supports data parallelism (DDP, FSDP, DeepSpeed ZeRO) only.")
         if self.args.on_nonfinite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError("on_nonfinite_loss='skip' is not supported with DeepSpeed: use 'raise'.")
+        is_grouped = self.args.train_sampling_strategy == "group_by_length"
+        if is_grouped and self.args.length_column_name not in (self.train_dataset.column_names or []):
+            column = f"add a column {self.args.length_column_name!r} to the dataset"
+            raise ValueError(f"train_sampling_strategy='group_by_length' needs the lengths of the samples: {column}.")
         groups = stages.group_parameters(self.metamorph)
         for name in MODULE_LEARNING_RATES:
             module = name.removesuffix("_learning_rate")
@@ -360,15 +371,18 @@ class VPiTTrainer(SFTTrainer):
     ):
         """See [`~transformers.Trainer.compute_loss`]; `num_items_in_batch` comes from [`get_batch_samples`]."""
         inputs = self._add_missing_images(inputs)
-        sample_ids, rejected = inputs.pop("sample_ids", []), inputs.pop("rejected", [])
+        sample_ids, tasks, rejected = (inputs.pop(name, []) for name in ("sample_ids", "tasks", "rejected"))
         # The losses compute the logits they need; others are needed for `outputs` alone.
         kwargs = {"num_items_in_batch": num_items_in_batch, "logits_to_keep": 0 if return_outputs else 1}
+        if self.aux_loss_enabled:  # as SFTTrainer finds out
+            kwargs["output_router_logits"] = True
         outputs = model(**inputs, **kwargs, use_cache=False)
         loss, config = outputs.text_loss, self.metamorph.config
         if self.visual_loss_weight:
             loss = loss + self.visual_loss_weight * outputs.visual_loss
         losses = torch.stack([part.detach() for part in (loss, outputs.text_loss, outputs.visual_loss)])
-        self._unchecked_losses.append((losses, sample_ids))
+        by_task = tasks, self._sum_by_sample(inputs, outputs, len(tasks)) if tasks else None
+        self._unchecked_losses.append((losses, sample_ids, by_task))
 
         num_text, num_visual = outputs.num_text_labels, outputs.num_visual_labels
         text_items, visual_items = (num_text, num_visual) if num_items_in_batch is None else num_items_in_batch
@@ -391,6 +405,12 @@ class VPiTTrainer(SFTTrainer):
         loss = torch.where(is_finite, loss, 0)  # Logged losses are means over the other batches.
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # Data parallelism averages gradients over processes.
+        if self.aux_loss_enabled:  # a mean over the batch, which is averaged over processes and accumulation steps
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            aux_loss = torch.where(is_finite, outputs.aux_loss, 0)
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+            sums["aux_loss"] += aux_loss.detach()
+            sums["batches"] += is_finite
         return (loss, outputs) if return_outputs else loss
 
     @staticmethod
@@ -399,6 +419,22 @@ class VPiTTrainer(SFTTrainer):
         if "attention_mask" in inputs:
             return inputs["attention_mask"].sum()
         return (inputs["position_ids"] > 0).sum() + num_samples
+
+    def _sum_by_sample(self, inputs: dict[str, Any], outputs: Any, num_samples: int) -> torch.Tensor:
+        """Return text losses, text labels, visual losses and visual labels (4, samples), without waiting for them."""
+        labels, device = inputs["labels"], inputs["labels"].device
+        if "position_ids" in inputs:  # packed; each position of the padding is 0
+            samples = F.pad(inputs["position_ids"][:, 1:] == 1, (0, 1)).flatten().cumsum(0).view_as(labels) - 1
+        else:
+            samples = torch.arange(num_samples, device=device)[:, None].expand_as(labels)
+        is_visual, values = labels[:, 1:] == self.metamorph.config.image_token_id, []
+        for mask, losses in (
+            ((labels[:, 1:] != -100) & ~is_visual, outputs.text_losses),
+            (is_visual, outputs.visual_losses),
+        ):
+            values += [torch.zeros(mask.shape, device=device).masked_scatter(mask, losses.float()), mask.float()]
+        sums = torch.zeros(4, num_samples, device=device)
+        return sums.index_add(1, samples[:, 1:].flatten(), torch.stack(values).flatten(1))
 
     def _add_missing_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """
@@ -444,13 +480,15 @@ class VPiTTrainer(SFTTrainer):
             ValueError: if there was one and `on_nonfinite_loss` is `"raise"`.
         """
         unchecked, self._unchecked_losses = self._unchecked_losses, []
-        num_nonfinite = sum((~losses[0].isfinite()).long() for losses, _ in unchecked)
+        num_nonfinite = sum((~losses[0].isfinite()).long() for losses, *_ in unchecked)
         if self.model.training:
             num_nonfinite = self.accelerator.reduce(num_nonfinite)
-        if num_nonfinite == 0:
-            return False
-        for (loss, text_loss, visual_loss), sample_ids in ((losses.tolist(), ids) for losses, ids in unchecked):
+        is_finite = bool(num_nonfinite == 0)
+        for losses, sample_ids, (tasks, sums) in unchecked:
+            loss, text_loss, visual_loss = (0.0, 0.0, 0.0) if is_finite else losses.tolist()
             if math.isfinite(loss):
+                for task, values in zip(tasks, [] if sums is None else sums.T.double().cpu().numpy()):
+                    self._task_sums["train" if self.model.training else "eval"][task] += values
                 continue
             sentence = (
                 f"Step {self.state.global_step + 1}, process {self.accelerator.process_index}: text_loss is "
@@ -460,7 +498,7 @@ class VPiTTrainer(SFTTrainer):
                 raise ValueError(f"{sentence} Inspect them, lower the learning rate, or set on_nonfinite_loss='skip'.")
             done = "optimization step is skipped" if self.model.training else "batch is left out of the evaluation"
             logger.warning(f"{sentence} This {done}.", main_process_only=False)
-        return True
+        return not is_finite
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """See [`~transformers.Trainer.get_eval_dataloader`]. Every sample is in one batch of one process only."""
@@ -478,10 +516,18 @@ class VPiTTrainer(SFTTrainer):
         finally:
             self.data_collator = collate
 
-    def evaluation_loop(self, *args, **kwargs):
+    get_test_dataloader = get_eval_dataloader  # of `predict`
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, *args, **kwargs):
         """See [`~transformers.Trainer.evaluation_loop`]."""
+        if self.args.world_size > 1 and not (prediction_loss_only or self.args.prediction_loss_only):
+            raise ValueError(
+                "Predictions cannot be gathered from several processes, whose last batches differ in size: call "
+                "`predict`, or evaluate with `compute_metrics`, in one process, or set prediction_loss_only=True."
+            )
         self._sums["eval"].clear()  # `predict` leaves sums that are not logged.
-        output = super().evaluation_loop(*args, **kwargs)
+        self._task_sums["eval"].clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, *args, **kwargs)
         self.has_nonfinite_loss()
         return output
 
@@ -497,15 +543,17 @@ class VPiTTrainer(SFTTrainer):
             else:  # Trainer's eval_loss is a mean over batches, whatever they hold.
                 visual_loss = metrics.get("visual_loss", 0.0)
                 metrics["loss"] = metrics.get("text_loss", 0.0) + self.visual_loss_weight * visual_loss
+                metrics["loss"] += self.router_aux_loss_coef * metrics.get("aux_loss", 0.0)
             logs.update({loss_name.removesuffix("loss") + name: value for name, value in metrics.items()})
         super().log(logs, start_time)
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         """Return means and counts over all processes since the last call, which they must make together."""
-        totals = self._reduce_sums(mode, (*MEANS, *COUNTS, *RUN_COUNTS))
+        totals = self._reduce_sums(mode, (*MEANS, *COUNTS, *RUN_COUNTS, "batches"))
         self._sums[mode].clear()
         metrics = {name: totals[name] / totals[count] for name, count in MEANS.items() if totals[count]}
         metrics |= {name: round(totals[name]) for name in COUNTS}
+        metrics |= self._pop_task_losses(mode)
         counts = Counter({name: round(totals[name]) for name in RUN_COUNTS})
         if mode == "train":
             self.totals.update(counts)
@@ -521,6 +569,18 @@ class VPiTTrainer(SFTTrainer):
         named = ("skipped_samples", "shortened_samples", "skipped_steps")
         metrics |= {name: counts[name] for name in named if counts[name]}
         return {**metrics, "num_tokens": self.totals["num_tokens"]}
+
+    def _pop_task_losses(self, mode: str) -> dict[str, float]:
+        """Return both losses of each task and source since the last call, unless there is only one."""
+        totals, losses = defaultdict(int), {}
+        for sums in gather_object([dict(self._task_sums[mode])]):
+            for task, values in sums.items():
+                totals[task] = totals[task] + values
+        self._task_sums[mode].clear()
+        for task, (text_loss, num_text, visual_loss, num_visual) in sorted(totals.items()) if len(totals) > 1 else []:
+            means = ("text_loss", text_loss, num_text), ("visual_loss", visual_loss, num_visual)
+            losses |= {f"{name}/{task}": float(total / count) for name, total, count in means if count}
+        return losses
 
     def _reduce_sums(self, mode: str, names: tuple[str, ...]) -> dict[str, float]:
         sums, device = self._sums[mode], self.accelerator.device

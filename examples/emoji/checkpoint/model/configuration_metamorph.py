@@ -45,7 +45,8 @@ class MetaMorphConfig(PreTrainedConfig):
     """
 
     model_type = "metamorph"
-    keys_to_ignore_at_inference = ["cache", "image_outputs"]  # Trainer gathers all other outputs
+    # Trainer gathers all other outputs, whose shapes must agree on all processes.
+    keys_to_ignore_at_inference = ["cache", "image_outputs", "text_losses", "visual_losses"]
     # The names of transformers' generic code.
     attribute_map = {"vision_start_token_id": "image_start_token_id", "vision_end_token_id": "image_end_token_id"}
     sub_configs_defaults = {

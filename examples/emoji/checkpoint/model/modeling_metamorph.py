@@ -15,9 +15,10 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
-    MultimodalBaseModelOutputWithPast,
     MultimodalCausalLMOutputWithPast,
+    MultimodalMoeBaseModelOutputWithPast,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.deprecation import deprecate_kwarg
@@ -51,10 +52,12 @@ class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     otherwise with the next visual token.
 
     Args:
-        loss: `text_loss + visual_loss_weight * visual_loss`, means over text labels and visual labels.
+        loss: `text_loss + visual_loss_weight * visual_loss`, means over text labels and visual labels, plus
+            `router_aux_loss_coef * aux_loss`, if a mixture of experts returns its router's logits.
         text_accuracy: Share of text labels that have the largest logit.
         text_entropy: Mean entropy, in nats, of the distributions that predict text labels.
         visual_cosine: Mean cosine of predicted and true visual tokens, whatever the loss.
+        text_losses, visual_losses: Loss of each text and each visual label, in reading order, without gradients.
         logits (`torch.Tensor` of shape (B, S, vocabulary)): None with `labels` in training mode.
         next_visual_token (`torch.Tensor` of shape (B, 1 or G, V)): The vision head's prediction at the last position
             (at the last G positions, given G `query_indices`), normalized.
@@ -67,6 +70,9 @@ class MetaMorphCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     visual_cosine: torch.FloatTensor | None = None
     num_text_labels: torch.LongTensor | None = None
     num_visual_labels: torch.LongTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    text_losses: torch.FloatTensor | None = None
+    visual_losses: torch.FloatTensor | None = None
     next_visual_token: torch.FloatTensor | None = None
 
 
@@ -313,7 +319,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         visual_target_mask: torch.BoolTensor | None = None,
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MultimodalBaseModelOutputWithPast:
+    ) -> MultimodalMoeBaseModelOutputWithPast:
         """
         Run the language model on text and images (see [`get_image_features`]), which stand at `image_token_id`.
 
@@ -361,12 +367,13 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             inputs_embeds=self._embed(input_ids, inputs_embeds, image_embeds, generated_visual_tokens, query_indices),
             **kwargs,
         )
-        return MultimodalBaseModelOutputWithPast(
+        return MultimodalMoeBaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),  # Mamba has none
             image_outputs=features,
+            router_logits=outputs.get("router_logits"),
         )
 
 
@@ -478,6 +485,13 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             results["next_visual_token"] = self.model.normalize_visual_tokens(predictions)
         else:
             results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
+            if outputs.router_logits:
+                text_config, num_experts = self.config.text_config, outputs.router_logits[0].shape[-1]
+                options = (num_experts, text_config.num_experts_per_tok, attention_mask)
+                results["aux_loss"] = load_balancing_loss_func(outputs.router_logits, *options).to(
+                    hidden_states.device
+                )
+                results["loss"] = results["loss"] + text_config.router_aux_loss_coef * results["aux_loss"]
         return MetaMorphCausalLMOutputWithPast(
             **results,
             cache=outputs.cache,
@@ -498,30 +512,30 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         )
         return is_target
 
-    def _sum_text_losses(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    def _measure_text(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
         """
-        Return the sums (3,) of cross-entropy, of correct predictions and of entropy over (M, D) hidden states and (M,)
-        labels, without holding (M, vocabulary) logits at once.
+        Return cross-entropy, correctness and entropy (3, M) of the predictions of (M,) labels from (M, D) hidden
+        states, without holding (M, vocabulary) logits at once.
         """
 
-        def sum_chunk(hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        def measure_chunk(hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
             logits = self.lm_head(hidden_states).float()
             # The image token takes no probability. A sum in place passes the gradient on without a copy.
             is_image = torch.arange(logits.shape[-1], device=logits.device) == self.config.image_token_id
             logits += torch.zeros_like(logits[:1]).masked_fill(is_image, -torch.inf)
-            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
             with torch.no_grad():
-                correct = (logits.argmax(-1) == labels.to(logits.device)).sum()
+                correct = logits.argmax(-1) == labels.to(logits.device)
                 # In slices, so that the probabilities take little memory beside the logits.
                 rows = max(1, MAX_LOGITS // 16 // logits.shape[-1])
-                entropy = sum(torch.special.entr(part.softmax(-1)).sum() for part in logits.split(rows))
-            return torch.stack([loss, correct.to(loss), loss.new_zeros(()) + entropy])
+                entropy = torch.cat([torch.special.entr(part.softmax(-1)).sum(-1) for part in logits.split(rows)])
+            return torch.stack([loss, correct.to(loss), entropy])
 
         rows = max(1, MAX_LOGITS // self.config.text_config.vocab_size)
         if len(labels) <= rows:
-            return sum_chunk(hidden_states, labels)
+            return measure_chunk(hidden_states, labels)
         chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
-        return sum(checkpoint(sum_chunk, *chunk, use_reentrant=False) for chunk in chunks)
+        return torch.cat([checkpoint(measure_chunk, *chunk, use_reentrant=False) for chunk in chunks], dim=1)
 
     def _compute_losses(self, outputs, input_ids, labels, visual_target_mask, num_items_in_batch) -> dict:
         """Compute both losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
@@ -529,19 +543,20 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
         is_text = (labels != -100) & (labels != self.config.image_token_id)
         is_text[:, 0] = False
         predicts_text, predicts_visual = (F.pad(mask[:, 1:], (0, 1)) for mask in (is_text, visual_target_mask))
-        text_sums = self._sum_text_losses(hidden_states[predicts_text], labels[is_text])
+        text_measures = self._measure_text(hidden_states[predicts_text], labels[is_text])
+        text_sums = text_measures.sum(1)
         predictions = self.vision_head(hidden_states[predicts_visual])
         targets = predictions.detach()
         if features is not None:  # without images there are no visual labels either
             is_target = visual_target_mask[input_ids == self.config.image_token_id]
             targets = features.visual_tokens.flatten(0, 1)[is_target].to(predictions.device)
-        visual_sum = self.visual_loss_function(predictions, targets).sum()
+        visual_losses = self.visual_loss_function(predictions, targets)
         cosine_sum = F.cosine_similarity(predictions.detach().float(), targets.float(), dim=-1).sum()
 
         counts = torch.stack([is_text.sum(), visual_target_mask.sum()])
         num_text, num_visual = counts.clamp(min=1)
         total_text, total_visual = (counts if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        text_loss, visual_loss = text_sums[0] / total_text, visual_sum / total_visual
+        text_loss, visual_loss = text_sums[0] / total_text, visual_losses.sum() / total_visual
         return {
             "loss": text_loss + self.config.visual_loss_weight * visual_loss.to(text_loss.device),
             "text_loss": text_loss,
@@ -551,4 +566,6 @@ class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGener
             "visual_cosine": cosine_sum / num_visual,
             "num_text_labels": counts[0],
             "num_visual_labels": counts[1],
+            "text_losses": text_measures[0].detach(),
+            "visual_losses": visual_losses.detach(),
         }
