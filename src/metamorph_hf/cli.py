@@ -72,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, default_model: str | Path | N
     required = {"default": default_model} if default_model else {"required": True}
     parser.add_argument("--model", help=f"pipeline folder or Hub id ({text})", **required)
     parser.add_argument("--image", action="append", default=[], help="image to ask about or to edit; may be repeated")
-    parser.add_argument(
-        "--out", type=Path, default=Path("generated.png"), help="image file; numbered if it exists"
-    )
+    parser.add_argument("--out", type=Path, default=Path("generated.png"), help="image file; numbered if it exists")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise that becomes an image (default: 0)")
