@@ -11,11 +11,13 @@ import metamorph_hf
 
 PREFIX = "metamorph_hf."
 LIBRARIES = ("transformers", "diffusers", "trl")
+NEED_OTHER_LIBRARIES = ("metamorph_hf.serving", "metamorph_hf.evaluation")
 
 
 def find_overrides() -> dict[str, tuple[type, str]]:
     """Every underscore method of a library's class that a class of this package, or a mixin of it, overrides."""
-    modules = [importlib.import_module(info.name) for info in pkgutil.walk_packages(metamorph_hf.__path__, PREFIX)]
+    names = [info.name for info in pkgutil.walk_packages(metamorph_hf.__path__, PREFIX)]
+    modules = [importlib.import_module(name) for name in names if not name.startswith(NEED_OTHER_LIBRARIES)]
     classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
     found = {}
     for own in classes:

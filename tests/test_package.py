@@ -23,7 +23,7 @@ def import_package():
     import metamorph_hf
 
     for module in pkgutil.walk_packages(metamorph_hf.__path__, "metamorph_hf."):
-        if not module.name.startswith("metamorph_hf.serving"):  # needs extras, and is a program of its own
+        if not module.name.startswith(("metamorph_hf.serving", "metamorph_hf.evaluation")):  # need other libraries
             importlib.import_module(module.name)
 
 
