@@ -1,0 +1,260 @@
+"""A page to chat with a pipeline in the browser: text and images in, text and images out."""
+
+import argparse
+import logging
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import torch
+
+from ..image_reading import read_image
+from .sources import Options, PipelineSource, Progress, ServerSource
+
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+logger = logging.getLogger(__name__)
+
+MAX_GRID_IMAGES = 64
+FAILED = "This did not work"
+CSS = """
+#chat .image-container {width: min(18rem, 70vw); height: min(18rem, 70vw)}
+#chat img {width: 100%; height: 100%; object-fit: contain}
+#chat progress {width: min(16rem, 60vw)}
+"""
+
+
+def describe_error(error: Exception) -> str:
+    """Return a sentence for the page. Unexpected errors go to the log, and only their type to the page."""
+    if isinstance(error, ValueError):
+        return str(error)
+    logger.exception("An answer failed.", exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The model ran out of memory. Try fewer or smaller images, or a shorter conversation."
+    return f"The model failed with {type(error).__name__}. The log of this page's program has the details."
+
+
+def to_parts(text: str, files: list[str]) -> list[dict]:
+    """Return the content of a message: its images, read from files, and its text."""
+    named = [{"path": Path(file).name, "bytes": Path(file).read_bytes()} for file in files]
+    parts = [{"type": "image", "image": read_image(image)} for image in named]
+    return [*parts, {"type": "text", "text": text}] if text else parts
+
+
+def to_messages(history: list[dict]) -> list[dict]:
+    """Convert gradio's history to messages in the standard chat format, without turns that have no answer."""
+    messages = []
+    for turn in history:
+        if (turn.get("metadata") or {}).get("title"):  # a notice of this page instead of an answer
+            if messages and messages[-1]["role"] == "user":
+                messages.pop()
+            continue
+        content = []
+        for part in turn["content"]:
+            file = part["file"] if part["type"] == "file" else part.get("value")  # `value` of a gr.Image
+            content += to_parts(part.get("text", ""), [file["path"]] if file else [])
+        messages.append({"role": turn["role"], "content": content})
+    return messages
+
+
+def find_last_image(history: list[dict]) -> str | None:
+    """Return the file of the last image in gradio's history."""
+    parts = [part for turn in history for part in turn["content"] if part["type"] != "text"]
+    return (parts[-1].get("file") or parts[-1]["value"])["path"] if parts else None
+
+
+def build_page(
+    source: PipelineSource | ServerSource, examples: list[dict] | None = None, single_turn: bool = False
+) -> "gr.Blocks":
+    """
+    Build the page. It keeps no state of its own: a conversation lives in the session of its browser tab.
+
+    Args:
+        source ([`PipelineSource`] or [`ServerSource`]): Who answers.
+        examples (`list[dict]`, *optional*): Messages to try, each with its `text` and a list of `files`.
+        single_turn (`bool`, defaults to `False`): Send each message alone, unless the settings say otherwise.
+    """
+    import gradio as gr
+
+    def read_options(seed, steps, scale, max_tokens, max_images) -> Options:
+        seed = random.randrange(2**32) if seed is None else seed
+        return Options(seed, steps, scale, max_tokens, max_images)
+
+    def show(image: PIL.Image.Image, seed: int) -> gr.Image:
+        buttons = ["download", "fullscreen"]
+        text = f"Generated image, seed {seed}"
+        return gr.Image(image, format="png", show_label=False, buttons=buttons, alt_text=text, container=False)
+
+    def answer(message: dict, history: list[dict], remember: bool, *settings) -> Iterator[list]:
+        options, content, notices = read_options(*settings), [], []
+        try:
+            files = [file["path"] if isinstance(file, dict) else file for file in message["files"]]
+            parts = to_parts(message["text"], files)
+            if not parts:
+                raise ValueError("The message is empty: write something, or add an image.")
+            messages = [*(to_messages(history) if remember else []), {"role": "user", "content": parts}]
+            for event in source.chat(messages, options):
+                notices = []
+                if isinstance(event, Progress):
+                    bar = f'<progress value="{event.share:.2f}" max="1">{event.share:.0%}</progress>'
+                    notices = [gr.ChatMessage(bar, metadata={"title": event.title, "status": "pending"})]
+                elif isinstance(event, PIL.Image.Image):
+                    content.append(show(event, options.seed))
+                elif content and isinstance(content[-1], str):
+                    content[-1] += event
+                else:
+                    content.append(event)
+                yield [*([gr.ChatMessage(list(content))] if content else []), *notices]
+            notices = (
+                [] if content else [gr.ChatMessage("The model said nothing.", metadata={"title": "Empty answer"})]
+            )
+        except Exception as error:
+            notices = [gr.ChatMessage(describe_error(error), metadata={"title": FAILED})]
+        yield [*([gr.ChatMessage(list(content))] if content else []), *notices]
+
+    def compare(prompts: str, scales: str, *settings, progress=gr.Progress()) -> Iterator[list]:  # noqa: B008
+        try:
+            captions = [line.strip() for line in prompts.splitlines() if line.strip()]
+            numbers = [float(scale) for scale in scales.replace(",", " ").split()]
+            total, images = len(captions) * len(numbers), []
+            if not 1 <= total <= MAX_GRID_IMAGES:
+                raise ValueError(
+                    f"{len(captions)} prompts with {len(numbers)} guidance scales are {total} images, but the page "
+                    f"makes between 1 and {MAX_GRID_IMAGES}."
+                )
+            options = read_options(*settings)
+            for caption in captions:
+                for event in source.compare(caption, numbers, options):
+                    if isinstance(event, Progress):
+                        progress((len(images) + event.share, total), desc=event.title, unit="images")
+                    else:
+                        images.append((event, f"{caption}, {numbers[len(images) % len(numbers)]:g}"))
+                        yield gr.Gallery(images, columns=len(numbers))
+        except Exception as error:
+            raise gr.Error(describe_error(error), duration=None, title=FAILED) from error
+
+    def reconstruct(file: str | None, *settings, progress=gr.Progress()) -> PIL.Image.Image:  # noqa: B008
+        try:
+            if file is None:
+                raise ValueError("There is no image yet: add one first.")
+            for event in source.reconstruct(to_parts("", [file])[0]["image"], read_options(*settings)):
+                if not isinstance(event, Progress):
+                    return event
+                progress(event.share, desc=event.title)
+        except Exception as error:
+            raise gr.Error(describe_error(error), duration=None, title=FAILED) from error
+
+    def use_last_image(history: list[dict], message: dict) -> dict:
+        if (file := find_last_image(history)) is None:
+            raise gr.Error("There is no image in this conversation yet.", title=FAILED)
+        return {"text": message["text"], "files": [*message["files"], file]}
+
+    optional = partial(gr.Number, placeholder="default", min_width=130)
+    with gr.Blocks(title=f"MetaMorph: {source.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(f"# {source.name}")
+        with gr.Accordion("Settings", open=False), gr.Row():
+            seed = optional(label="Seed", placeholder="random", precision=0, minimum=0, maximum=2**32 - 1)
+            steps = optional(label="Steps", precision=0, minimum=1, maximum=1000)
+            scale = optional(label="Guidance scale")
+            max_tokens = optional(label="Tokens at most", precision=0, minimum=1)
+            max_images = optional(label="Images at most", precision=0, minimum=0)
+            remember = gr.Checkbox(not single_turn, label="Send the earlier messages along", min_width=130)
+        settings = [seed, steps, scale, max_tokens, max_images]
+        with gr.Tab("Chat"):
+            chat = gr.ChatInterface(
+                answer,
+                multimodal=True,
+                chatbot=gr.Chatbot(
+                    elem_id="chat",
+                    label="Conversation",
+                    height="60vh",
+                    placeholder="Ask for an image, or about one.",
+                    buttons=["copy", "copy_all"],  # without sharing, which uploads to a website
+                ),
+                textbox=gr.MultimodalTextbox(
+                    label="Message",
+                    placeholder="Write a message, or add images",
+                    file_types=["image"],
+                    file_count="multiple",
+                    stop_btn=True,
+                ),
+                additional_inputs=[remember, *settings],
+                examples=[[example] for example in examples or []] or None,
+                analytics_enabled=False,
+                concurrency_limit=16,
+                api_visibility="private",
+            )
+            again = gr.Button("Add the last image to the message", size="sm")
+            again.click(use_last_image, [chat.chatbot, chat.textbox], chat.textbox, api_visibility="private")
+        with gr.Tab("Compare"):
+            prompts = gr.Textbox("a red apple\na tiger", label="Captions, one in each line", lines=3)
+            scales = gr.Textbox("1, 2, 4", label="Guidance scales")
+            start = gr.Button("Generate", variant="primary")
+            grid = gr.Gallery(label="Images", object_fit="contain", format="png", height="auto")
+            start.click(compare, [prompts, scales, *settings], grid, concurrency_limit=16, api_visibility="private")
+        with gr.Tab("Reconstruct", visible=source.can_reconstruct):
+            gr.Markdown("What the model sees: an image becomes visual tokens, and the visualizer decodes them again.")
+            with gr.Row():
+                given = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"])
+                seen = gr.Image(label="What the model sees", format="png")
+            start = gr.Button("Reconstruct", variant="primary")
+            start.click(reconstruct, [given, *settings], seen, concurrency_limit=16, api_visibility="private")
+    return page.queue(max_size=64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `metamorph-hf app`."""
+    parser.add_argument("pipeline", nargs="?", help="pipeline folder or Hub id")
+    parser.add_argument("--url", help="address of a running server, instead of a pipeline")
+    parser.add_argument("--api-key", help="key of that server")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this computer alone)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: 7860)")
+    parser.add_argument("--example", action="append", default=[], help="message to try; may be repeated")
+    parser.add_argument("--single-turn", action="store_true", help="for models that were not trained on conversations")
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Serve the page until it is interrupted.
+
+    Raises:
+        ModuleNotFoundError: If gradio is not installed.
+        ValueError: If not exactly one of pipeline and address is given, or the server does not answer.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("The page needs gradio: pip install 'metamorph-hf[app]'") from error
+    if (args.pipeline is None) == (args.url is None):
+        raise ValueError("Name either a pipeline or the --url of a running server.")
+    if args.url:
+        source = ServerSource(args.url, args.api_key)
+    else:
+        from ..pipeline_metamorph import MetaMorphPipeline
+
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        pipe = MetaMorphPipeline.from_pretrained(args.pipeline, dtype=dtype).to(device)
+        source = PipelineSource(pipe, Path(args.pipeline).name)
+    examples = [{"text": text, "files": []} for text in args.example]
+    launch(build_page(source, examples, args.single_turn), args.host, args.port)
+
+
+def launch(page: "gr.Blocks", host: str, port: int | None, **kwargs) -> tuple[Any, str, str]:
+    """Serve a page without telemetry, a public link, or anything from other servers."""
+    return page.launch(
+        server_name=host,
+        server_port=port,
+        css=CSS,
+        share=False,
+        show_error=False,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        max_file_size="20mb",
+        **kwargs,
+    )
