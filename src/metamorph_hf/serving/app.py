@@ -4,7 +4,6 @@ import argparse
 import logging
 import random
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,18 @@ logger = logging.getLogger(__name__)
 
 MAX_GRID_IMAGES = 64
 FAILED = "This did not work"
+SETTINGS = {
+    "seed": ("Seed", int),
+    "num_inference_steps": ("Steps", int),
+    "guidance_scale": ("Guidance scale", float),
+    "max_tokens": ("Tokens at most", int),
+    "max_images": ("Images at most", int),
+}
 CSS = """
 #chat .image-container {width: min(18rem, 70vw); height: min(18rem, 70vw)}
 #chat img {width: 100%; height: 100%; object-fit: contain}
-#chat progress {width: min(16rem, 60vw)}
+#chat [aria-label="Share"] {display: none} /* it uploads to a website */
+#chat progress {width: min(16rem, 60vw); accent-color: var(--color-accent)}
 """
 
 
@@ -62,10 +69,33 @@ def to_messages(history: list[dict]) -> list[dict]:
     return messages
 
 
+def end_unfinished(history: list[dict]) -> list[dict]:
+    """Replace the progress that a stopped answer leaves in gradio's history."""
+    stopped = {"content": [{"type": "text", "text": "You stopped this answer."}], "metadata": {"title": "Stopped"}}
+    is_pending = [(turn.get("metadata") or {}).get("status") == "pending" for turn in history]
+    return [{**turn, **stopped} if pending else turn for turn, pending in zip(history, is_pending)]
+
+
 def find_last_image(history: list[dict]) -> str | None:
     """Return the file of the last image in gradio's history."""
     parts = [part for turn in history for part in turn["content"] if part["type"] != "text"]
     return (parts[-1].get("file") or parts[-1]["value"])["path"] if parts else None
+
+
+def read_options(*texts: str) -> Options:
+    """Read the settings, in the order of `SETTINGS`. An empty one is the pipeline's default, or a random seed."""
+    values = {}
+    for (name, (label, kind)), text in zip(SETTINGS.items(), texts, strict=True):
+        try:
+            values[name] = kind(text) if text.strip() else None
+        except ValueError:
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"The setting {label!r} must be {number}, but is {text!r}.") from None
+    if values["seed"] is None:
+        values["seed"] = random.randrange(2**32)
+    if not 0 <= values["seed"] < 2**32:
+        raise ValueError(f"The setting 'Seed' must be between 0 and {2**32 - 1}, but is {values['seed']}.")
+    return Options(**values)
 
 
 def build_page(
@@ -81,18 +111,15 @@ def build_page(
     """
     import gradio as gr
 
-    def read_options(seed, steps, scale, max_tokens, max_images) -> Options:
-        seed = random.randrange(2**32) if seed is None else seed
-        return Options(seed, steps, scale, max_tokens, max_images)
-
     def show(image: PIL.Image.Image, seed: int) -> gr.Image:
         buttons = ["download", "fullscreen"]
         text = f"Generated image, seed {seed}"
         return gr.Image(image, format="png", show_label=False, buttons=buttons, alt_text=text, container=False)
 
     def answer(message: dict, history: list[dict], remember: bool, *settings) -> Iterator[list]:
-        options, content, notices = read_options(*settings), [], []
+        content, notices = [], []
         try:
+            options = read_options(*settings)
             files = [file["path"] if isinstance(file, dict) else file for file in message["files"]]
             parts = to_parts(message["text"], files)
             if not parts:
@@ -154,17 +181,14 @@ def build_page(
             raise gr.Error("There is no image in this conversation yet.", title=FAILED)
         return {"text": message["text"], "files": [*message["files"], file]}
 
-    optional = partial(gr.Number, placeholder="default", min_width=130)
     with gr.Blocks(title=f"MetaMorph: {source.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# {source.name}")
         with gr.Accordion("Settings", open=False), gr.Row():
-            seed = optional(label="Seed", placeholder="random", precision=0, minimum=0, maximum=2**32 - 1)
-            steps = optional(label="Steps", precision=0, minimum=1, maximum=1000)
-            scale = optional(label="Guidance scale")
-            max_tokens = optional(label="Tokens at most", precision=0, minimum=1)
-            max_images = optional(label="Images at most", precision=0, minimum=0)
+            settings = [
+                gr.Textbox("", label=label, placeholder="random" if name == "seed" else "default", min_width=130)
+                for name, (label, _) in SETTINGS.items()
+            ]
             remember = gr.Checkbox(not single_turn, label="Send the earlier messages along", min_width=130)
-        settings = [seed, steps, scale, max_tokens, max_images]
         with gr.Tab("Chat"):
             chat = gr.ChatInterface(
                 answer,
@@ -174,9 +198,10 @@ def build_page(
                     label="Conversation",
                     height="60vh",
                     placeholder="Ask for an image, or about one.",
-                    buttons=["copy", "copy_all"],  # without sharing, which uploads to a website
+                    buttons=["copy", "copy_all"],
                 ),
                 textbox=gr.MultimodalTextbox(
+                    elem_id="message",
                     label="Message",
                     placeholder="Write a message, or add images",
                     file_types=["image"],
@@ -189,6 +214,11 @@ def build_page(
                 concurrency_limit=16,
                 api_visibility="private",
             )
+            chat.textbox.stop(end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private")
+            # A reloaded page goes on with its conversation, which its browser keeps.
+            kept = gr.BrowserState([], storage_key="metamorph")
+            chat.chatbot_state.change(chat.serialize_components, chat.chatbot_state, kept, api_visibility="private")
+            page.load(lambda history: history, kept, chat.chatbot_value, api_visibility="private")
             again = gr.Button("Add the last image to the message", size="sm")
             again.click(use_last_image, [chat.chatbot, chat.textbox], chat.textbox, api_visibility="private")
         with gr.Tab("Compare"):

@@ -1,7 +1,7 @@
 """What answers the chat page: a pipeline in this process, or a running server.
 
-Both yield the same events: pieces of text (`str`), the progress of an image that is coming ([`Progress`]), and finished
-images (`PIL.Image.Image`). What goes wrong is raised.
+Both yield the same events: pieces of text (`str`), the progress of an image that is coming ([`Progress`]), and
+finished images (`PIL.Image.Image`). What goes wrong is raised.
 """
 
 import base64
