@@ -31,6 +31,7 @@ SETTINGS = {
 CSS = """
 #chat .image-container {width: min(18rem, 70vw); height: min(18rem, 70vw)}
 #chat img {width: 100%; height: 100%; object-fit: contain}
+.enlarged img {width: 100%; height: min(18rem, 70vw); object-fit: contain}
 #chat [aria-label="Share"] {display: none} /* it uploads to a website */
 #chat progress {width: min(16rem, 60vw); accent-color: var(--color-accent)}
 """
@@ -40,6 +41,8 @@ def describe_error(error: Exception) -> str:
     """Return a sentence for the page. Unexpected errors go to the log, and only their type to the page."""
     if isinstance(error, ValueError):
         return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "An image of this conversation is no longer stored. Clear the conversation, and begin anew."
     logger.exception("An answer failed.", exc_info=error)
     if isinstance(error, torch.OutOfMemoryError):
         return "The model ran out of memory. Try fewer or smaller images, or a shorter conversation."
@@ -63,8 +66,7 @@ def to_messages(history: list[dict]) -> list[dict]:
             continue
         content = []
         for part in turn["content"]:
-            file = part["file"] if part["type"] == "file" else part.get("value")  # `value` of a gr.Image
-            content += to_parts(part.get("text", ""), [file["path"]] if file else [])
+            content += to_parts(part.get("text", ""), [part["file"]["path"]] if "file" in part else [])
         messages.append({"role": turn["role"], "content": content})
     return messages
 
@@ -78,8 +80,8 @@ def end_unfinished(history: list[dict]) -> list[dict]:
 
 def find_last_image(history: list[dict]) -> str | None:
     """Return the file of the last image in gradio's history."""
-    parts = [part for turn in history for part in turn["content"] if part["type"] != "text"]
-    return (parts[-1].get("file") or parts[-1]["value"])["path"] if parts else None
+    files = [part["file"]["path"] for turn in history for part in turn["content"] if "file" in part]
+    return files[-1] if files else None
 
 
 def read_options(*texts: str) -> Options:
@@ -110,11 +112,11 @@ def build_page(
         single_turn (`bool`, defaults to `False`): Send each message alone, unless the settings say otherwise.
     """
     import gradio as gr
+    from gradio.processing_utils import save_pil_to_cache
 
-    def show(image: PIL.Image.Image, seed: int) -> gr.Image:
-        buttons = ["download", "fullscreen"]
-        text = f"Generated image, seed {seed}"
-        return gr.Image(image, format="png", show_label=False, buttons=buttons, alt_text=text, container=False)
+    def save(image: PIL.Image.Image, seed: int) -> str:
+        # Not left to gradio, which would write the file again while a browser reads it.
+        return save_pil_to_cache(image, page.GRADIO_CACHE, name=f"seed-{seed}", format="png")
 
     def answer(message: dict, history: list[dict], remember: bool, *settings) -> Iterator[list]:
         content, notices = [], []
@@ -131,7 +133,8 @@ def build_page(
                     bar = f'<progress value="{event.share:.2f}" max="1">{event.share:.0%}</progress>'
                     notices = [gr.ChatMessage(bar, metadata={"title": event.title, "status": "pending"})]
                 elif isinstance(event, PIL.Image.Image):
-                    content.append(show(event, options.seed))
+                    seed = options.seed
+                    content.append({"path": save(event, seed), "alt_text": f"Generated image, seed {seed}"})
                 elif content and isinstance(content[-1], str):
                     content[-1] += event
                 else:
@@ -160,7 +163,8 @@ def build_page(
                     if isinstance(event, Progress):
                         progress((len(images) + event.share, total), desc=event.title, unit="images")
                     else:
-                        images.append((event, f"{caption}, {numbers[len(images) % len(numbers)]:g}"))
+                        label = f"{caption} (guidance {numbers[len(images) % len(numbers)]:g})"
+                        images.append((save(event, options.seed), label))
                         yield gr.Gallery(images, columns=len(numbers))
         except Exception as error:
             raise gr.Error(describe_error(error), duration=None, title=FAILED) from error
@@ -215,23 +219,38 @@ def build_page(
                 api_visibility="private",
             )
             chat.textbox.stop(end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private")
-            # A reloaded page goes on with its conversation, which its browser keeps.
+            # A reloaded page goes on with its conversation. The browser keeps it, and hands it to the chatbot, which
+            # checks its files.
             kept = gr.BrowserState([], storage_key="metamorph")
-            chat.chatbot_state.change(chat.serialize_components, chat.chatbot_state, kept, api_visibility="private")
-            page.load(lambda history: history, kept, chat.chatbot_value, api_visibility="private")
+            keep = "(history, kept) => [window.hasLoaded ? history : kept]"  # at first, the chatbot is empty
+            chat.chatbot.change(None, [chat.chatbot, kept], kept, js=keep)
+            page.load(None, kept, chat.chatbot, js="kept => {window.hasLoaded = true; return [kept]}").then(
+                end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private"
+            )
             again = gr.Button("Add the last image to the message", size="sm")
             again.click(use_last_image, [chat.chatbot, chat.textbox], chat.textbox, api_visibility="private")
         with gr.Tab("Compare"):
             prompts = gr.Textbox("a red apple\na tiger", label="Captions, one in each line", lines=3)
             scales = gr.Textbox("1, 2, 4", label="Guidance scales")
             start = gr.Button("Generate", variant="primary")
-            grid = gr.Gallery(label="Images", object_fit="contain", format="png", height="auto")
+            grid = gr.Gallery(label="Images", object_fit="contain", height="auto", buttons=["download", "fullscreen"])
             start.click(compare, [prompts, scales, *settings], grid, concurrency_limit=16, api_visibility="private")
         with gr.Tab("Reconstruct", visible=source.can_reconstruct):
             gr.Markdown("What the model sees: an image becomes visual tokens, and the visualizer decodes them again.")
             with gr.Row():
-                given = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"])
-                seen = gr.Image(label="What the model sees", format="png")
+                given = gr.Image(
+                    type="filepath",
+                    elem_classes="enlarged",
+                    label="Image",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                )
+                seen = gr.Image(
+                    label="What the model sees",
+                    format="png",
+                    elem_classes="enlarged",
+                    buttons=["download", "fullscreen"],
+                )
             start = gr.Button("Reconstruct", variant="primary")
             start.click(reconstruct, [given, *settings], seen, concurrency_limit=16, api_visibility="private")
     return page.queue(max_size=64)
