@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
+from huggingface_hub import ModelCard
 
 from ..image_reading import read_image
 from .sources import Options, PipelineSource, Progress, ServerSource
@@ -256,41 +258,56 @@ def build_page(
     return page.queue(max_size=64)
 
 
+def read_card(path_or_repo: str) -> tuple[list[dict], bool]:
+    """
+    Read a model's card, if there is one.
+
+    Returns:
+        The messages to try that it lists as `widget` (`text`, and `src` for an image in a local folder), and whether
+        it has the tag `single-turn`: the model was not trained on conversations.
+    """
+    folder = Path(path_or_repo)
+    try:
+        card = ModelCard.load(folder / "README.md" if folder.is_dir() else path_or_repo).data
+    except (OSError, ValueError):
+        return [], False
+    examples = [
+        {"text": entry["text"], "files": [str(folder / entry["src"])] if folder.is_dir() and "src" in entry else []}
+        for entry in card.get("widget") or []
+        if "text" in entry
+    ]
+    return examples, "single-turn" in (card.tags or [])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `metamorph-hf app`."""
     parser.add_argument("pipeline", nargs="?", help="pipeline folder or Hub id")
-    parser.add_argument("--url", help="address of a running server, instead of a pipeline")
-    parser.add_argument("--api-key", help="key of that server")
+    text = "address of a running server, instead of a pipeline; its key is in the variable METAMORPH_API_KEY"
+    parser.add_argument("--url", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this computer alone)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: 7860)")
-    parser.add_argument("--example", action="append", default=[], help="message to try; may be repeated")
-    parser.add_argument("--single-turn", action="store_true", help="for models that were not trained on conversations")
+    text = "message to try, beside those of the model's card; may be repeated"
+    parser.add_argument("--example", action="append", default=[], help=text)
+    text = "send each message alone, for models that were not trained on conversations"
+    parser.add_argument("--single-turn", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
-    """
-    Serve the page until it is interrupted.
+    """Serve the page until it is interrupted. Without gradio, this raises before the pipeline is loaded."""
+    import gradio  # noqa: F401
 
-    Raises:
-        ModuleNotFoundError: If gradio is not installed.
-        ValueError: If not exactly one of pipeline and address is given, or the server does not answer.
-    """
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("The page needs gradio: pip install 'metamorph-hf[app]'") from error
+    from ..cli import load_pipeline
+
     if (args.pipeline is None) == (args.url is None):
         raise ValueError("Name either a pipeline or the --url of a running server.")
+    examples, single_turn = [], False
     if args.url:
-        source = ServerSource(args.url, args.api_key)
+        source = ServerSource(args.url, os.environ.get("METAMORPH_API_KEY"))
     else:
-        from ..pipeline_metamorph import MetaMorphPipeline
-
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        pipe = MetaMorphPipeline.from_pretrained(args.pipeline, dtype=dtype).to(device)
-        source = PipelineSource(pipe, Path(args.pipeline).name)
-    examples = [{"text": text, "files": []} for text in args.example]
-    launch(build_page(source, examples, args.single_turn), args.host, args.port)
+        source = PipelineSource(load_pipeline(args.pipeline), Path(args.pipeline).name)
+        examples, single_turn = read_card(args.pipeline)
+    examples += [{"text": text, "files": []} for text in args.example]
+    launch(build_page(source, examples, single_turn or args.single_turn), args.host, args.port)
 
 
 def launch(page: "gr.Blocks", host: str, port: int | None, **kwargs) -> tuple[Any, str, str]:

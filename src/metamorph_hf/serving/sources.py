@@ -157,9 +157,9 @@ class ServerSource:
 
     can_reconstruct = False
 
-    def __init__(self, url: str, api_key: str | None = None):
+    def __init__(self, url: str, key: str | None = None):
         self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(600, connect=10))
         with self._send("GET", "/v1/models") as response:
             self.name = json.loads(response.read())["data"][0]["id"]
@@ -178,9 +178,10 @@ class ServerSource:
             raise ValueError(f"The server {self.url} does not answer as expected: {error}.") from error
 
     def chat(self, messages: list[dict], options: Options) -> Iterator[Event]:
-        """Answer a conversation. The server says nothing of an image before it is finished."""
+        """See [`PipelineSource.chat`]."""
         sent = [{**message, "content": [_to_openai(part) for part in message["content"]]} for message in messages]
         body = {"model": self.name, "messages": sent, "stream": True, **asdict(options)}
+        body["stream_options"] = {"include_progress": True}
         yield Progress("Waiting for the server", 0)
         with self._send("POST", "/v1/chat/completions", **body) as response:
             for line in response.iter_lines():
@@ -190,9 +191,12 @@ class ServerSource:
                 if "error" in chunk:
                     raise ValueError(_read_error(chunk))
                 for choice in chunk["choices"]:
-                    if choice["delta"].get("content"):
-                        yield choice["delta"]["content"]
-                    for part in choice["delta"].get("images") or []:
+                    delta = choice["delta"]
+                    if delta.get("content"):
+                        yield delta["content"]
+                    if "image_progress" in delta:
+                        yield Progress("An image is coming", delta["image_progress"]["progress"])
+                    for part in delta.get("images") or []:
                         yield read_image(part["image_url"]["url"])
 
     def compare(self, caption: str, scales: list[float], options: Options) -> Iterator[Event]:
