@@ -135,8 +135,7 @@ def build_page(
                     bar = f'<progress value="{event.share:.2f}" max="1">{event.share:.0%}</progress>'
                     notices = [gr.ChatMessage(bar, metadata={"title": event.title, "status": "pending"})]
                 elif isinstance(event, PIL.Image.Image):
-                    seed = options.seed
-                    content.append({"path": save(event, seed), "alt_text": f"Generated image, seed {seed}"})
+                    content.append({"path": save(event, options.seed)})
                 elif content and isinstance(content[-1], str):
                     content[-1] += event
                 else:
