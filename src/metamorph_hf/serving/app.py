@@ -32,6 +32,7 @@ SETTINGS = {
 }
 CSS = """
 #chat .image-container {width: min(18rem, 70vw); height: min(18rem, 70vw)}
+#chat .image-container:fullscreen {width: 100vw; height: 100vh}
 #chat img {width: 100%; height: 100%; object-fit: contain}
 .enlarged img {width: 100%; height: min(18rem, 70vw); object-fit: contain}
 #chat [aria-label="Share"] {display: none} /* it uploads to a website */
@@ -212,6 +213,7 @@ def build_page(
                     file_types=["image"],
                     file_count="multiple",
                     stop_btn=True,
+                    autofocus=True,
                 ),
                 additional_inputs=[remember, *settings],
                 examples=[[example] for example in examples or []] or None,
