@@ -31,8 +31,8 @@ SETTINGS = {
     "max_images": ("Images at most", int),
 }
 CSS = """
-#chat .image-container {width: min(18rem, 70vw); height: min(18rem, 70vw)}
-#chat .image-container:fullscreen {width: 100vw; height: 100vh}
+#chat .image-container {width: 12rem; height: 12rem}
+#chat :fullscreen .image-container {width: 100vw; height: 100vh}
 #chat img {width: 100%; height: 100%; object-fit: contain}
 .enlarged img {width: 100%; height: min(18rem, 70vw); object-fit: contain}
 #chat [aria-label="Share"] {display: none} /* it uploads to a website */
