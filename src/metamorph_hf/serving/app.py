@@ -6,18 +6,19 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gradio as gr
 import PIL.Image
 import torch
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
 from huggingface_hub import ModelCard
 
+from ..cli import load_pipeline
 from ..image_reading import read_image
 from .sources import Options, PipelineSource, Progress, ServerSource
 
-
-if TYPE_CHECKING:
-    import gradio as gr
 
 logger = logging.getLogger(__name__)
 
@@ -103,25 +104,19 @@ def read_options(*texts: str) -> Options:
     return Options(**values)
 
 
-def build_page(
-    source: PipelineSource | ServerSource, examples: list[dict] | None = None, single_turn: bool = False
-) -> "gr.Blocks":
-    """
-    Build the page. It keeps no state of its own: a conversation lives in the session of its browser tab.
+def save_image(image: PIL.Image.Image, seed: int) -> str:
+    # Not left to gradio, which would write the file again while a browser reads it.
+    return save_pil_to_cache(image, get_upload_folder(), name=f"seed-{seed}", format="png")
 
-    Args:
-        source ([`PipelineSource`] or [`ServerSource`]): Who answers.
-        examples (`list[dict]`, *optional*): Messages to try, each with its `text` and a list of `files`.
-        single_turn (`bool`, defaults to `False`): Send each message alone, unless the settings say otherwise.
-    """
-    import gradio as gr
-    from gradio.processing_utils import save_pil_to_cache
 
-    def save(image: PIL.Image.Image, seed: int) -> str:
-        # Not left to gradio, which would write the file again while a browser reads it.
-        return save_pil_to_cache(image, page.GRADIO_CACHE, name=f"seed-{seed}", format="png")
+class Handlers:
+    """What the page's buttons do. There is no state but the source: sessions cannot mix."""
 
-    def answer(message: dict, history: list[dict], remember: bool, *settings) -> Iterator[list]:
+    def __init__(self, source: PipelineSource | ServerSource):
+        self.source = source
+
+    def answer(self, message: dict, history: list[dict], remember: bool, *settings) -> Iterator[list]:
+        """Yield the messages that stand for the answer so far: what the model said, and a notice of this page."""
         content, notices = [], []
         try:
             options = read_options(*settings)
@@ -130,13 +125,13 @@ def build_page(
             if not parts:
                 raise ValueError("The message is empty: write something, or add an image.")
             messages = [*(to_messages(history) if remember else []), {"role": "user", "content": parts}]
-            for event in source.chat(messages, options):
+            for event in self.source.chat(messages, options):
                 notices = []
                 if isinstance(event, Progress):
                     bar = f'<progress value="{event.share:.2f}" max="1">{event.share:.0%}</progress>'
                     notices = [gr.ChatMessage(bar, metadata={"title": event.title, "status": "pending"})]
                 elif isinstance(event, PIL.Image.Image):
-                    content.append({"path": save(event, options.seed)})
+                    content.append({"path": save_image(event, options.seed)})
                 elif content and isinstance(content[-1], str):
                     content[-1] += event
                 else:
@@ -149,7 +144,8 @@ def build_page(
             notices = [gr.ChatMessage(describe_error(error), metadata={"title": FAILED})]
         yield [*([gr.ChatMessage(list(content))] if content else []), *notices]
 
-    def compare(prompts: str, scales: str, *settings, progress=gr.Progress()) -> Iterator[list]:  # noqa: B008
+    def compare(self, prompts: str, scales: str, *settings, progress=gr.Progress()) -> Iterator[gr.Gallery]:  # noqa: B008
+        """Yield the grid of images so far: a row for each caption, a column for each guidance scale."""
         try:
             captions = [line.strip() for line in prompts.splitlines() if line.strip()]
             numbers = [float(scale) for scale in scales.replace(",", " ").split()]
@@ -161,32 +157,48 @@ def build_page(
                 )
             options = read_options(*settings)
             for caption in captions:
-                for event in source.compare(caption, numbers, options):
+                for event in self.source.compare(caption, numbers, options):
                     if isinstance(event, Progress):
                         progress((len(images) + event.share, total), desc=event.title, unit="images")
                     else:
                         label = f"{caption} (guidance {numbers[len(images) % len(numbers)]:g})"
-                        images.append((save(event, options.seed), label))
+                        images.append((save_image(event, options.seed), label))
                         yield gr.Gallery(images, columns=len(numbers))
         except Exception as error:
             raise gr.Error(describe_error(error), duration=None, title=FAILED) from error
 
-    def reconstruct(file: str | None, *settings, progress=gr.Progress()) -> PIL.Image.Image:  # noqa: B008
+    def reconstruct(self, file: str | None, *settings, progress=gr.Progress()) -> PIL.Image.Image:  # noqa: B008
+        """Return the image that is decoded from the visual tokens of a file."""
         try:
             if file is None:
                 raise ValueError("There is no image yet: add one first.")
-            for event in source.reconstruct(to_parts("", [file])[0]["image"], read_options(*settings)):
+            for event in self.source.reconstruct(to_parts("", [file])[0]["image"], read_options(*settings)):
                 if not isinstance(event, Progress):
                     return event
                 progress(event.share, desc=event.title)
         except Exception as error:
             raise gr.Error(describe_error(error), duration=None, title=FAILED) from error
 
+    @staticmethod
     def use_last_image(history: list[dict], message: dict) -> dict:
+        """Return the message that is being written with the last image of the conversation."""
         if (file := find_last_image(history)) is None:
             raise gr.Error("There is no image in this conversation yet.", title=FAILED)
         return {"text": message["text"], "files": [*message["files"], file]}
 
+
+def build_page(
+    source: PipelineSource | ServerSource, examples: list[dict] | None = None, single_turn: bool = False
+) -> gr.Blocks:
+    """
+    Build the page. It keeps no state of its own: a conversation lives in the session of its browser tab.
+
+    Args:
+        source ([`PipelineSource`] or [`ServerSource`]): Who answers.
+        examples (`list[dict]`, *optional*): Messages to try, each with its `text` and a list of `files`.
+        single_turn (`bool`, defaults to `False`): Send each message alone, unless the settings say otherwise.
+    """
+    handlers = Handlers(source)
     with gr.Blocks(title=f"MetaMorph: {source.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# {source.name}")
         with gr.Accordion("Settings", open=False), gr.Row():
@@ -197,7 +209,7 @@ def build_page(
             remember = gr.Checkbox(not single_turn, label="Send the earlier messages along", min_width=130)
         with gr.Tab("Chat"):
             chat = gr.ChatInterface(
-                answer,
+                handlers.answer,
                 multimodal=True,
                 chatbot=gr.Chatbot(
                     elem_id="chat",
@@ -231,13 +243,15 @@ def build_page(
                 end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private"
             )
             again = gr.Button("Add the last image to the message", size="sm")
-            again.click(use_last_image, [chat.chatbot, chat.textbox], chat.textbox, api_visibility="private")
+            again.click(handlers.use_last_image, [chat.chatbot, chat.textbox], chat.textbox, api_visibility="private")
         with gr.Tab("Compare"):
             prompts = gr.Textbox("a red apple\na tiger", label="Captions, one in each line", lines=3)
             scales = gr.Textbox("1, 2, 4", label="Guidance scales")
             start = gr.Button("Generate", variant="primary")
             grid = gr.Gallery(label="Images", object_fit="contain", height="auto", buttons=["download", "fullscreen"])
-            start.click(compare, [prompts, scales, *settings], grid, concurrency_limit=16, api_visibility="private")
+            start.click(
+                handlers.compare, [prompts, scales, *settings], grid, concurrency_limit=16, api_visibility="private"
+            )
         with gr.Tab("Reconstruct", visible=source.can_reconstruct):
             gr.Markdown("What the model sees: an image becomes visual tokens, and the visualizer decodes them again.")
             with gr.Row():
@@ -255,7 +269,7 @@ def build_page(
                     buttons=["download", "fullscreen"],
                 )
             start = gr.Button("Reconstruct", variant="primary")
-            start.click(reconstruct, [given, *settings], seen, concurrency_limit=16, api_visibility="private")
+            start.click(handlers.reconstruct, [given, *settings], seen, concurrency_limit=16, api_visibility="private")
     return page.queue(max_size=64)
 
 
@@ -264,7 +278,7 @@ def read_card(path_or_repo: str) -> tuple[list[dict], bool]:
     Read a model's card, if there is one.
 
     Returns:
-        The messages to try that it lists as `widget` (`text`, and `src` for an image in a local folder), and whether
+        The messages to try that it lists as `widget` (`text`, and `src` for an image in its folder), and whether
         it has the tag `single-turn`: the model was not trained on conversations.
     """
     folder = Path(path_or_repo)
@@ -272,11 +286,11 @@ def read_card(path_or_repo: str) -> tuple[list[dict], bool]:
         card = ModelCard.load(folder / "README.md" if folder.is_dir() else path_or_repo).data
     except (OSError, ValueError):
         return [], False
-    examples = [
-        {"text": entry["text"], "files": [str(folder / entry["src"])] if folder.is_dir() and "src" in entry else []}
-        for entry in card.get("widget") or []
-        if "text" in entry
-    ]
+    examples = []
+    for entry in card.get("widget") or []:
+        file = folder / entry.get("src", "")
+        is_inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())
+        examples.append({"text": entry["text"], "files": [str(file)] if is_inside else []})
     return examples, "single-turn" in (card.tags or [])
 
 
@@ -294,11 +308,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve the page until it is interrupted. Without gradio, this raises before the pipeline is loaded."""
-    import gradio  # noqa: F401
-
-    from ..cli import load_pipeline
-
+    """Serve the page until it is interrupted."""
     if (args.pipeline is None) == (args.url is None):
         raise ValueError("Name either a pipeline or the --url of a running server.")
     examples, single_turn = [], False
@@ -311,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
     launch(build_page(source, examples, single_turn or args.single_turn), args.host, args.port)
 
 
-def launch(page: "gr.Blocks", host: str, port: int | None, **kwargs) -> tuple[Any, str, str]:
+def launch(page: gr.Blocks, host: str, port: int | None, **kwargs) -> tuple[Any, str, str]:
     """Serve a page without telemetry, a public link, or anything from other servers."""
     return page.launch(
         server_name=host,
