@@ -421,6 +421,24 @@ def test_page_of_a_server(server, serve, visit, pipe):
     assert_same(user.fetch(user.images.first), expected)
 
 
+def test_server_that_does_not_answer():
+    with pytest.raises(ValueError, match="The server http://127.0.0.1:9 does not answer as expected: .*refused"):
+        ServerSource("http://127.0.0.1:9/v1")
+
+
+def test_card(tmp_path):
+    """Its images must be in its folder: a page that others reach would hand out any file."""
+    assert read_card(str(tmp_path)) == ([], False)
+    (tmp_path / "model").mkdir()
+    shutil.copy(APPLE, tmp_path / "model" / "apple.png")
+    shutil.copy(APPLE, tmp_path / "secret.png")
+    widget = "- text: one\n  src: apple.png\n- text: two\n  src: ../secret.png\n- text: three"
+    (tmp_path / "model" / "README.md").write_text(f"---\ntags: [single-turn]\nwidget:\n{widget}\n---\n# Model\n")
+    examples, single_turn = read_card(str(tmp_path / "model"))
+    assert single_turn and [example["text"] for example in examples] == ["one", "two", "three"]
+    assert [example["files"] for example in examples] == [[str(tmp_path / "model" / "apple.png")], [], []]
+
+
 @pytest.mark.skipif("METAMORPH_SCREENSHOTS" not in os.environ, reason="METAMORPH_SCREENSHOTS names no folder")
 @pytest.mark.parametrize("width, height, name", [(900, 1100, "chat_page.png"), (390, 800, "chat_page_phone.png")])
 def test_screenshot(visit, width, height, name):
