@@ -33,8 +33,8 @@ SETTINGS = {
 }
 CSS = """
 #chat .image-container {width: 12rem; height: 12rem}
-#chat :fullscreen .image-container {width: 100vw; height: 100vh}
 #chat img {width: 100%; height: 100%; object-fit: contain}
+#chat :fullscreen :is(.image-container, .image-frame, img) {width: 100vw; height: 100vh; max-height: none}
 .enlarged img {width: 100%; height: min(18rem, 70vw); object-fit: contain}
 #chat [aria-label="Share"] {display: none} /* it uploads to a website */
 #chat progress {width: min(16rem, 60vw); accent-color: var(--color-accent)}
