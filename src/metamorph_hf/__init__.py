@@ -14,7 +14,7 @@ from .processing_metamorph import MetaMorphProcessor
 
 if TYPE_CHECKING:
     from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
-    from .small_visualizer import GridUNet2DConditionModel, PatchVAE
+    from .small_visualizer import GridUNet2DConditionModel, PatchAutoencoder, PatchVAE
     from .visual_token_projector import VisualTokenProjector
     from .vpit.callbacks import LogSamplesCallback
     from .vpit.config import VPiTConfig
@@ -39,6 +39,7 @@ _LAZY = {
     "LogSamplesCallback": "vpit.callbacks",
     "MetaMorphPipeline": "pipeline_metamorph",
     "MetaMorphPipelineOutput": "pipeline_metamorph",
+    "PatchAutoencoder": "small_visualizer",
     "PatchVAE": "small_visualizer",
     "VPiTConfig": "vpit.config",
     "VPiTTrainer": "vpit.trainer",
@@ -57,6 +58,7 @@ __all__ = [
     "MetaMorphProcessor",
     "MetaMorphStreamer",
     "GridUNet2DConditionModel",
+    "PatchAutoencoder",
     "PatchVAE",
     "VPiTConfig",
     "VPiTTrainer",

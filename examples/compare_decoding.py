@@ -1,11 +1,12 @@
 """Compare autoregressive and parallel decoding of visual tokens on the emoji data, three seeds each.
 
-    python examples/emoji/compare_decoding.py    # nine runs of about ten minutes -> runs/decoding/results.jsonl
-    python examples/emoji/compare_decoding.py --quick --out runs/quick_decoding
+    python examples/compare_decoding.py    # nine runs of about ten minutes -> runs/decoding/results.jsonl
+    python examples/compare_decoding.py --quick --out runs/quick_decoding
 
 Each run trains a small language model from random weights to generate emoji, around the vision tower of the committed
 checkpoint. Everything but the decoding is the same: data, steps, learning rate. Then the model answers a request for
-every emoji it was trained on, and the nearest real image by visual tokens counts as its answer. A finished run is not run again.
+every emoji it was trained on, and the nearest real image by visual tokens counts as its answer. A finished run is
+not run again.
 """
 
 import argparse
@@ -15,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from emoji_images import encode_images, load_images
-from emoji_tasks import EmojiTasks, corpus, training_stream
+from emoji.images import encode_images, load_images
+from emoji.siglip import TRAINING
+from emoji.tasks import EmojiTasks, corpus, training_stream
 from tqdm import tqdm
-from train import CHECKPOINT, NUM_IMAGE_TOKENS, build_model, build_tokenizer
-from train_siglip import TRAINING
+from train_emoji import CHECKPOINT, NUM_IMAGE_TOKENS, build_model, build_tokenizer
 from transformers import SiglipImageProcessorPil, SiglipVisionModel, set_seed
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor, VPiTConfig, VPiTTrainer

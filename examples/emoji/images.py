@@ -1,0 +1,87 @@
+"""The emoji drawings as pixels, and their visual tokens."""
+
+import hashlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
+from tqdm import tqdm
+
+from metamorph_hf import MetaMorphForConditionalGeneration
+
+from .scenes import MEANINGS, OBJECTS, draw_scene
+from .tasks import CYCLES, EmojiTasks
+
+
+PARQUET = Path(__file__).parent / "emoji.parquet"
+CACHE = Path.home() / ".cache" / "metamorph_hf"
+IMAGE_SIZE = 128
+
+
+def load_rows(quick: bool = False) -> list[dict]:
+    """Load the rows of `emoji.parquet`, or for a quick trial about a tenth of them, scenes and sequences included."""
+    rows = Dataset.from_parquet(str(PARQUET)).to_list()
+    if quick:
+        wanted = {MEANINGS.get(thing, thing) for thing in OBJECTS}
+        frames = {code for cycle in CYCLES.values() for code in cycle}
+        rows = [
+            row
+            for row in rows
+            if row["base"] in frames or row["base"][3] == "0" or (row["name"] in wanted and row["style"] == "google")
+        ]
+    return rows
+
+
+def render(svg: str, size: int) -> np.ndarray:
+    """Render an SVG file into uint8 pixels with premultiplied opacity (size, size, 4)."""
+    from resvg_py import svg_to_bytes
+
+    png = svg_to_bytes(svg_string=svg, width=size, height=size)
+    image = np.array(Image.open(BytesIO(bytes(png))).convert("RGBA"), dtype=np.uint16)
+    image[..., :3] = (image[..., :3] * image[..., 3:] + 127) // 255
+    return image.astype(np.uint8)
+
+
+def load_sprites(rows: list[dict], size: int = IMAGE_SIZE) -> torch.Tensor:
+    """Render all rows, or read them from the cache: uint8 (rows, 4, size, size), colors multiplied by opacity."""
+    digest = hashlib.sha256(f"{size}".encode() + "".join(row["svg"] for row in rows).encode()).hexdigest()[:16]
+    file = CACHE / f"emoji-{digest}.npy"
+    if not file.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        sprites = np.stack([render(row["svg"], size) for row in tqdm(rows, desc="rendering emoji")])
+        temporary = file.with_suffix(".tmp.npy")
+        np.save(temporary, sprites.transpose(0, 3, 1, 2))
+        temporary.replace(file)
+    return torch.from_numpy(np.load(file))
+
+
+def place_on(sprites: torch.Tensor, color: tuple[int, int, int] = (255, 255, 255)) -> torch.Tensor:
+    """Place sprites (I, 4, height, width) on a plain background: uint8 pixels (I, 3, height, width)."""
+    background = torch.tensor(color).view(3, 1, 1)
+    return (sprites[:, :3] + (background * (255 - sprites[:, 3:].int()) + 127) // 255).clamp(max=255).byte()
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """Map uint8 pixels to float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_images(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode uint8 pixels (I, 3, height, width) into visual tokens (I, N, V), float32 on the CPU."""
+    batches = tqdm(pixels.split(256), desc="encoding images", leave=False)
+    return torch.cat([model.eval().get_visual_tokens(normalize(batch)).float() for batch in batches])
+
+
+def load_images(tasks: EmojiTasks) -> torch.Tensor:
+    """Draw all images that `EmojiTasks` numbers: rows, scenes and center crops, uint8 (I, 3, 128, 128)."""
+    sprites = load_sprites(tasks.rows)
+    things = {thing: sprites[row] for thing, row in tasks.sprite_rows.items()}
+    scenes = [draw_scene(scene, things) for scene in tqdm(tasks.scenes, desc="drawing scenes")]
+    images, middle = place_on(sprites), slice(IMAGE_SIZE // 4, 3 * IMAGE_SIZE // 4)
+    crops = F.interpolate(images[tasks.bases][:, :, middle, middle].float(), scale_factor=2, mode="bicubic")
+    return torch.cat([images, *([torch.stack(scenes)] if scenes else []), crops.round().clamp(0, 255).byte()])
