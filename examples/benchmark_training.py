@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from benchmark import Timer, build_model
 from datasets import Dataset
-from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -98,19 +97,17 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 def one_step_gradients(batch_size: int, folder: str) -> torch.Tensor:
     """Return the change of the weights in one `VPiTTrainer` step on eight emoji conversations with 0 to 4 images."""
-    from emoji.emoji_images import load_images
-    from emoji.emoji_tasks import EmojiTasks
+    from emoji.images import draw_image, load_rows
+    from emoji.tasks import EmojiTasks
 
-    rows, pixels = load_images()
-    tasks, rng = EmojiTasks(rows), random.Random(0)
-    names = ("sequence", "name", "text_to_image", "edit", "yes_no", "thinking", "category")
+    tasks, rng = EmojiTasks(load_rows()), random.Random(0)
+    names = ("sequence", "name", "text_to_image", "edit_tone", "yes_no", "thinking", "category")
     text = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}], "images": []}
     examples = [text, *(tasks.sample(name, rng) for name in names)]
-    pixels = pixels.permute(0, 2, 3, 1).numpy()
 
     def read(columns: dict[str, list]) -> dict[str, list]:
         chosen = [examples[index] for index in columns["index"]]
-        images = [[Image.fromarray(pixels[index]) for index in example["images"]] for example in chosen]
+        images = [[draw_image(tasks, number) for number in example["images"]] for example in chosen]
         return {"messages": [example["messages"] for example in chosen], "images": images}
 
     args = VPiTConfig(

@@ -12,41 +12,56 @@ not run again.
 import argparse
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 
 import torch
-from emoji.images import encode_images, load_images
+from common import EMOJI_CHECKPOINT, load_pipeline
+from emoji.images import load_rows
+from emoji.language import build_language_model
 from emoji.siglip import TRAINING
 from emoji.tasks import EmojiTasks, corpus, training_stream
-from tqdm import tqdm
-from train_emoji import CHECKPOINT, NUM_IMAGE_TOKENS, build_model, build_tokenizer
-from transformers import SiglipImageProcessorPil, SiglipVisionModel, set_seed
+from evaluate_emoji import encode_images
+from evaluation import rank_references
+from train_emoji import build_model, build_tokenizer, generate_for
+from transformers import set_seed
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor, VPiTConfig, VPiTTrainer
 
 
 DECODINGS = {
-    "autoregressive": {"visual_token_noise": 0.0},
-    "autoregressive, noise 2.5": {"visual_token_noise": 2.5},
-    "parallel": {"visual_token_noise": 0.0, "visual_decoding": "parallel"},
+    "autoregressive": {"visual_decoding": "autoregressive"},
+    "autoregressive, noise 2.5": {"visual_decoding": "autoregressive", "visual_token_noise": 2.5},
+    "parallel": {"visual_decoding": "parallel"},
 }
 SEEDS = (0, 1, 2)
 STEPS = 800
 EVERY = 5  # the runs learn every fifth emoji
-SIZES = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 3}
-SIZES |= {"num_key_value_heads": 3, "initializer_range": 192**-0.5}
 BATCH_SIZE = 32
 KINDS = ("seen_phrasings", "unseen_phrasings")
 
 
-def train(model, processor, tasks: EmojiTasks, visual_tokens: torch.Tensor, out: Path, seed: int, steps: int) -> None:
+def choose_emoji(tasks: EmojiTasks, every: int) -> None:
+    """Restrict the text-to-image tasks to every n-th emoji and their skin tones."""
+    tasks.bases, tasks.names = tasks.bases[::every], tasks.names[::every]
+    tasks.emphasis = tasks.emphasis[::every]
+    bases = {tasks.rows[image]["base"] for image in tasks.bases}
+    tasks.variants = [image for image in tasks.variants if tasks.rows[image]["base"] in bases]
+
+
+def train(
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    tasks: EmojiTasks,
+    visual_tokens: dict[int, torch.Tensor],
+    out: Path,
+    seed: int,
+    steps: int,
+) -> None:
     """Train on text-to-image conversations alone, `steps` batches of them."""
     model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
-    options = {**TRAINING, "save_strategy": "no"}
     args = VPiTConfig(
         str(out),
-        **options,
+        **{**TRAINING, "save_strategy": "no"},
         stage="full",
         seed=seed,
         max_steps=steps,
@@ -65,32 +80,21 @@ def train(model, processor, tasks: EmojiTasks, visual_tokens: torch.Tensor, out:
     VPiTTrainer(model, args, processing_class=processor, train_dataset=stream).train()
 
 
-@torch.no_grad()
-def measure(model, processor, tasks: EmojiTasks, visual_tokens: torch.Tensor, limit: int | None) -> dict[str, float]:
-    """Return the share of requests, in percent, whose answer is nearest to the right one of Google's images."""
-    model.eval()
-    candidates = torch.nn.functional.normalize(visual_tokens[tasks.google].float().flatten(1), dim=1)
+def measure(
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    tasks: EmojiTasks,
+    visual_tokens: dict[int, torch.Tensor],
+    limit: int | None,
+) -> dict[str, float]:
+    """Return the share of requests, in percent, whose answer is nearest to the right one of the real images."""
+    references = torch.stack([visual_tokens[image] for image in tasks.bases])
     results = {}
     for kind in KINDS:
-        records, right = tasks.evaluation(kind)[:limit], 0
-        for start in tqdm(range(0, len(records), 64), desc=kind, leave=False):
-            batch = records[start : start + 64]
-            inputs = processor.apply_chat_template(
-                [record["messages"] for record in batch],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
-            options = {"max_new_tokens": NUM_IMAGE_TOKENS + 3, "do_sample": False, "force_image": True}
-            output = model.generate(**inputs, **options, return_dict_in_generate=True)
-            generated = torch.stack([images[0] for images in output.visual_tokens]).float().flatten(1)
-            nearest = candidates[(generated @ candidates.T).argmax(1)]
-            answers = torch.stack([visual_tokens[record["answer"]] for record in batch]).float().flatten(1)
-            # Images that are identical to the byte count as one.
-            right += (torch.nn.functional.cosine_similarity(nearest, answers) > 0.9999).sum().item()
-        results[kind] = 100 * right / len(records)
+        records = tasks.evaluation(kind)[:limit]
+        generated = generate_for(model, processor, [record["messages"][0]["content"][0]["text"] for record in records])
+        answers = torch.tensor([tasks.bases.index(record["answer"]) for record in records])
+        results[kind] = 100 * (rank_references(generated, references, answers) == 0).float().mean().item()
     return results
 
 
@@ -116,26 +120,23 @@ def main() -> None:
     file = args.out / "results.jsonl"
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    rows, pixels = load_images()
-    pixels, tasks = pixels[: len(rows)], EmojiTasks(rows)
-    tasks.google = tasks.google[::EVERY]
-    tasks.names = tasks.names[::EVERY]
-    tasks.emphasis = tasks.emphasis[::EVERY]
-    bases = {rows[image]["base"] for image in tasks.google}
-    tasks.google_variants = [image for image in tasks.google_variants if rows[image]["base"] in bases]
-    image_processor = SiglipImageProcessorPil(size={"height": 64, "width": 64}, do_convert_rgb=True)
-    processor = MetaMorphProcessor(image_processor, build_tokenizer(corpus(tasks)), num_image_tokens=NUM_IMAGE_TOKENS)
-    trained = MetaMorphForConditionalGeneration.from_pretrained(CHECKPOINT / "model", dtype=torch.float32)
-    tower: SiglipVisionModel = trained.model.vision_tower
-    visual_tokens = encode_images(trained, pixels)
-    make_model = partial(build_model, processor, tower, args.quick, sizes={} if args.quick else SIZES)
+    tasks = EmojiTasks(load_rows())
+    tokenizer = build_tokenizer(corpus(tasks))
+    choose_emoji(tasks, every=100 if args.quick else EVERY)
+    trained = load_pipeline(EMOJI_CHECKPOINT, device="cpu")
+    processor = MetaMorphProcessor(
+        trained.processor.image_processor, tokenizer, num_image_tokens=trained.model.config.num_image_tokens
+    )
+    images = [*tasks.bases, *tasks.variants]
+    visual_tokens = dict(zip(images, encode_images(trained, tasks, images), strict=True))
 
     for seed in SEEDS[: 1 if args.quick else None]:
         for decoding, options in DECODINGS.items():
             if any(result["seed"] == seed and result["decoding"] == decoding for result in results):
                 continue
             set_seed(seed)
-            model = make_model(seed=seed, **options)
+            language_model = build_language_model(tokenizer, args.quick)
+            model = build_model(processor, trained.model.model.vision_tower, language_model, seed=seed, **options)
             train(model, processor, tasks, visual_tokens, args.out, seed, 3 if args.quick else STEPS)
             measured = measure(model, processor, tasks, visual_tokens, 8 if args.quick else None)
             results.append({"decoding": decoding, "seed": seed, **measured})

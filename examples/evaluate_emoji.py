@@ -1,25 +1,27 @@
 """Measure the emoji model: print one JSON object and write a contact sheet.
 
-    python examples/evaluate_emoji.py                       # ten minutes on 2 CPU cores
+    python examples/evaluate_emoji.py                       # half an hour on 2 CPU cores
     python examples/evaluate_emoji.py --limit 100           # fewer questions of each kind
 
 Retrieval ranks an answer among the base images of all emoji (for edits, among Google's skin-tone variants) by the
 cosine of their flattened visual tokens. Images that are identical to the byte, as the flags of Norway and Svalbard,
-cannot be told apart and count as one. Scenes are judged by `SceneJudge`, which is not the model; `judge_*` are the
-shares that it finds right in real scenes.
+cannot be told apart and count as one. An answer without an image counts as wrong. Scenes are judged by `SceneJudge`,
+which is not the model; `judge_*` are the shares that it finds right in real scenes.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import yaml
 from common import EMOJI_CHECKPOINT, load_pipeline
-from emoji.images import load_images, load_rows, load_sprites
+from emoji.images import IMAGE_SIZE, draw_image, draw_images, draw_things, load_rows
 from emoji.scenes import SceneJudge, draw_scene
-from emoji.tasks import DEFAULT_PHRASING, EmojiTasks
+from emoji.tasks import DEFAULT_PHRASING, EmojiTasks, user_turn
 from evaluation import draw_contact_sheet, rank_references
 from tqdm import tqdm
 from transformers.image_transforms import to_pil_image
@@ -30,15 +32,18 @@ from metamorph_hf import MetaMorphPipeline
 BATCH_SIZE = 64
 BORDER = 8  # pixels between the borders of the autoencoder's patches
 REAL_IMAGES = 200  # images that are decoded from their real visual tokens
+REAL_SCENES = 200  # scenes that the judge itself is measured on
 EVERYDAY_PROMPTS = Path(__file__).parent / "emoji" / "everyday_prompts.yaml"
-SHOWN_SCENES = 6
+SHOWN_PROMPTS, SHOWN_SCENES = 24, 6  # cells of the contact sheet; of scenes, for each kind
 
 
-def add_images(record: dict, pixels: torch.Tensor) -> list[dict]:
+def add_images(record: dict, tasks: EmojiTasks) -> list[dict]:
     """Return the record's messages with its images in place of their numbers."""
     (turn,), images = record["messages"], iter(record["images"])
     content = [
-        {"type": "image", "image": to_pil_image(pixels[next(images)].numpy())} if part["type"] == "image" else part
+        {"type": "image", "image": to_pil_image(draw_image(tasks, next(images)).numpy())}
+        if part["type"] == "image"
+        else part
         for part in turn["content"]
     ]
     return [{**turn, "content": content}]
@@ -46,7 +51,7 @@ def add_images(record: dict, pixels: torch.Tensor) -> list[dict]:
 
 @torch.no_grad()
 def generate_answers(
-    pipe: MetaMorphPipeline, records: list[dict], pixels: torch.Tensor, progress: str
+    pipe: MetaMorphPipeline, records: list[dict], tasks: EmojiTasks, progress: str
 ) -> tuple[list[str], torch.Tensor]:
     """Answer each record greedily.
 
@@ -57,17 +62,15 @@ def generate_answers(
     generated = torch.zeros(len(records), config.num_image_tokens, config.visual_token_dim)
     for start in tqdm(range(0, len(records), BATCH_SIZE), desc=progress):
         inputs = pipe.processor.apply_chat_template(
-            [add_images(record, pixels) for record in records[start : start + BATCH_SIZE]],
+            [add_images(record, tasks) for record in records[start : start + BATCH_SIZE]],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-        max_new_tokens = config.num_image_tokens + 8
-        output = pipe.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
-        )
+        options = {"max_new_tokens": config.num_image_tokens + 8, "do_sample": False}
+        output = pipe.model.generate(**inputs, **options, return_dict_in_generate=True)
         texts += pipe.processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
         for index, images in enumerate(output.visual_tokens, start):
             generated[index] = images[0] if len(images) else 0
@@ -77,11 +80,14 @@ def generate_answers(
 @torch.no_grad()
 def encode(pipe: MetaMorphPipeline, pixels: torch.Tensor) -> torch.Tensor:
     """Encode uint8 pixels (I, 3, height, width), resized to what the model reads, into visual tokens (I, N, V)."""
-    encoded = []
-    for batch in tqdm(pixels.split(BATCH_SIZE), desc="encoding images", leave=False):
-        inputs = pipe.processor.image_processor(images=[*batch], return_tensors="pt")
-        encoded.append(pipe.model.get_visual_tokens(inputs["pixel_values"]).float())
-    return torch.cat(encoded)
+    inputs = [pipe.processor.image_processor(images=[*b], return_tensors="pt") for b in pixels.split(BATCH_SIZE)]
+    return torch.cat([pipe.model.get_visual_tokens(batch["pixel_values"]).float() for batch in inputs])
+
+
+def encode_images(pipe: MetaMorphPipeline, tasks: EmojiTasks, numbers: Sequence[int]) -> torch.Tensor:
+    """Draw images and encode them into visual tokens (I, N, V)."""
+    starts = tqdm(range(0, len(numbers), BATCH_SIZE), desc="drawing and encoding images")
+    return torch.cat([encode(pipe, draw_images(tasks, numbers[start : start + BATCH_SIZE])) for start in starts])
 
 
 def decode(pipe: MetaMorphPipeline, visual_tokens: torch.Tensor) -> torch.Tensor:
@@ -90,6 +96,11 @@ def decode(pipe: MetaMorphPipeline, visual_tokens: torch.Tensor) -> torch.Tensor
     batches = tqdm(visual_tokens.split(BATCH_SIZE), desc="decoding images")
     images = [pipe.decode_visual_tokens(batch, generator=generator, output_type="pt") for batch in batches]
     return (255 * torch.cat(images)).round().byte()
+
+
+def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize uint8 pixels (I, 3, height, width) to (I, 3, size, size)."""
+    return F.interpolate(pixels.float(), size=(size, size), mode="area").round().byte()
 
 
 def measure_psnr(images: torch.Tensor, references: torch.Tensor) -> float:
@@ -108,108 +119,7 @@ def measure_borders(images: torch.Tensor) -> float:
 def measure_sharpness(images: torch.Tensor) -> float:
     """Return the mean absolute Laplacian of uint8 images (I, 3, height, width)."""
     laplacian = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
-    return torch.nn.functional.conv2d(images.float(), laplacian, groups=3).abs().mean().item()
-
-
-def evaluate(pipe: MetaMorphPipeline, limit: int | None) -> tuple[dict[str, float], list[tuple]]:
-    """Return the numbers by name, and rows of prompt, generated and real image for the contact sheet."""
-    tasks = EmojiTasks(load_rows())
-    rows, pixels = tasks.rows, load_images(tasks)
-    bases, variants = (
-        tasks.bases,
-        [i for i, row in enumerate(tasks.rows) if row["style"] == "google" and row["skin_tone"]],
-    )
-    visual_tokens = torch.zeros(len(rows), pipe.model.config.num_image_tokens, pipe.model.config.visual_token_dim)
-    visual_tokens[bases + variants] = encode(pipe, pixels[bases + variants])
-    rng, results, cells = random.Random(0), {}, []
-
-    def answer(kind: str) -> tuple[list[dict], list[str], torch.Tensor]:
-        records = tasks.evaluation(kind)
-        if limit is not None:
-            records = rng.sample(records, min(limit, len(records)))
-        return records, *generate_answers(pipe, records, pixels, progress=kind)
-
-    def rank(generated: torch.Tensor, answers: list[list[int]], candidates: list[int]) -> torch.Tensor:
-        """Return the rank of the best of each record's right answers; the last one for an answer without an image."""
-        place = {image: index for index, image in enumerate(candidates)}
-        owners = [number for number, right in enumerate(answers) for _ in right]
-        targets = torch.tensor([place[image] for right in answers for image in right])
-        ranks = rank_references(generated[owners], visual_tokens[candidates], targets)
-        ranks = ranks.where(generated[owners].flatten(1).any(1), len(candidates))
-        best = torch.full((len(answers),), len(candidates))
-        return best.scatter_reduce(0, torch.tensor(owners), ranks, "amin")
-
-    def share(name: str, ranks: torch.Tensor, top: int) -> None:
-        results[f"{name}_top{top}"] = 100 * (ranks < top).float().mean().item()
-
-    everyday = yaml.safe_load(EVERYDAY_PROMPTS.read_text(encoding="utf-8"))
-    by_name = {rows[image]["name"]: image for image in bases}
-    requests = [
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": DEFAULT_PHRASING.replace("{}", prompt)}]}
-            ],
-            "images": [],
-            "answer": [by_name[name] for name in names.split("|")],
-        }
-        for prompt, names in everyday.items()
-    ][:limit]
-    _, generated = generate_answers(pipe, requests, pixels, progress="everyday prompts")
-    share("everyday", rank(generated, [request["answer"] for request in requests], bases), 1)
-    decoded = decode(pipe, generated)
-    for i in rng.sample(range(len(requests)), min(24, len(requests))):
-        cells.append(([*everyday][i], decoded[i], pixels[requests[i]["answer"][0]]))
-
-    records, _, generated = answer("held_out_keywords")
-    share("held_out_keywords", rank(generated, [record["answer"] for record in records], bases), 5)
-    for kind in ("seen_phrasings", "unseen_phrasings"):
-        records, _, generated = answer(kind)
-        answers = [[record["answer"]] for record in records]
-        for top in (1, 5):
-            share(kind, rank(generated, answers, bases), top)
-    decoded = decode(pipe, generated)
-    share("decoded_and_encoded_again", rank(encode(pipe, decoded), answers, bases), 1)
-    results["sharpness_of_generated"] = measure_sharpness(decoded) / measure_sharpness(
-        pixels[[right[0] for right in answers]]
-    )
-
-    held_out = [tasks.index["twitter", base, ""] for base in sorted(tasks.held_out_images)]
-    for name, images in (("trained", rng.sample(bases, REAL_IMAGES)), ("held_out", held_out)):
-        images = images[:limit]
-        again = decode(pipe, encode(pipe, pixels[images]))
-        real = (
-            torch.nn.functional.interpolate(pixels[images].float(), size=again.shape[-2:], mode="area").round().byte()
-        )
-        results[f"psnr_{name}"] = measure_psnr(again, real)
-        results[f"borders_{name}"] = measure_borders(again)
-        results[f"borders_{name}_real"] = measure_borders(real)
-        results[f"sharpness_{name}"] = measure_sharpness(again) / measure_sharpness(real)
-
-    for kind in ("name_google", "name_twitter_held_out", "category_twitter_held_out"):
-        records, texts, _ = answer(kind)
-        results[kind] = 100 * sum(t == record["answer"] for t, record in zip(texts, records)) / len(records)
-    for kind, candidates in (("edit_held_out", variants), ("sequence_held_out", bases)):
-        records, _, generated = answer(kind)
-        share(kind, rank(generated, [[record["answer"]] for record in records], candidates), 1)
-        image = records[0]["answer"]
-        cells.append((records[0]["messages"][0]["content"][-1]["text"], decode(pipe, generated[:1])[0], pixels[image]))
-
-    sprites = load_sprites(rows)
-    things = {thing: sprites[row] for thing, row in tasks.sprite_rows.items()}
-    judge = SceneJudge(things)
-    real = random.Random(7).sample(range(len(tasks.scenes)), min(200, limit or 200))
-    verdicts = [judge.judge(pixels[len(rows) + i], tasks.scenes[i]) for i in tqdm(real, desc="judging real scenes")]
-    results |= {f"judge_{name}": value for name, value in average(verdicts).items()}
-    verdicts = []
-    for kind in ("scene_color", "scene_count", "scene_pair"):
-        records, _, generated = answer(kind)
-        decoded = decode(pipe, generated)
-        verdicts += [judge.judge(image, record["answer"]) for image, record in zip(decoded, records)]
-        for record, image in list(zip(records, decoded))[:SHOWN_SCENES]:
-            text = record["messages"][0]["content"][-1]["text"].removeprefix("Generate an image of ")
-            cells.append((text, image, draw_scene(record["answer"], things)))
-    results |= {f"scene_{name}": value for name, value in average(verdicts).items()}
-    return results, [(text, to_pil_image(image.numpy()), to_pil_image(real.numpy())) for text, image, real in cells]
+    return F.conv2d(images.float(), laplacian, groups=3).abs().mean().item()
 
 
 def average(verdicts: list[dict[str, bool]]) -> dict[str, float]:
@@ -220,6 +130,139 @@ def average(verdicts: list[dict[str, bool]]) -> dict[str, float]:
     }
 
 
+class Evaluation:
+    """The questions to a pipeline and the real images. Each method in `ALL` returns numbers by name.
+
+    Args:
+        pipe (`MetaMorphPipeline`): The pipeline to measure.
+        limit (`int`, *optional*): Maximum number of questions of each kind.
+
+    Attributes:
+        cells (`list`): Caption, generated image and real image of the contact sheet's cells, uint8 (3, size, size);
+            None for an answer without an image.
+    """
+
+    def __init__(self, pipe: MetaMorphPipeline, limit: int | None):
+        self.pipe, self.limit, self.rng, self.cells = pipe, limit, random.Random(0), []
+        self.tasks = EmojiTasks(load_rows())
+        self.rows, self.bases = self.tasks.rows, self.tasks.bases
+        self.variants = [i for i, row in enumerate(self.rows) if row["style"] == "google" and row["skin_tone"]]
+        images = [*self.bases, *self.variants]
+        self.visual_tokens = dict(zip(images, encode_images(pipe, self.tasks, images), strict=True))
+
+    def choose(self, items: Sequence) -> list:
+        """Choose at most `limit` items at random."""
+        return [*items] if self.limit is None else self.rng.sample(items, min(self.limit, len(items)))
+
+    def answer(self, kind: str) -> tuple[list[dict], list[str], torch.Tensor]:
+        records = self.choose(self.tasks.evaluation(kind))
+        return records, *generate_answers(self.pipe, records, self.tasks, progress=kind)
+
+    def rank(self, generated: torch.Tensor, answers: list[list[int]], candidates: list[int]) -> torch.Tensor:
+        """Return the rank of the best of each record's right answers; the last one for an answer without an image."""
+        place = {image: index for index, image in enumerate(candidates)}
+        owners = [number for number, right in enumerate(answers) for _ in right]
+        targets = torch.tensor([place[image] for right in answers for image in right])
+        references = torch.stack([self.visual_tokens[image] for image in candidates])
+        ranks = rank_references(generated[owners], references, targets)
+        ranks = ranks.where(generated[owners].flatten(1).any(1), len(candidates))
+        best = torch.full((len(answers),), len(candidates))
+        return best.scatter_reduce(0, torch.tensor(owners), ranks, "amin")
+
+    def share(self, generated: torch.Tensor, answers: list[list[int]], candidates: list[int], top: int = 1) -> float:
+        """Return the share, in percent, of the records one of whose right answers is among the `top` nearest."""
+        return 100 * (self.rank(generated, answers, candidates) < top).float().mean().item()
+
+    def show(self, text: str, generated: torch.Tensor, decoded: torch.Tensor, real: torch.Tensor) -> None:
+        self.cells.append((text, decoded if generated.any() else None, real))
+
+    def measure_everyday_prompts(self) -> dict[str, float]:
+        prompts = self.choose([*yaml.safe_load(EVERYDAY_PROMPTS.read_text(encoding="utf-8")).items()])
+        by_name = {self.rows[image]["name"]: image for image in self.bases}
+        answers = [[by_name[name] for name in names.split("|")] for _, names in prompts]
+        questions = [DEFAULT_PHRASING.replace("{}", prompt) for prompt, _ in prompts]
+        records = [{"messages": [user_turn([], question)], "images": []} for question in questions]
+        _, generated = generate_answers(self.pipe, records, self.tasks, progress="everyday prompts")
+        decoded = decode(self.pipe, generated)
+        for i in self.rng.sample(range(len(prompts)), min(SHOWN_PROMPTS, len(prompts))):
+            self.show(prompts[i][0], generated[i], decoded[i], draw_image(self.tasks, answers[i][0]))
+        return {"everyday_top1": self.share(generated, answers, self.bases)}
+
+    def measure_words(self) -> dict[str, float]:
+        records, _, generated = self.answer("held_out_keywords")
+        answers = [record["answer"] for record in records]
+        results = {"held_out_keywords_top5": self.share(generated, answers, self.bases, top=5)}
+        for kind in ("seen_phrasings", "unseen_phrasings"):
+            records, _, generated = self.answer(kind)
+            answers = [[record["answer"]] for record in records]
+            for top in (1, 5):
+                results[f"{kind}_top{top}"] = self.share(generated, answers, self.bases, top)
+        decoded = decode(self.pipe, generated)
+        results["decoded_and_encoded_again_top1"] = self.share(encode(self.pipe, decoded), answers, self.bases)
+        real = resize(draw_images(self.tasks, [image for (image,) in answers]), decoded.shape[-1])
+        results["sharpness_of_generated"] = measure_sharpness(decoded) / measure_sharpness(real)
+        return results
+
+    def measure_decoding(self) -> dict[str, float]:
+        """Decode images from their real visual tokens."""
+        trained = self.rng.sample(self.bases, REAL_IMAGES)
+        held_out = [self.tasks.index["twitter", base, ""] for base in sorted(self.tasks.held_out_images)]
+        results = {}
+        for name, images in (("trained", trained), ("held_out", held_out)):
+            pixels = draw_images(self.tasks, images[: self.limit])
+            again = decode(self.pipe, encode(self.pipe, pixels))
+            real = resize(pixels, again.shape[-1])
+            results[f"psnr_{name}"] = measure_psnr(again, real)
+            results[f"borders_{name}"] = measure_borders(again)
+            results[f"borders_{name}_real"] = measure_borders(real)
+            results[f"sharpness_{name}"] = measure_sharpness(again) / measure_sharpness(real)
+        return results
+
+    def measure_questions(self) -> dict[str, float]:
+        results = {}
+        for kind in ("name_google", "name_twitter_held_out", "category_twitter_held_out"):
+            records, texts, _ = self.answer(kind)
+            results[kind] = 100 * sum(t == record["answer"] for t, record in zip(texts, records)) / len(records)
+        return results
+
+    def measure_edits(self) -> dict[str, float]:
+        results = {}
+        for kind, candidates in (("edit_held_out", self.variants), ("sequence_held_out", self.bases)):
+            records, _, generated = self.answer(kind)
+            results[f"{kind}_top1"] = self.share(generated, [[record["answer"]] for record in records], candidates)
+            text, real = records[0]["messages"][0]["content"][-1]["text"], records[0]["answer"]
+            self.show(text, generated[0], decode(self.pipe, generated[:1])[0], draw_image(self.tasks, real))
+        return results
+
+    def measure_scenes(self) -> dict[str, float]:
+        things = draw_things(self.tasks)
+        judge = SceneJudge(things)
+        real = random.Random(7).sample(self.tasks.scenes, min(REAL_SCENES, self.limit or REAL_SCENES))
+        verdicts = [judge.judge(draw_scene(scene, things), scene) for scene in tqdm(real, desc="judging real scenes")]
+        results = {f"judge_{name}": value for name, value in average(verdicts).items()}
+        verdicts = []
+        for kind in ("scene_color", "scene_count", "scene_pair"):
+            records, _, generated = self.answer(kind)
+            decoded = resize(decode(self.pipe, generated), IMAGE_SIZE)
+            for number, (record, tokens, image) in enumerate(zip(records, generated, decoded)):
+                scene, has_image = record["answer"], bool(tokens.any())
+                verdicts.append({name: v and has_image for name, v in judge.judge(image, scene).items()})
+                if number < SHOWN_SCENES:
+                    text = record["messages"][0]["content"][-1]["text"]
+                    text = text.removeprefix(DEFAULT_PHRASING.partition("{}")[0]).rstrip(".")
+                    self.show(text, tokens, image, draw_scene(scene, things))
+        return results | {f"scene_{name}": value for name, value in average(verdicts).items()}
+
+    ALL = (
+        measure_everyday_prompts,
+        measure_words,
+        measure_decoding,
+        measure_questions,
+        measure_edits,
+        measure_scenes,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EMOJI_CHECKPOINT, help="a MetaMorphPipeline folder")
@@ -228,7 +271,10 @@ def main() -> None:
     args = parser.parse_args()
     pipe = load_pipeline(args.checkpoint, device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    results, cells = evaluate(pipe, args.limit)
+    evaluation, results = Evaluation(pipe, args.limit), {}
+    for measure in Evaluation.ALL:
+        results |= measure(evaluation)
+    cells = [(text, *(x if x is None else to_pil_image(x.numpy()) for x in pair)) for text, *pair in evaluation.cells]
     draw_contact_sheet(cells, size=76).save(args.sheet)
     print(json.dumps({name: round(value, 1) for name, value in results.items()}, indent=2))
 

@@ -327,8 +327,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=("text-to-image", "reconstruct"), default="text-to-image")
     parser.add_argument(
         "--captions",
-        help="JSONL file, emoji (1,911 names, the default), emoji-held-out (200 images in a style that the "
-        "visualizer has not seen, the default for reconstruct) or coco-30k; with --layout, the benchmark's own files "
+        help="JSONL file, emoji (1,925 names, the default), emoji-held-out (200 images in Twitter's style that "
+        "the visualizer has not seen, the default for reconstruct) or coco-30k; with --layout, the benchmark's own files "
         "(WISE: three, with commas between them) or folder (DPG-Bench)",
     )
     parser.add_argument(

@@ -5,14 +5,12 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Dataset
-from emoji.emoji_images import PARQUET
-from emoji.emoji_tasks import EmojiTasks
+from emoji.images import load_rows, render_png
+from emoji.tasks import EmojiTasks
 from PIL import Image, ImageOps
 
 from metamorph_hf.image_reading import read_image
@@ -66,13 +64,13 @@ def read_jsonl(path: Path, task: str) -> list[Row]:
 
 
 def read_emoji(held_out: bool) -> list[Row]:
-    """Read Google's images, or 200 of Twitter's: the emoji visualizer was trained on Google's alone."""
-    rows = Dataset.from_parquet(str(PARQUET)).cast_column("image", datasets.Image(decode=False)).to_list()
+    """Read an image of each emoji, or 200 of Twitter's that the emoji visualizer never saw; images are SVG files."""
+    rows = load_rows()
     tasks = EmojiTasks(rows)
-    indices = tasks.google
+    indices = tasks.bases
     if held_out:
         indices = [tasks.index["twitter", base, ""] for base in sorted(tasks.held_out_images)]
-    return [Row(f"{rows[i]['vendor']}-{rows[i]['unified']}", rows[i]["name"], rows[i]["image"]) for i in indices]
+    return [Row(f"{rows[i]['style']}-{rows[i]['code']}", rows[i]["name"], rows[i]["svg"]) for i in indices]
 
 
 def read_coco(folder: Path | None) -> list[Row]:
@@ -97,7 +95,8 @@ def read_coco(folder: Path | None) -> list[Row]:
 
 def read_rows(captions: str, task: str, coco: Path | None, limit: int | None) -> list[Row]:
     """Read the rows that the options of `evaluate_generation.py` name; `limit` samples them, always the same ones."""
-    if captions in ("emoji", "emoji-held-out"):
+    is_emoji = captions in ("emoji", "emoji-held-out")
+    if is_emoji:
         rows = read_emoji(captions == "emoji-held-out")
     else:
         rows = read_coco(coco) if captions == "coco-30k" else read_jsonl(Path(captions), task)
@@ -105,4 +104,4 @@ def read_rows(captions: str, task: str, coco: Path | None, limit: int | None) ->
         rows = random.Random(0).sample(rows, max(0, limit))
     if not rows:
         sys.exit(f"{captions} holds no captions (--limit {limit}): there is nothing to measure.")
-    return rows
+    return [replace(row, image=render_png(row.image)) for row in rows] if is_emoji else rows

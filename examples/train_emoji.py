@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import EMOJI_CHECKPOINT
 from emoji.images import IMAGE_SIZE, encode_images, load_images, load_rows, normalize
 from emoji.language import train_language_model
 from emoji.siglip import TRAINING, augment, train_siglip
@@ -27,7 +28,13 @@ from emoji.tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_str
 from emoji.visualizer import add_token_noise, train_autoencoder, train_visualizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, SiglipImageProcessorPil, SiglipModel
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionModel,
+)
 
 from metamorph_hf import (
     MetaMorphConfig,
@@ -42,7 +49,6 @@ from metamorph_hf.processing_metamorph import DEFAULT_CHAT_TEMPLATE
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
-CHECKPOINT = Path(__file__).parent / "emoji" / "checkpoint"
 NUM_IMAGE_TOKENS = 64
 VOCABULARY = 6144
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
@@ -84,14 +90,13 @@ def build_processor(tasks: EmojiTasks) -> MetaMorphProcessor:
 
 
 def build_model(
-    processor: MetaMorphProcessor, siglip: SiglipModel, language_model: LlamaForCausalLM, seed: int = 0, **options
+    processor: MetaMorphProcessor, tower: SiglipVisionModel, language_model: LlamaForCausalLM, seed: int = 0, **options
 ) -> MetaMorphForConditionalGeneration:
     """Join a vision tower and a language model by a new projector, visual queries and vision head.
 
     `options` are fields of the config.
     """
     torch.manual_seed(seed)
-    tower = siglip.vision_model
     tower.config.vision_use_head = False  # the pooling head serves the contrastive loss alone
     defaults = {
         "visual_decoding": "parallel",
@@ -101,7 +106,7 @@ def build_model(
     config = MetaMorphConfig(
         text_config=language_model.config,
         vision_config=tower.config,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        num_image_tokens=processor.num_image_tokens,
         image_token_id=processor.image_token_id,
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
@@ -194,7 +199,7 @@ def generate_for(
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-        options = {"max_new_tokens": NUM_IMAGE_TOKENS + 3, "do_sample": False, "force_image": True}
+        options = {"max_new_tokens": model.config.num_image_tokens + 3, "do_sample": False, "force_image": True}
         output = model.eval().generate(**inputs, **options, return_dict_in_generate=True)
         generated.append(torch.stack([images[0] for images in output.visual_tokens]).half())
     return torch.cat(generated)
@@ -229,7 +234,7 @@ def choose_visualizer_images(tasks: EmojiTasks) -> tuple[list[int], list[str | N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder for the finished pipeline")
+    parser.add_argument("--out", type=Path, default=EMOJI_CHECKPOINT, help="folder for the finished pipeline")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="folder for unfinished steps")
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps, to see that it runs")
     args = parser.parse_args()
@@ -243,10 +248,10 @@ def main() -> None:
     if not (work / "language" / "config.json").is_file():
         print("2/6 Language model")
         train_language_model(tasks.words, processor.tokenizer, work / "language", steps["language"], args.quick)
-    siglip = SiglipModel.from_pretrained(work / "siglip")
+    tower = SiglipModel.from_pretrained(work / "siglip").vision_model
     language_model = LlamaForCausalLM.from_pretrained(work / "language")
 
-    model = build_model(processor, siglip, language_model)
+    model = build_model(processor, tower, language_model)
     views = encode_views(model, pixels, 1 if args.quick else VIEWS)
     # The differences between look-alikes are a small part of their tokens, and so of the loss.
     tasks.emphasis = (1 + find_look_alikes(views[0, tasks.bases]).float()).tolist()

@@ -24,7 +24,6 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from PIL import Image
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from metamorph_hf import (
@@ -119,14 +118,13 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | N
 
 def load_emoji(training_args: VPiTConfig, size: int) -> Dataset:
     """Return `size` conversations about the emoji, which are made when they are read."""
-    from emoji.emoji_images import load_images
-    from emoji.emoji_tasks import MIXTURE, UNDERSTANDING, EmojiTasks, training_stream
+    from emoji.images import draw_image, load_rows
+    from emoji.tasks import MIXTURE, UNDERSTANDING, EmojiTasks, training_stream
 
-    rows, pixels = load_images()
-    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).numpy()]
+    tasks = EmojiTasks(load_rows())
     mixture = UNDERSTANDING if training_args.stage == "projector" else MIXTURE
     group = training_args.per_device_train_batch_size
-    return training_stream(EmojiTasks(rows), mixture, size, group, "images", lambda view, image, task: images[image])
+    return training_stream(tasks, mixture, size, group, "images", lambda view, image, task: draw_image(tasks, image))
 
 
 def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset | IterableDataset, Dataset | None]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from helpers import GOLDEN, ROWS, SPECIAL_TOKENS, byte_tokenizer
+from helpers import GOLDEN, ROWS, SPECIAL_TOKENS, byte_tokenizer, import_example
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, SiglipVisionConfig
@@ -150,6 +150,14 @@ def tiny_images() -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (4, 20, 24, 3), dtype=torch.uint8, generator=generator)
     return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+@pytest.fixture(scope="session")
+def emoji_parquet(tmp_path_factory) -> Path:
+    """Return a parquet file with the columns `image` and `name`: 24 emoji of 64x64 pixels."""
+    file = tmp_path_factory.mktemp("emoji") / "images.parquet"
+    import_example("draw_emoji.py").draw("google", 64, 24).to_parquet(file)
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -34,14 +34,14 @@ def run_example(script: str, *arguments, cwd: Path) -> subprocess.CompletedProce
 
 
 def import_example(script: str) -> ModuleType:
-    """Import a script of `examples/` as its own process would, with its folder first on `sys.path`."""
-    path = EXAMPLES_FOLDER / script
+    """Import a script of `examples/` as its own process would, with its folder first on `sys.path`, or a module of the
+    package there, such as "emoji.tasks"."""
     conversion_common = sys.modules.pop("common", None)
-    sys.path.insert(0, str(path.parent))
+    sys.path.insert(0, str(EXAMPLES_FOLDER))
     try:
-        return importlib.import_module(path.stem)
+        return importlib.import_module(script.removesuffix(".py"))
     finally:
-        sys.path.remove(str(path.parent))
+        sys.path.remove(str(EXAMPLES_FOLDER))
         sys.modules.pop("common", None)
         if conversion_common is not None:
             sys.modules["common"] = conversion_common

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 import yaml
-from helpers import EMOJI_CHECKPOINT, ROOT, ROWS, import_example, write_jsonl
+from helpers import EMOJI_CHECKPOINT, ROWS, import_example, write_jsonl
+
+from metamorph_hf import MetaMorphProcessor
 
 
 @pytest.fixture
@@ -22,12 +24,13 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_samples_and_page(run, tmp_path):
+def test_samples_and_page(run, tmp_path, emoji_parquet):
     source = {"task": "text_to_image", "path": "parquet", "columns": {"caption": "name"}, "num_samples": 20}
-    source["data_files"] = str(ROOT / "examples" / "emoji" / "emoji.parquet")
+    source["data_files"] = str(emoji_parquet)
     printed = run({"mixture": [source]}, "--samples", 2, "--html", "page.html", "--throughput")
     assert "20 samples read" in printed
-    assert printed.count("{<image> x 16}") == 2
+    num_image_tokens = MetaMorphProcessor.from_pretrained(EMOJI_CHECKPOINT / "processor").num_image_tokens
+    assert printed.count(f"{{<image> x {num_image_tokens}}}") == 2
     assert "[<image_end><|end|>]" in printed
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img ") == 2 and page.count("<h3>text_to_image") == 2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from metamorph_hf import GridUNet2DConditionModel, PatchVAE
+from metamorph_hf import GridUNet2DConditionModel, PatchAutoencoder, PatchVAE
 
 
 @pytest.fixture
@@ -123,3 +123,60 @@ def test_save_and_load_vae(images, tmp_path):
 def test_images_that_cannot_be_divided_are_refused(images, arguments):
     with pytest.raises(ValueError, match="the sides must be multiples of"):
         PatchVAE.fit(images, **arguments)
+
+
+class TestPatchAutoencoder:
+    @pytest.fixture
+    def autoencoder(self) -> PatchAutoencoder:
+        torch.manual_seed(0)
+        model = PatchAutoencoder(latent_channels=5, patch_size=4, width=8, scaling_factor=0.5).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("out.weight"):  # a new block is the identity
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    @torch.no_grad()
+    def test_shapes_types_and_batches(self, autoencoder, images):
+        latents = autoencoder.encode(images).latent_dist
+        assert latents.mode().shape == (60, 5, 4, 4) and latents.mode().dtype == torch.float32
+        assert torch.equal(latents.sample(), latents.mode())
+        (also,) = autoencoder.encode(images, return_dict=False)
+        assert torch.equal(also.mode(), latents.mode())
+        decoded = autoencoder.decode(latents.mode()).sample
+        assert decoded.shape == images.shape
+        assert torch.equal(autoencoder.decode(latents.mode(), return_dict=False)[0], decoded)
+        torch.testing.assert_close(autoencoder.decode(latents.mode()[7:8]).sample, decoded[7:8], rtol=1e-4, atol=1e-5)
+        half = autoencoder.to(torch.bfloat16)
+        assert half.decode(half.encode(images.bfloat16()).latent_dist.mode()).sample.dtype == torch.bfloat16
+
+    @torch.no_grad()
+    def test_save_and_load(self, autoencoder, images, tmp_path):
+        autoencoder.save_pretrained(tmp_path)
+        loaded = PatchAutoencoder.from_pretrained(tmp_path)
+        assert loaded.config.scaling_factor == 0.5 and loaded.config.patch_size == 4
+        assert torch.equal(loaded.encode(images).latent_dist.mode(), autoencoder.encode(images).latent_dist.mode())
+
+    @torch.no_grad()
+    def test_patches_overlap_by_half(self, autoencoder):
+        """Each latent adds a window of 8x8 pixels, 4 pixels apart: a plain sum of windows gives the same image."""
+        states, deconv = torch.randn(1, 8, 4, 4), autoencoder.decoder[-1]
+        canvas = torch.zeros(3, 20, 20)
+        for row in range(4):
+            for column in range(4):
+                window = torch.einsum("i,ichw->chw", states[0, :, row, column], deconv.weight)
+                canvas[:, 4 * row : 4 * row + 8, 4 * column : 4 * column + 8] += window
+        expected = canvas[:, 2:-2, 2:-2] + deconv.bias.view(3, 1, 1)
+        torch.testing.assert_close(deconv(states)[0], expected, rtol=1e-4, atol=1e-5)
+
+    @torch.no_grad()
+    def test_constant_latents_leave_no_grid_under_a_smooth_window(self, autoencoder):
+        """Windows that fade towards their edges, as training makes them, sum up to a plain color."""
+        ramp = torch.tensor([1, 3, 5, 7, 7, 5, 3, 1]) / 8
+        autoencoder.decoder[-1].weight.copy_(torch.outer(ramp, ramp) * torch.randn(8, 3, 1, 1))
+        decoded = autoencoder.decode(torch.ones(1, 5, 12, 12)).sample[0, :, 16:-16, 16:-16]
+        assert decoded.abs().max() > 0.1
+        torch.testing.assert_close(decoded, decoded[:, :1, :1].expand_as(decoded), rtol=1e-4, atol=1e-4)
+
+    def test_odd_patches_are_refused(self):
+        with pytest.raises(ValueError, match="patch_size is 5, but patches that overlap by half need an even one"):
+            PatchAutoencoder(patch_size=5)

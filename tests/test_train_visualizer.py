@@ -158,18 +158,19 @@ class TestTrainVisualizer:
     FLAGS += ("--learning-rate", 1e-3, "--accumulation", 2, "--checkpoint-every", 2, "--ema")
     FLAGS += ("--validation-steps", 2, "--validation-images", 2)
 
-    def train(self, cwd, *flags):
-        return run(EXAMPLES / "emoji" / "emoji.parquet", *self.FLAGS, *flags, cwd=cwd)
+    @pytest.fixture
+    def train(self, emoji_parquet, tmp_path):
+        return lambda *flags: run(emoji_parquet, *self.FLAGS, *flags, cwd=tmp_path)
 
-    def test_resumed_is_uninterrupted(self, tmp_path):
+    def test_resumed_is_uninterrupted(self, train, tmp_path):
         """A resumed run sees the same images with the same noise and has the same moving average."""
-        self.train(tmp_path, "--output", "whole", "--steps", 4, "--validation-every", 4)
-        self.train(tmp_path, "--output", "cut", "--steps", 2)
+        train("--output", "whole", "--steps", 4, "--validation-every", 4)
+        train("--output", "cut", "--steps", 2)
         shutil.rmtree(tmp_path / "cut" / "unet")
         (tmp_path / "cut" / "checkpoint-3").mkdir()  # a save that was interrupted
         shutil.copytree(tmp_path / "cut" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2.bak")
         (tmp_path / "cut" / "checkpoint-9").write_text("a file")
-        again = self.train(tmp_path, "--output", "cut", "--steps", 4)
+        again = train("--output", "cut", "--steps", 4)
         assert (
             "cut/checkpoint-3 is incomplete" in again.stdout and "continuing from cut/checkpoint-2\n" in again.stdout
         )
@@ -182,13 +183,14 @@ class TestTrainVisualizer:
             for name, weight in getattr(cut, part).state_dict().items():
                 assert torch.equal(weight, weights[name]), name
         grid = Image.open(tmp_path / "whole" / "validation" / "step-000004.png")
-        assert grid.size == (5 * 64, 2 * 64)  # an original and four guidance scales, of two images
+        height, width = before.default_size
+        assert grid.size == (5 * width, 2 * height)  # an original and four guidance scales, of two images
         card = (tmp_path / "whole" / "README.md").read_text()
         assert "| learning rate | 0.001 |" in card and "![reconstructions](reconstructions.png)" in card
         # The weights of the last step differ from the averaged ones, which are validated and saved.
         assert list(Image.open(tmp_path / "whole" / "reconstructions.png").getdata()) == list(grid.getdata())
         (tmp_path / "cut" / "README.md").write_text("my card")
-        assert "cut is finished" in self.train(tmp_path, "--output", "cut", "--steps", 4).stdout
+        assert "cut is finished" in train("--output", "cut", "--steps", 4).stdout
         assert (tmp_path / "cut" / "README.md").read_text() == "my card"
 
     def test_accumulation_continues_over_the_ends_of_epochs(self, tmp_path):
@@ -261,13 +263,15 @@ class TestTrainVisualizer:
         done = run("images", *self.FLAGS, "--base", "base", "--output", "out", cwd=tmp_path, status=1)
         assert "is a FluxPipeline, which has no U-Net" in done.stderr and "Traceback" not in done.stderr
 
-    def test_lora(self, tmp_path):
-        self.train(tmp_path, "--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)
+    def test_lora(self, train, tmp_path):
+        train("--output", "out", "--steps", 2, "--unet", "lora", "--lora-rank", 4, "--snr-gamma", 5)
         assert (tmp_path / "out" / "unet_lora" / "pytorch_lora_weights.safetensors").is_file()
         made, before = (MetaMorphPipeline.from_pretrained(folder).unet for folder in (tmp_path / "out", CHECKPOINT))
         adapted = MetaMorphPipeline.from_pretrained(CHECKPOINT).unet
         adapted.load_lora_adapter(str(tmp_path / "out" / "unet_lora"), prefix=None, use_safetensors=True)
-        inputs = (torch.randn(1, 32, 8, 8), 500, torch.randn(1, 16, 192))
+        config = before.config
+        states = torch.randn(1, 16, config.cross_attention_dim)
+        inputs = (torch.randn(1, config.in_channels, 8, 8), 500, states)
         with torch.no_grad():
             expected, found = adapted(*inputs).sample, made(*inputs).sample
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

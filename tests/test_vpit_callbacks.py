@@ -44,7 +44,7 @@ class TestLogSamples:
                     ["a red apple", "hello"],
                     2,
                     pipe,
-                    max_new_tokens=24,
+                    max_new_tokens=pipe.model.config.num_image_tokens + 8,
                     decode_kwargs={"num_inference_steps": 2},
                 )
                 trainer.add_callback(callback)
@@ -55,7 +55,7 @@ class TestLogSamples:
         apple, _ = json.loads((folder / "step-000002.json").read_text())
         assert apple["prompt"] == "a red apple"
         assert apple["answer"].count("<image>") == len(apple["images"]) == 1
-        assert Image.open(folder / apple["images"][0]).size == (64, 64)
+        assert Image.open(folder / apple["images"][0]).size == pipe.default_size
         for run in (tmp_path / "True").rglob("events.out.tfevents.*"):
             events = event_accumulator.EventAccumulator(str(run))
             events.Reload()
@@ -77,11 +77,14 @@ class TestLogSamples:
         pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, dtype=torch.float32)
         examples = [conversation([text("draw a cat")], [IMAGE], [picture(0)])] * 2
         trainer = build_trainer(pipe.model, pipe.processor, arguments(tmp_path / "run", report_to=tracker), examples)
-        options = {"max_new_tokens": 24, "decode_kwargs": {"num_inference_steps": 1}}
+        options = {
+            "max_new_tokens": pipe.model.config.num_image_tokens + 8,
+            "decode_kwargs": {"num_inference_steps": 1},
+        }
         trainer.add_callback(LogSamplesCallback(trainer, ["a red apple"], 1, pipe, **options))
         trainer.train()
         tracked = {path.resolve() for path in (tmp_path / "tracked").rglob("*.png")}
-        assert [Image.open(path).size for path in tracked] == [(64, 64)]
+        assert [Image.open(path).size for path in tracked] == [pipe.default_size]
 
     @pytest.mark.parametrize(("prompts", "every"), [([], 1), (["a cat"], 0)])
     def test_refused(self, tiny_processor, model, tmp_path, prompts, every):

@@ -1,1 +1,1 @@
-"""The emoji data: the scripts in the folder above import `emoji.emoji_images` and `emoji.emoji_tasks`."""
+"""The emoji data and recipe, a package for the scripts in the folder above: `from emoji.tasks import EmojiTasks`."""

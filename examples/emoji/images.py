@@ -1,6 +1,9 @@
 """The emoji drawings as pixels, and their visual tokens."""
 
 import hashlib
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -36,12 +39,18 @@ def load_rows(quick: bool = False) -> list[dict]:
     return rows
 
 
+def render_png(svg: str, size: int = IMAGE_SIZE) -> bytes:
+    """Render an SVG file into a square PNG file with a transparent background."""
+    try:
+        from resvg_py import svg_to_bytes
+    except ModuleNotFoundError:
+        sys.exit('The emoji are stored as SVG and drawn by resvg-py, which is not installed: pip install ".[emoji]".')
+    return bytes(svg_to_bytes(svg_string=svg, width=size, height=size))
+
+
 def render(svg: str, size: int) -> np.ndarray:
     """Render an SVG file into uint8 pixels with premultiplied opacity (size, size, 4)."""
-    from resvg_py import svg_to_bytes
-
-    png = svg_to_bytes(svg_string=svg, width=size, height=size)
-    image = np.array(Image.open(BytesIO(bytes(png))).convert("RGBA"), dtype=np.uint16)
+    image = np.array(Image.open(BytesIO(render_png(svg, size))).convert("RGBA"), dtype=np.uint16)
     image[..., :3] = (image[..., :3] * image[..., 3:] + 127) // 255
     return image.astype(np.uint8)
 
@@ -70,6 +79,14 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1
 
 
+def enlarge_centers(images: torch.Tensor) -> torch.Tensor:
+    """Cut out the middle half of uint8 images (I, 3, size, size) and enlarge it to their size."""
+    size = images.shape[-1]
+    middle = slice(size // 4, 3 * size // 4)
+    crops = F.interpolate(images[:, :, middle, middle].float(), scale_factor=2, mode="bicubic")
+    return crops.round().clamp(0, 255).byte()
+
+
 @torch.no_grad()
 def encode_images(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
     """Encode uint8 pixels (I, 3, height, width) into visual tokens (I, N, V), float32 on the CPU."""
@@ -78,10 +95,39 @@ def encode_images(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor
 
 
 def load_images(tasks: EmojiTasks) -> torch.Tensor:
-    """Draw all images that `EmojiTasks` numbers: rows, scenes and center crops, uint8 (I, 3, 128, 128)."""
+    """Draw all images that `EmojiTasks` numbers: rows, scenes and center crops, uint8 (I, 3, 128, 128).
+
+    All sprites are rendered and cached on the disk (716 MB); `draw_images` renders only what it is asked for.
+    """
     sprites = load_sprites(tasks.rows)
     things = {thing: sprites[row] for thing, row in tasks.sprite_rows.items()}
     scenes = [draw_scene(scene, things) for scene in tqdm(tasks.scenes, desc="drawing scenes")]
-    images, middle = place_on(sprites), slice(IMAGE_SIZE // 4, 3 * IMAGE_SIZE // 4)
-    crops = F.interpolate(images[tasks.bases][:, :, middle, middle].float(), scale_factor=2, mode="bicubic")
-    return torch.cat([images, *([torch.stack(scenes)] if scenes else []), crops.round().clamp(0, 255).byte()])
+    images = place_on(sprites)
+    return torch.cat([images, *([torch.stack(scenes)] if scenes else []), enlarge_centers(images[tasks.bases])])
+
+
+@lru_cache(maxsize=2048)
+def draw_sprite(svg: str) -> torch.Tensor:
+    """Render an SVG file, or return it from the last 2,048: uint8 (4, 128, 128), colors multiplied by opacity."""
+    return torch.from_numpy(render(svg, IMAGE_SIZE)).permute(2, 0, 1)
+
+
+def draw_things(tasks: EmojiTasks, things: Sequence[str] = OBJECTS) -> dict[str, torch.Tensor]:
+    """Draw the sprites (4, 128, 128) of things in scenes, by word."""
+    return {thing: draw_sprite(tasks.rows[tasks.sprite_rows[thing]]["svg"]) for thing in things}
+
+
+def draw_image(tasks: EmojiTasks, number: int) -> torch.Tensor:
+    """Draw one of the images that `EmojiTasks` numbers: uint8 (3, 128, 128)."""
+    rows, scenes = len(tasks.rows), len(tasks.scenes)
+    if number < rows:
+        return place_on(draw_sprite(tasks.rows[number]["svg"])[None])[0]
+    if number < rows + scenes:
+        scene = tasks.scenes[number - rows]
+        return draw_scene(scene, draw_things(tasks, scene.things))
+    return enlarge_centers(draw_image(tasks, tasks.bases[number - rows - scenes])[None])[0]
+
+
+def draw_images(tasks: EmojiTasks, numbers: Sequence[int]) -> torch.Tensor:
+    """Draw several of the images that `EmojiTasks` numbers: uint8 (I, 3, 128, 128)."""
+    return torch.stack([draw_image(tasks, number) for number in numbers])

@@ -161,12 +161,12 @@ class SceneJudge:
         candidates = []
         for size in self.SIZES:
             best, word = self.correlate(image, size).max(0)
-            # A small sprite fits by chance more easily than a large one.
             peaks = (best == F.max_pool2d(best[None], 9, 1, 4)[0]) & (best > self.threshold)
             for row, column in peaks.nonzero().tolist():
                 center = (2 * column + size // 2, 2 * row + size // 2)
                 candidates.append((self.words[word[row, column]], *center, size, best[row, column].item()))
         found = []
+        # A small sprite fits by chance more easily than a large one.
         for candidate in sorted(candidates, key=lambda c: -c[4] * c[3] ** 0.25):
             _, x, y, size, _ = candidate
             if all(max(abs(x - other[1]), abs(y - other[2])) > 0.4 * max(size, other[3]) for other in found):
@@ -195,6 +195,6 @@ def _relation(found: Sequence[tuple], first: str, second: str) -> str:
 
 def name_background(image: torch.Tensor) -> str:
     """Return the color of `COLORS` that is nearest to the image's border, a strip of 4 pixels."""
-    border = torch.cat([image[:, :4].flatten(1), image[:, -4:].flatten(1), image[:, :, :4].flatten(1)], dim=1)
-    color = border.float().median(1).values
+    strips = (image[:, :4], image[:, -4:], image[:, :, :4], image[:, :, -4:])
+    color = torch.cat([strip.flatten(1) for strip in strips], dim=1).float().median(1).values
     return min(COLORS, key=lambda name: (color - torch.tensor(COLORS[name])).square().sum().item())

@@ -200,6 +200,7 @@ class EmojiTasks:
             self.in_category[rows[i]["category"]].append(rows[i]["name"])
         names = {rows[i]["name"]: i for i in self.bases}
         self.sprite_rows = {thing: names[MEANINGS.get(thing, thing)] for thing in OBJECTS}
+        self.phrases = sorted(self.words.meanings)
 
     def sample(self, task: str, rng: random.Random) -> dict:
         """Sample a record of a task in `MIXTURE`: `messages` (both turns), `images` (numbers in order) and `task`."""
@@ -385,13 +386,9 @@ class EmojiTasks:
 
     def _meaning(self, rng: random.Random) -> dict:
         """Ask for the emoji that a phrase means, in words; held-out keywords are asked for here, too."""
-        phrase = rng.choice(self._phrases)
+        phrase = rng.choice(self.phrases)
         question = expand("ask_meaning", rng).replace("{}", add_article(phrase, rng) if rng.random() < 0.3 else phrase)
         return conversation("meaning", [], question, [self.words.names[self.words.meanings[phrase]]])
-
-    @property
-    def _phrases(self) -> list[str]:
-        return self.__dict__.setdefault("_all_phrases", sorted(self.words.meanings))
 
     def _gloss(self, rng: random.Random) -> dict:
         word, gloss, _ = rng.choice(self.words.glosses)

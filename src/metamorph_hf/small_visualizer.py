@@ -1,4 +1,4 @@
-"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and a VAE in closed form."""
+"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and two small autoencoders."""
 
 import torch
 import torch.nn.functional as F
@@ -139,10 +139,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     Args:
         in_channels (`int`, defaults to 3): Number of image channels.
         latent_channels (`int`, defaults to 16): Number of latent channels.
-        patch_size (`int`, defaults to 8): Pixels per latent in each direction.
+        patch_size (`int`, defaults to 8): Pixels per latent in each direction, an even number.
         width (`int`, defaults to 128): Number of hidden channels.
         layers_per_block (`int`, defaults to 2): Number of residual blocks of encoder and decoder.
         scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
+
+    Raises:
+        ValueError: If `patch_size` is odd.
     """
 
     @register_to_config
@@ -156,6 +159,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
+        if patch_size % 2:
+            raise ValueError(f"patch_size is {patch_size}, but patches that overlap by half need an even one.")
         window = {"kernel_size": 2 * patch_size, "stride": patch_size, "padding": patch_size // 2}
         self.encoder = nn.Sequential(
             nn.Conv2d(in_channels, width, **window, padding_mode="replicate"),

@@ -148,7 +148,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         processor ([`MetaMorphProcessor`], *optional*): Prepares messages for the model and decodes its answers.
         projector ([`VisualTokenProjector`]): Maps visual tokens to the U-Net's cross-attention states.
         unet ([`UNet2DConditionModel`]): Denoises latents; its `sample_size` is the default size of the images.
-        vae ([`AutoencoderKL`] or [`PatchVAE`]): Decodes latents into pixels.
+        vae ([`AutoencoderKL`], [`PatchAutoencoder`] or [`PatchVAE`]): Decodes latents into pixels.
         scheduler ([`SchedulerMixin`]): Any scheduler that works with a Stable Diffusion U-Net.
         instruction_template (`str`, *optional*): Request with a caption at `{}`. `None` sends captions verbatim.
         default_num_inference_steps, default_guidance_scale: Settings that suit these weights.
@@ -192,7 +192,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             default_guidance_scale=default_guidance_scale,
         )
         self._guidance_scale, self.num_timesteps = default_guidance_scale, default_num_inference_steps
-        # An AutoencoderKL halves the size in every block but the first; a PatchVAE states its patch size.
+        # An AutoencoderKL halves the size in every block but the first; the small ones state their patch size.
         blocks = vae.config.get("block_out_channels")
         self.vae_scale_factor = vae.config.patch_size if blocks is None else 2 ** (len(blocks) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)

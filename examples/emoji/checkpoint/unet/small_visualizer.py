@@ -1,10 +1,10 @@
-"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and a VAE in closed form."""
+"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and two small autoencoders."""
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import nn
 
@@ -113,4 +113,74 @@ class PatchVAE(ModelMixin, ConfigMixin):
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
         """Decode latents (I, latent_channels, height, width) into images."""
         images = self.decoder(z + self.latent_mean)
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+
+class ConvBlock(nn.Module):
+    """Norm, 3x3 convolution, SiLU and 1x1 convolution, added to the input; starts as the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states + self.out(F.silu(self.conv(self.norm(states))))
+
+
+class PatchAutoencoder(ModelMixin, ConfigMixin):
+    r"""
+    Small deterministic autoencoder that works on patches, so that a CPU can train it. It takes the place of
+    `AutoencoderKL`. Its patches overlap by half, which leaves no visible borders between them.
+
+    Args:
+        in_channels (`int`, defaults to 3): Number of image channels.
+        latent_channels (`int`, defaults to 16): Number of latent channels.
+        patch_size (`int`, defaults to 8): Pixels per latent in each direction, an even number.
+        width (`int`, defaults to 128): Number of hidden channels.
+        layers_per_block (`int`, defaults to 2): Number of residual blocks of encoder and decoder.
+        scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
+
+    Raises:
+        ValueError: If `patch_size` is odd.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        latent_channels: int = 16,
+        patch_size: int = 8,
+        width: int = 128,
+        layers_per_block: int = 2,
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        if patch_size % 2:
+            raise ValueError(f"patch_size is {patch_size}, but patches that overlap by half need an even one.")
+        window = {"kernel_size": 2 * patch_size, "stride": patch_size, "padding": patch_size // 2}
+        self.encoder = nn.Sequential(
+            nn.Conv2d(in_channels, width, **window, padding_mode="replicate"),
+            *(ConvBlock(width) for _ in range(layers_per_block)),
+            nn.Conv2d(width, latent_channels, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, width, 3, padding=1),
+            *(ConvBlock(width) for _ in range(layers_per_block)),
+            nn.GroupNorm(1, width),
+            nn.SiLU(),
+            nn.ConvTranspose2d(width, in_channels, **window),
+        )
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Encode images (I, in_channels, height, width) in [-1, 1] into latents, all of whose mass is at the mode."""
+        posterior = IdentityDistribution(self.encoder(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
+        """Decode latents (I, latent_channels, height, width) into images."""
+        images = self.decoder(z)
         return DecoderOutput(sample=images) if return_dict else (images,)
