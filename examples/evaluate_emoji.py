@@ -276,7 +276,7 @@ def main() -> None:
         results |= measure(evaluation)
     cells = [(text, *(x if x is None else to_pil_image(x.numpy()) for x in pair)) for text, *pair in evaluation.cells]
     draw_contact_sheet(cells, size=76).save(args.sheet)
-    print(json.dumps({name: round(value, 1) for name, value in results.items()}, indent=2))
+    print(json.dumps({name: round(value, 2) for name, value in results.items()}, indent=2))
 
 
 if __name__ == "__main__":

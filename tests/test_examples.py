@@ -138,12 +138,13 @@ class TestEmojiRecipe:
         assert "U-Net" in done.stderr and "U-Net" not in again.stderr
 
     def test_evaluate(self, tmp_path):
-        done = run_example("evaluate_emoji.py", "--limit", "32", "--sheet", tmp_path / "sheet.png", cwd=tmp_path)
+        done = run_example("evaluate_emoji.py", "--limit", 16, "--sheet", tmp_path / "sheet.png", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         numbers = json.loads(done.stdout)
         assert numbers["category_twitter_held_out"] > 40  # chance is about 15 %
-        assert numbers["unseen_phrasings_top1"] > 70 and numbers["decoded_and_encoded_again_top1"] > 60
-        assert numbers["seen_phrasings_top5"] >= numbers["seen_phrasings_top1"]
+        assert numbers["seen_phrasings_top5"] >= numbers["seen_phrasings_top1"] > 60
+        assert numbers["psnr_trained"] > 15 and 0.5 < numbers["sharpness_trained"] < 1.5
+        assert min(value for name, value in numbers.items() if name.startswith("judge_")) > 90
         assert (tmp_path / "sheet.png").is_file()
 
     def test_evaluate_without_a_pipeline(self, tmp_path):
