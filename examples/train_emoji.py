@@ -173,7 +173,7 @@ def train_stage(
         lr_scheduler_kwargs={"num_decay_steps": steps // 3, "decay_type": "1-sqrt"},
         warmup_steps=max(1, steps // 25),
         max_length=480,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         logging_steps=max(1, min(50, steps // 2)),
     )
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
