@@ -88,7 +88,7 @@ def reconstruction_loss(images: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def train_autoencoder(pixels: torch.Tensor, out: Path, steps: int, quick: bool) -> PatchAutoencoder:
     """Train on uint8 pixels (I, 3, 128, 128), or continue from `out/state.pt`."""
     torch.manual_seed(0)
-    autoencoder = PatchAutoencoder(latent_channels=4 if quick else 16, width=16 if quick else 128)
+    autoencoder = PatchAutoencoder(latent_channels=4 if quick else 32, width=16 if quick else 128)
     autoencoder.train().to(memory_format=torch.channels_last)
 
     def step_loss(step: int) -> torch.Tensor:
