@@ -241,7 +241,7 @@ class Evaluation:
         verdicts = [judge.judge(draw_scene(scene, things), scene) for scene in tqdm(real, desc="judging real scenes")]
         results = {f"judge_{name}": value for name, value in average(verdicts).items()}
         verdicts = []
-        for kind in ("scene_color", "scene_count", "scene_pair"):
+        for kind in ("scene_color", "scene_count", "scene_pair", "scene_binding"):
             records, _, generated = self.answer(kind)
             decoded = resize(decode(self.pipe, generated), IMAGE_SIZE)
             for number, (record, tokens, image) in enumerate(zip(records, generated, decoded)):

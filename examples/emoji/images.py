@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from metamorph_hf import MetaMorphForConditionalGeneration
 
-from .scenes import MEANINGS, OBJECTS, draw_scene
+from .scenes import MEANINGS, THINGS, draw_scene
 from .tasks import CYCLES, EmojiTasks
 
 
@@ -29,7 +29,7 @@ def load_rows(quick: bool = False) -> list[dict]:
     """Load the rows of `emoji.parquet`, or for a quick trial about a tenth of them, scenes and sequences included."""
     rows = Dataset.from_parquet(str(PARQUET)).to_list()
     if quick:
-        wanted = {MEANINGS.get(thing, thing) for thing in OBJECTS}
+        wanted = {MEANINGS.get(thing, thing) for thing in THINGS}
         frames = {code for cycle in CYCLES.values() for code in cycle}
         rows = [
             row
@@ -112,7 +112,7 @@ def draw_sprite(svg: str) -> torch.Tensor:
     return torch.from_numpy(render(svg, IMAGE_SIZE)).permute(2, 0, 1)
 
 
-def draw_things(tasks: EmojiTasks, things: Sequence[str] = OBJECTS) -> dict[str, torch.Tensor]:
+def draw_things(tasks: EmojiTasks, things: Sequence[str] = THINGS) -> dict[str, torch.Tensor]:
     """Draw the sprites (4, 128, 128) of things in scenes, by word."""
     return {thing: draw_sprite(tasks.rows[tasks.sprite_rows[thing]]["svg"]) for thing in things}
 

@@ -38,6 +38,10 @@ OBJECTS = (
     "guitar trumpet drum violin book pencil key hammer scissors umbrella balloon gift camera laptop television clock "
     "hat shoe crown ring heart star sun moon cloud snowman fire ball robot ghost"
 ).split()
+# Things that come in several colors, so that a prompt must bind each color to its thing.
+SHAPES = ("heart", "circle", "square")
+PAINTED = [f"{color} {shape}" for shape in SHAPES for color in ("red", "orange", "yellow", "green", "blue", "purple")]
+THINGS = [*OBJECTS, *PAINTED]
 MEANINGS = {  # where the short word is not the emoji's name
     "cat": "cat face", "dog": "dog face", "mouse": "mouse face", "cow": "cow face", "tiger": "tiger face",
     "rabbit": "rabbit face", "horse": "horse face", "pig": "pig face", "monkey": "monkey face", "car": "automobile",
@@ -52,7 +56,7 @@ class Scene:
     """One to three emoji on a plain background.
 
     Args:
-        things (`tuple[str, ...]`): Words from `OBJECTS`: one, or two or three of the same, or two different ones.
+        things (`tuple[str, ...]`): Words from `THINGS`: one, or two or three of the same, or two different ones.
         color (`str`): Background, a key of `COLORS`.
         relation (`str`): Where the first of two things stands, as seen from the second; a key of `RELATIONS`.
     """
@@ -92,16 +96,27 @@ def _falls_into_a_tenth(*parts: str | int) -> bool:
 
 
 def sample_scene(rng: random.Random, held_out: bool = False, kind: str | None = None) -> Scene:
-    """Sample a scene of a `kind` ("color", "count" or "pair"), from the held-out combinations or from the others."""
+    """Sample a scene, from the held-out combinations or from the others.
+
+    Args:
+        kind (`str`): "color" (of the background), "count", "pair" or "binding" (of colors to two shapes).
+    """
     while True:
-        chosen = kind or rng.choices(("color", "count", "pair"), (0.25, 0.3, 0.45))[0]
+        chosen = kind or rng.choices(("color", "count", "pair", "binding"), (0.22, 0.28, 0.38, 0.12))[0]
         color = rng.choice([*COLORS]) if chosen == "color" or rng.random() < 0.5 else "white"
         if chosen == "color":
-            scene = Scene((rng.choice(OBJECTS),), color)
+            scene = Scene((rng.choice(THINGS),), color)
         elif chosen == "count":
             scene = Scene((rng.choice(OBJECTS),) * rng.choice((2, 3)), color)
-        else:
+        elif chosen == "pair":
             scene = Scene(tuple(rng.sample(OBJECTS, 2)), color, rng.choice([*RELATIONS]))
+        else:
+            scene = Scene(tuple(rng.sample(PAINTED, 2)), color, rng.choice([*RELATIONS]))
+            colors, shapes = zip(*(thing.split() for thing in scene.things))
+            if len({*colors}) == 1 or len({*shapes}) == 1:
+                continue
+        if any(thing.split()[0] == scene.color for thing in scene.things):
+            continue  # a red heart on red cannot be seen
         if scene.is_held_out == held_out:
             return scene
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 from datasets import Dataset
 
-from .scenes import MEANINGS, NUMBERS, OBJECTS, RELATIONS, Scene, sample_scene
+from .scenes import MEANINGS, NUMBERS, RELATIONS, THINGS, Scene, sample_scene
 from .words import EmojiWords, add_article, indefinite_article, make_plural
 
 
@@ -199,7 +199,7 @@ class EmojiTasks:
         for i in self.bases:
             self.in_category[rows[i]["category"]].append(rows[i]["name"])
         names = {rows[i]["name"]: i for i in self.bases}
-        self.sprite_rows = {thing: names[MEANINGS.get(thing, thing)] for thing in OBJECTS}
+        self.sprite_rows = {thing: names[MEANINGS.get(thing, thing)] for thing in THINGS}
         self.phrases = sorted(self.words.meanings)
 
     def sample(self, task: str, rng: random.Random) -> dict:
@@ -264,7 +264,7 @@ class EmojiTasks:
                     for shown in (2, 3, 4)
                 ]
                 records = [("sequence", images, "Predict the next image.", i) for *images, i in frames]
-            case "scene_color" | "scene_count" | "scene_pair":
+            case "scene_color" | "scene_count" | "scene_pair" | "scene_binding":
                 scenes = [sample_scene(rng, True, kind.removeprefix("scene_")) for _ in range(SCENE_PROMPTS)]
                 prompts = [DEFAULT_PHRASING.replace("{}", describe_scene(scene, rng)) for scene in scenes]
                 records = [("scene", [], prompt, scene) for prompt, scene in zip(prompts, scenes)]
