@@ -102,7 +102,7 @@ def load_images(tasks: EmojiTasks) -> torch.Tensor:
     sprites = load_sprites(tasks.rows)
     things = {thing: sprites[row] for thing, row in tasks.sprite_rows.items()}
     scenes = [draw_scene(scene, things) for scene in tqdm(tasks.scenes, desc="drawing scenes")]
-    images = place_on(sprites)
+    images = torch.cat([place_on(part) for part in sprites.split(256)])
     return torch.cat([images, *([torch.stack(scenes)] if scenes else []), enlarge_centers(images[tasks.bases])])
 
 
