@@ -1,0 +1,130 @@
+"""GenEval for emoji scenes: how much of a prompt is in the picture, by a judge that is not the model.
+
+    python examples/evaluate_scenes.py                                     # 600 prompts with the emoji model
+    python examples/evaluate_scenes.py --pipeline FOLDER --limit 40        # any pipeline of diffusers that paints scenes
+
+The categories are GenEval's (Ghosh et al., 2023, arXiv 2310.11513): one object, two objects, counting, colors, position
+and attribute binding. The objects are known emoji, which `SceneJudge` finds by correlation. No prompt's combination of
+objects, counts, colors or places was trained by the emoji model. Prints one JSON object, with 95 % intervals (Wilson).
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from common import EMOJI_CHECKPOINT, exit_with_sentence, load_pipeline
+from emoji.images import draw_image, load_rows
+from emoji.scenes import NUMBERS, OBJECTS, PAINTED, RELATIONS, Scene, SceneJudge, draw_scene, sample_scene
+from emoji.tasks import EmojiTasks
+from emoji.words import indefinite_article, make_plural
+from tqdm import tqdm
+
+from metamorph_hf import MetaMorphPipeline
+
+
+BATCH_SIZE = 16
+PROMPTS = 100  # of each category
+
+
+def name_thing(thing: str) -> str:
+    return f"{indefinite_article(thing)} {thing}"
+
+
+def make_prompts(category: str, count: int) -> list[tuple[str, Scene]]:
+    """Make prompts of a category, each with the scene that it describes; always the same ones."""
+    rng, prompts = random.Random(category), []
+    for _ in range(count):
+        match category:
+            case "single_object":
+                scene = Scene((rng.choice(OBJECTS),))
+                text = name_thing(scene.things[0])
+            case "two_objects":
+                scene = sample_scene(rng, held_out=True, kind="pair")
+                scene = Scene(scene.things)
+                text = " and ".join(map(name_thing, scene.things))
+            case "counting":
+                scene = sample_scene(rng, held_out=True, kind="count")
+                scene = Scene(scene.things)
+                text = f"{NUMBERS[len(scene.things)]} {make_plural(scene.things[0])}"
+            case "colors":
+                scene = Scene((rng.choice(PAINTED),))
+                text = name_thing(scene.things[0])
+            case "position":
+                scene = sample_scene(rng, held_out=True, kind="pair")
+                scene = Scene(scene.things, relation=scene.relation)
+                text = f" {RELATIONS[scene.relation]} ".join(map(name_thing, scene.things))
+            case "attribute_binding":
+                scene = sample_scene(rng, held_out=True, kind="binding")
+                scene = Scene(scene.things)
+                text = " and ".join(map(name_thing, scene.things))
+        prompts.append((text, scene))
+    return prompts
+
+
+CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "attribute_binding")
+
+
+def is_right(judge: SceneJudge, image: torch.Tensor, scene: Scene, category: str) -> bool:
+    """Return whether an image shows what the category asks for."""
+    verdict = judge.judge(image, scene)
+    needed = {"counting": ("objects", "count"), "position": ("objects", "relation")}.get(category, ("objects",))
+    return all(verdict[name] for name in needed)
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, 1927), in percent."""
+    z, share = 1.96, right / count
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return 100 * (center - half), 100 * (center + half)
+
+
+def paint(pipe, prompts: list[str], seed: int) -> torch.Tensor:
+    """Paint an image for each prompt, resized to 128x128: uint8 pixels (prompts, 3, 128, 128)."""
+    images = []
+    for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="painting"):
+        batch = prompts[start : start + BATCH_SIZE]
+        generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
+        options = {"force_image": True} if isinstance(pipe, MetaMorphPipeline) else {}
+        painted = pipe(batch, generator=generators, output_type="pt", **options).images
+        painted = torch.nn.functional.interpolate(painted.float().cpu(), size=(128, 128), mode="area")
+        images.append((255 * painted).round().clamp(0, 255).byte())
+    return torch.cat(images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default=EMOJI_CHECKPOINT, help="folder or Hub id (default: the emoji model)")
+    parser.add_argument("--limit", type=int, help="number of prompts in all (default: 100 of each category)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < len(CATEGORIES):
+        parser.error(f"--limit must be at least {len(CATEGORIES)}, one prompt of each category.")
+    count = PROMPTS if args.limit is None else -(-args.limit // len(CATEGORIES))
+    pipe = load_pipeline(args.pipeline, any_class=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    with exit_with_sentence():
+        tasks = EmojiTasks(load_rows(), scenes=0)
+        sprites = {thing: draw_sprite(tasks.rows[row]["svg"]) for thing, row in tasks.sprite_rows.items()}
+    judge, result = SceneJudge(sprites), {}
+    for category in CATEGORIES:
+        prompts = make_prompts(category, count)
+        images = paint(pipe, [text for text, _ in prompts], args.seed)
+        right = sum(is_right(judge, image, scene, category) for image, (_, scene) in zip(images, prompts))
+        real = sum(is_right(judge, draw_scene(scene, sprites), scene, category) for _, scene in prompts)
+        low, high = wilson_interval(right, count)
+        result[category] = {"score": 100 * right / count, "interval": [low, high], "prompts": count}
+        result[category]["judge_on_real_scenes"] = 100 * real / count
+    result["overall"] = sum(result[category]["score"] for category in CATEGORIES) / len(CATEGORIES)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
