@@ -36,6 +36,7 @@ DECODINGS = {
 SEEDS = (0, 1, 2)
 STEPS = 800
 EVERY = 5  # the runs learn every fifth emoji
+WIDTH, DEPTH = 192, 4  # of the language model
 BATCH_SIZE = 32
 KINDS = ("seen_phrasings", "unseen_phrasings")
 
@@ -135,7 +136,7 @@ def main() -> None:
             if any(result["seed"] == seed and result["decoding"] == decoding for result in results):
                 continue
             set_seed(seed)
-            language_model = build_language_model(tokenizer, args.quick)
+            language_model = build_language_model(tokenizer, args.quick, WIDTH, DEPTH)
             model = build_model(processor, trained.model.model.vision_tower, language_model, seed=seed, **options)
             train(model, processor, tasks, visual_tokens, args.out, seed, 3 if args.quick else STEPS)
             measured = measure(model, processor, tasks, visual_tokens, 8 if args.quick else None)

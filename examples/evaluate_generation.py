@@ -328,8 +328,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--captions",
         help="JSONL file, emoji (1,925 names, the default), emoji-held-out (200 images in Twitter's style that "
-        "the visualizer has not seen, the default for reconstruct) or coco-30k; with --layout, the benchmark's own files "
-        "(WISE: three, with commas between them) or folder (DPG-Bench)",
+        "the visualizer has not seen, the default for reconstruct) or coco-30k; with --layout, the benchmark's own "
+        "files (WISE: three, with commas between them) or folder (DPG-Bench)",
     )
     parser.add_argument(
         "--layout", choices=SAMPLES, help="write images for this benchmark's own scorer; measure nothing"

@@ -1,11 +1,12 @@
 """GenEval for emoji scenes: how much of a prompt is in the picture, by a judge that is not the model.
 
-    python examples/evaluate_scenes.py                                     # 600 prompts with the emoji model
-    python examples/evaluate_scenes.py --pipeline FOLDER --limit 40        # any pipeline of diffusers that paints scenes
+    python examples/evaluate_scenes.py                                # 600 prompts with the emoji model
+    python examples/evaluate_scenes.py --pipeline FOLDER --limit 40   # any pipeline of diffusers that paints scenes
 
-The categories are GenEval's (Ghosh et al., 2023, arXiv 2310.11513): one object, two objects, counting, colors, position
-and attribute binding. The objects are known emoji, which `SceneJudge` finds by correlation. No prompt's combination of
-objects, counts, colors or places was trained by the emoji model. Prints one JSON object, with 95 % intervals (Wilson).
+The categories are GenEval's (Ghosh et al., 2023, arXiv 2310.11513): one object, two objects, counting, colors,
+position and attribute binding. The objects are known emoji, which `SceneJudge` finds by correlation. The emoji model
+has not been trained on any combination of two objects, or of an object and its count, that a prompt asks for. Prints
+one JSON object, with 95 % intervals (Wilson).
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from common import EMOJI_CHECKPOINT, exit_with_sentence, load_pipeline
-from emoji.images import draw_image, load_rows
+from emoji.images import draw_things, load_rows
 from emoji.scenes import NUMBERS, OBJECTS, PAINTED, RELATIONS, Scene, SceneJudge, draw_scene, sample_scene
 from emoji.tasks import EmojiTasks
 from emoji.words import indefinite_article, make_plural
@@ -109,7 +110,7 @@ def main() -> None:
 
     with exit_with_sentence():
         tasks = EmojiTasks(load_rows(), scenes=0)
-        sprites = {thing: draw_sprite(tasks.rows[row]["svg"]) for thing, row in tasks.sprite_rows.items()}
+        sprites = draw_things(tasks)
     judge, result = SceneJudge(sprites), {}
     for category in CATEGORIES:
         prompts = make_prompts(category, count)

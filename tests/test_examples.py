@@ -137,15 +137,30 @@ class TestEmojiRecipe:
         assert "SigLIP" in done.stdout and "SigLIP" not in again.stdout
         assert "U-Net" in done.stderr and "U-Net" not in again.stderr
 
-    def test_evaluate(self, tmp_path):
-        done = run_example("evaluate_emoji.py", "--limit", 16, "--sheet", tmp_path / "sheet.png", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        numbers = json.loads(done.stdout)
-        assert numbers["category_twitter_held_out"] > 40  # chance is about 15 %
+    def test_evaluate(self, tmp_path, monkeypatch, capsys):
+        """On a tenth of the emoji, so that few have to be drawn."""
+        script = import_example("evaluate_emoji.py")
+        rows = script.load_rows(quick=True)
+        (tmp_path / "prompts.yaml").write_text("a cat: cat face|dog face\nthe sun: sun\na rose: rose\n")
+        monkeypatch.setattr(script, "load_rows", lambda: rows)
+        monkeypatch.setattr(script, "EVERYDAY_PROMPTS", tmp_path / "prompts.yaml")
+        command = ["evaluate_emoji.py", "--limit", "16", "--sheet", str(tmp_path / "sheet.png")]
+        monkeypatch.setattr(sys, "argv", command)
+        script.main()
+        numbers = json.loads(capsys.readouterr().out)
+        assert numbers["category_twitter_held_out"] > 40
         assert numbers["seen_phrasings_top5"] >= numbers["seen_phrasings_top1"] > 60
         assert numbers["psnr_trained"] > 15 and 0.5 < numbers["sharpness_trained"] < 1.5
         assert min(value for name, value in numbers.items() if name.startswith("judge_")) > 90
-        assert (tmp_path / "sheet.png").is_file()
+        assert Image.open(tmp_path / "sheet.png").width == 900
+
+    def test_compare_decodings(self, tmp_path):
+        done = run_example("compare_decoding.py", "--quick", "--out", tmp_path, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+        decodings = ["autoregressive", "autoregressive, noise 2.5", "parallel"]
+        assert [result["decoding"] for result in results] == decodings
+        assert all(f"| {decoding} | " in done.stdout for decoding in decodings)
 
     def test_evaluate_without_a_pipeline(self, tmp_path):
         done = run_example("evaluate_emoji.py", "--checkpoint", tmp_path, cwd=tmp_path)

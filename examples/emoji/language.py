@@ -17,9 +17,11 @@ BLOCK_SIZE = 128  # tokens
 BATCH_SIZE = 32
 
 
-def build_language_model(tokenizer: PreTrainedTokenizerFast, quick: bool) -> LlamaForCausalLM:
-    """Build a Llama of 6.7 M parameters."""
-    width, depth = (32, 2) if quick else (256, 6)
+def build_language_model(
+    tokenizer: PreTrainedTokenizerFast, quick: bool, width: int = 256, depth: int = 6
+) -> LlamaForCausalLM:
+    """Build a Llama, by default of 6.7 M parameters."""
+    width, depth = (32, 2) if quick else (width, depth)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
