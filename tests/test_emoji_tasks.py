@@ -102,7 +102,7 @@ class TestSamples:
                 assert answer == scene.color
             elif scene.is_pair:
                 relation = next(key for key, words in emoji_scenes.RELATIONS.items() if words in question)
-                asked = scene.things[0] if question.rstrip("?").split()[-1] == scene.things[0] else scene.things[1]
+                asked = next(thing for thing in scene.things if question.rstrip("?").endswith(f" {thing}"))
                 other = next(thing for thing in scene.things if thing != asked)
                 assert answer == other
                 assert relation == (scene.relation if asked == scene.things[1] else opposite[scene.relation])
