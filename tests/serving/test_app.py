@@ -87,12 +87,16 @@ class User:
         self.box.wait_for()
 
     def say(self, text: str, *files: Path) -> None:
+        """Send a message as soon as the box takes one, and wait until the conversation shows it."""
+        playwright.expect(self.box).to_be_enabled(timeout=TIMEOUT)
+        messages = self.page.locator("#chat [data-testid=user]")
+        count = messages.count()
         if files:
             self.page.locator("#message input[type=file]").set_input_files([str(file) for file in files])
             self.page.locator("#message .thumbnail-item").nth(len(files) - 1).wait_for()
-        playwright.expect(self.box).to_be_enabled(timeout=TIMEOUT)
         self.box.fill(text)
         self.box.press("Enter")
+        messages.nth(count).wait_for()
 
     def set(self, **settings: str) -> None:
         if not self.page.get_by_role("textbox", name="Seed").is_visible():
