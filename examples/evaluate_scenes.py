@@ -88,7 +88,7 @@ def paint(pipe, prompts: list[str], seed: int) -> torch.Tensor:
     for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="painting"):
         batch = prompts[start : start + BATCH_SIZE]
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
-        options = {"force_image": True} if isinstance(pipe, MetaMorphPipeline) else {}
+        options = {"generation_kwargs": {"force_image": True}} if isinstance(pipe, MetaMorphPipeline) else {}
         painted = pipe(batch, generator=generators, output_type="pt", **options).images
         painted = torch.nn.functional.interpolate(painted.float().cpu(), size=(128, 128), mode="area")
         images.append((255 * painted).round().clamp(0, 255).byte())

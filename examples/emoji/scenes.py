@@ -190,11 +190,14 @@ class SceneJudge:
 
     def judge(self, image: torch.Tensor, scene: Scene) -> dict[str, bool]:
         """Judge an image by what a prompt for `scene` asks for: `objects`, `count`, `color` and `relation`."""
-        found = [entry for entry in self.find(image) if entry[0] in scene.things]
+        # By the emoji's name, as "heart" and "red heart" are the same.
+        things = [MEANINGS.get(thing, thing) for thing in scene.things]
+        found = [(MEANINGS.get(word, word), *place) for word, *place in self.find(image)]
+        found = [entry for entry in found if entry[0] in things]
         words = [entry[0] for entry in found]
-        verdict = {"objects": set(scene.things) <= set(words), "color": name_background(image) == scene.color}
+        verdict = {"objects": set(things) <= set(words), "color": name_background(image) == scene.color}
         if scene.is_pair:
-            verdict["relation"] = verdict["objects"] and _relation(found, *scene.things) == scene.relation
+            verdict["relation"] = verdict["objects"] and _relation(found, *things) == scene.relation
         else:
             verdict["count"] = len(words) == len(scene.things)
         return verdict
