@@ -331,9 +331,9 @@ def test_a_task_of_choices(load, folder, tmp_path, monkeypatch):
 def test_emoji_tasks_give_our_own_scores(tmp_path, monkeypatch):
     """Both tasks, run as a user does, against our evaluation of the same questions."""
     monkeypatch.chdir(tmp_path)
-    export, evaluate_emoji = import_example("emoji/export_questions.py"), import_example("evaluate_emoji.py")
+    export, evaluate_emoji = import_example("export_emoji_questions.py"), import_example("evaluate_emoji.py")
     evaluate_generation = import_example("evaluate_generation.py")
-    monkeypatch.setattr("sys.argv", ["export_questions.py", "--limit", "20"])
+    monkeypatch.setattr("sys.argv", ["export_emoji_questions.py", "--limit", "20"])
     export.main()
     scores = {}
     for task, visualizer in (("emoji_naming", ""), ("emoji_drawing", f",visualizer={EMOJI_CHECKPOINT}")):
@@ -343,10 +343,10 @@ def test_emoji_tasks_give_our_own_scores(tmp_path, monkeypatch):
         scores[task] = simple_evaluate("metamorph", arguments, **options)["results"][task]
 
     # Naming: the answers of `evaluate_emoji.py`
-    rows, pixels = evaluate_emoji.load_images()
-    records = random.Random(0).sample(evaluate_emoji.EmojiTasks(rows).evaluation("name_twitter_held_out"), 20)
+    tasks = evaluate_emoji.EmojiTasks(evaluate_emoji.load_rows())
+    records = random.Random(0).sample(tasks.evaluation("name_twitter_held_out"), 20)
     pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT)
-    texts, _ = evaluate_emoji.generate_answers(pipe, records, pixels, progress="naming")
+    texts, _ = evaluate_emoji.generate_answers(pipe, records, tasks, progress="naming")
     names = [record["answer"] for record in records]
     assert scores["emoji_naming"]["accuracy,none"] == pytest.approx(sum(map(str.__eq__, texts, names)) / 20)
 
@@ -355,10 +355,22 @@ def test_emoji_tasks_give_our_own_scores(tmp_path, monkeypatch):
     drawing = drawing.remove_columns("image").to_list()
     lines = []
     for index, question in enumerate(drawing):
-        Image.fromarray(pixels[question["row"]].permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+        pixels = evaluate_emoji.draw_image(tasks, question["row"])
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
         lines.append({"caption": question["answer"], "image": f"{index}.png", "id": f"emoji_drawing_test_{index}"})
     captions = write_jsonl(tmp_path / "captions.jsonl", lines)
-    flags = ["--output", "own", "--captions", captions, "--max-new-tokens", "42", "--batch-size", "20", "--cpu"]
+    max_new_tokens = str(24 + pipe.model.config.num_image_tokens + 2)  # the task's length of text, and an image
+    flags = [
+        "--output",
+        "own",
+        "--captions",
+        captions,
+        "--max-new-tokens",
+        max_new_tokens,
+        "--batch-size",
+        "20",
+        "--cpu",
+    ]
     monkeypatch.setattr("sys.argv", ["evaluate_generation.py", *flags])
     evaluate_generation.main()
     own = json.loads((tmp_path / "own" / "result.json").read_text())

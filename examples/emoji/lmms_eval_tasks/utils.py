@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
+from resvg_py import svg_to_bytes
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor
+from metamorph_hf.image_reading import read_image
 
 
 EMOJI = Path(__file__).resolve().parents[1]
@@ -41,7 +43,8 @@ def retrieve(items: list[dict]) -> float:
         return F.normalize(torch.cat([model.get_visual_tokens(part) for part in pixels.split(64)]).flatten(1), dim=1)
 
     rows = Dataset.from_parquet(str(EMOJI / "emoji.parquet"))
-    real = encode([rows[item["row"]]["image"].convert("RGB") for item in items])
+    drawings = [svg_to_bytes(svg_string=rows[item["row"]]["svg"], width=128, height=128) for item in items]
+    real = encode([read_image(bytes(drawing)) for drawing in drawings])
     found = 0
     for index, item in enumerate(items):
         if item["image"] is not None:
