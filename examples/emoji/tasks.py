@@ -4,7 +4,7 @@ An image is known by its number: a row's index, then the training scenes, then t
 `EmojiTasks.sample` gives training records, and `EmojiTasks.evaluation` lists the held-out ones. Training never sees
 
 - the sentences of `HELD_OUT_PHRASINGS`, alone or inside a longer text_to_image prompt;
-- a tenth of CLDR's keywords, in any prompt for an image;
+- a tenth of CLDR's keywords, as or in the subject of a prompt for an image;
 - Twitter's images of 200 emoji, in any question or edit;
 - 100 pairs of emoji and skin tone, in any style, in any task;
 - forward sequences that begin at one of 2 moon phases and 6 clock faces, in any style;
@@ -152,6 +152,7 @@ class EmojiTasks:
         held_out_images (`frozenset[str]`): Base code points whose Twitter images no training question shows.
         held_out_pairs (`frozenset[tuple[str, str]]`): (base, skin tone) pairs that no training record contains.
         held_out_starts (`dict[str, frozenset[int]]`): Per cycle of `CYCLES`, where no forward sequence begins.
+        phrases (`list[str]`): All names, everyday phrases and keywords that mean one emoji.
         emphasis (`list[float]`): Relative frequency of each of `bases`; 1 unless it is changed.
     """
 

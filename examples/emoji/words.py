@@ -126,9 +126,9 @@ class EmojiWords:
 
     def sentences(self, rng: random.Random) -> Iterator[str]:
         """Yield sentences that say what things are, in random order: the text for the language model."""
-        makers = [*self._say_what_emoji_mean(rng), *self._say_what_words_mean(rng)]
-        rng.shuffle(makers)
-        yield from makers
+        sentences = [*self._say_what_emoji_mean(rng), *self._say_what_words_mean(rng)]
+        rng.shuffle(sentences)
+        yield from sentences
 
     def _say_what_emoji_mean(self, rng: random.Random) -> Iterator[str]:
         for base, name in self.names.items():
