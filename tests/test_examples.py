@@ -114,7 +114,7 @@ class TestBenchmark:
         done = run_example("benchmark.py", *sizes, "--prompts", 16, "--compile", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         results = json.loads(done.stdout.splitlines()[-1])["results"]
-        assert len(results) == 15 and all(value > 0 for value in results.values())
+        assert len(results) == 16 and all(value > 0 for value in results.values())
 
     def test_pipeline(self, tmp_path):
         done = run_example("benchmark.py", "--pipeline", "--repeats", 1, "--denoising-steps", 1, cwd=tmp_path)
