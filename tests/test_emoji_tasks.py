@@ -13,7 +13,7 @@ from helpers import EXAMPLES_FOLDER, import_example
 
 
 train = import_example("train_emoji.py")
-evaluate_emoji = import_example("evaluate_emoji.py")
+evaluate_emoji, evaluate_scenes = import_example("evaluate_emoji.py"), import_example("evaluate_scenes.py")
 emoji_images, emoji_scenes, emoji_tasks, emoji_words = (
     import_example(f"emoji.{name}") for name in ("images", "scenes", "tasks", "words")
 )
@@ -102,7 +102,7 @@ class TestSamples:
                 assert answer == scene.color
             elif scene.is_pair:
                 relation = next(key for key, words in emoji_scenes.RELATIONS.items() if words in question)
-                asked = next(thing for thing in scene.things if question.rstrip("?").endswith(f" {thing}"))
+                asked = next(thing for thing in scene.things if question.rstrip("?").endswith(f"the {thing}"))
                 other = next(thing for thing in scene.things if thing != asked)
                 assert answer == other
                 assert relation == (scene.relation if asked == scene.things[1] else opposite[scene.relation])
@@ -185,7 +185,7 @@ class TestNothingLeaks:
                 return frozenset(scene.things)
             return (*scene.things, scene.color) if len(scene.things) == 1 else scene.things
 
-        kinds = ("scene_color", "scene_count", "scene_pair")
+        kinds = ("scene_color", "scene_count", "scene_pair", "scene_binding")
         held_out = {combination(record["answer"]) for kind in kinds for record in tasks.evaluation(kind)}
         trained = {combination(scene) for scene in tasks.scenes}
         assert len(held_out) > 100 and not held_out & trained
@@ -213,6 +213,7 @@ class TestEvaluation:
             ("scene_color", 100),
             ("scene_count", 100),
             ("scene_pair", 100),
+            ("scene_binding", 100),
         ],
     )
     def test_size_and_form(self, tasks, kind, size):
@@ -346,7 +347,7 @@ class TestImages:
 class TestScenes:
     def test_real_scenes_are_right_and_wrong_ones_are_not(self, things):
         judge, rng = emoji_scenes.SceneJudge(things), random.Random(11)
-        kinds = ("color", "count", "pair", "pair")
+        kinds = ("color", "count", "pair", "binding")
         scenes = [emoji_scenes.sample_scene(rng, held_out=True, kind=kinds[i % 4]) for i in range(40)]
         right = 0
         for scene in scenes:
@@ -389,6 +390,25 @@ class TestScenes:
                 scales = [max(0.05, values.square().mean().sqrt().item()) for values in (window, template)]
                 expected = (window * template).mean().item() / (scales[0] * scales[1])
                 assert found[index, row, column].item() == pytest.approx(expected, abs=1e-4)
+
+    def test_words_of_one_sprite_are_one(self, things):
+        """A heart is a red heart, whichever of the words the prompt has."""
+        judge = emoji_scenes.SceneJudge(things)
+        for word in ("heart", "red heart"):
+            scene = emoji_scenes.Scene((word, "blue square"), "white", "above")
+            assert all(judge.judge(emoji_scenes.draw_scene(scene, things), scene).values())
+
+    @pytest.mark.parametrize("category", evaluate_scenes.CATEGORIES)
+    def test_benchmark_asks_for_what_was_never_trained(self, category):
+        prompts = evaluate_scenes.make_prompts(category, 30)
+        assert prompts == evaluate_scenes.make_prompts(category, 30)
+        for text, scene in prompts:
+            assert scene.color == "white" and scene.things[0] in text
+            assert scene.is_held_out or category in ("single_object", "colors")
+
+    def test_interval(self):
+        """The textbook's: 8 of 10."""
+        assert evaluate_scenes.wilson_interval(8, 10) == pytest.approx((49.0, 94.3), abs=0.1)
 
     @pytest.mark.parametrize("color", emoji_scenes.COLORS)
     def test_background_is_that_of_most_of_the_border(self, color):

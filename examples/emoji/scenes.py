@@ -151,10 +151,13 @@ class SceneJudge:
     LEAST_CONTRAST = 0.05  # standard deviation of colors in [0, 1], below which a place counts as plain
 
     def __init__(self, sprites: dict[str, torch.Tensor], threshold: float = 0.6):
-        self.words, self.threshold = [*sprites], threshold
+        self.threshold, first = threshold, {}
+        # "heart" and "red heart" have one sprite, which goes by the word that comes first.
+        self.known_as = {word: first.setdefault(sprite.numpy().tobytes(), word) for word, sprite in sprites.items()}
+        self.words = [*first.values()]
         # Half resolution is enough to tell objects apart, and 16 times as fast.
         self.sprites = {
-            size: torch.stack([resize(sprite, size // 2) for sprite in sprites.values()]) / 255 for size in self.SIZES
+            size: torch.stack([resize(sprites[word], size // 2) for word in self.words]) / 255 for size in self.SIZES
         }
 
     @torch.no_grad()
@@ -190,16 +193,14 @@ class SceneJudge:
 
     def judge(self, image: torch.Tensor, scene: Scene) -> dict[str, bool]:
         """Judge an image by what a prompt for `scene` asks for: `objects`, `count`, `color` and `relation`."""
-        # By the emoji's name, as "heart" and "red heart" are the same.
-        things = [MEANINGS.get(thing, thing) for thing in scene.things]
-        found = [(MEANINGS.get(word, word), *place) for word, *place in self.find(image)]
-        found = [entry for entry in found if entry[0] in things]
+        things = [self.known_as[thing] for thing in scene.things]
+        found = [entry for entry in self.find(image) if entry[0] in things]
         words = [entry[0] for entry in found]
         verdict = {"objects": set(things) <= set(words), "color": name_background(image) == scene.color}
         if scene.is_pair:
             verdict["relation"] = verdict["objects"] and _relation(found, *things) == scene.relation
         else:
-            verdict["count"] = len(words) == len(scene.things)
+            verdict["count"] = len(words) == len(things)
         return verdict
 
 
