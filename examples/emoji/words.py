@@ -27,7 +27,7 @@ def add_article(noun: str, rng: random.Random) -> str:
     """Put a/an, the or some before `noun`, unless it has an article already."""
     if INDEFINITE.match(noun):
         return noun
-    if noun.endswith("s") and not noun.endswith("ss"):
+    if noun.endswith("s") and not noun.endswith(("ss", "us")):  # "glass" and "bus" are singular
         return f"{rng.choice(('some', 'the'))} {noun}"
     return f"{rng.choice((indefinite_article(noun),) * 3 + ('the',))} {noun}"
 
