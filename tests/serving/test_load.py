@@ -173,4 +173,4 @@ def test_process_that_is_killed(server, client, capsys):
         )
         print(f"seconds (the start of the whole server took {server.start_seconds:.0f})")
     assert set(statuses) <= {200, 503}
-    assert replaced < max(30, server.start_seconds)  # a busy machine imports torch slowly
+    assert replaced < max(30, 3 * server.start_seconds)  # a busy machine imports torch slowly
