@@ -112,7 +112,7 @@ def join_images(images: list[Image.Image]) -> Image.Image:
 
 
 def write_layout(layout: str, prompts: list[Prompt], samples: Path, folder: Path) -> dict[str, Any]:
-    """Write a benchmark's folder from the images in `samples`; return what `result.json` says about it.
+    """Write a benchmark's folder from the images in `samples`; return the facts about it for `result.json`.
 
     In the place of a missing image GenEval and DPG-Bench get a black one: GenEval's scorer would leave it out of the
     mean, and DPG-Bench's reads all four at once. WISE's scorer asks for the ids that are missing.

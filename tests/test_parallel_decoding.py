@@ -137,6 +137,17 @@ MIXED = [[92, IMAGE_START], [14, 15, 16, IMAGE_START], [14, 209]]
 ONE_ENDS_FIRST = [[92, 93, IMAGE_START], [92, 93, IMAGE_START], [14, 209]]
 
 
+def test_a_row_that_writes_the_pad_token_has_not_finished(model, batch):
+    """Its text stands beside the others' images, so that these take a query per step."""
+    scripts, pad = [[92, IMAGE_START], [14, 5, 15, 16, 17], [92, IMAGE_START]], 5
+    options = {"pad_token_id": pad, "logits_processor": [Script(batch["input_ids"].shape[1], *scripts)]}
+    outputs, expected = (generate(model, batch, passes, **options) for passes in (True, False))
+    assert outputs.sequences.tolist() == expected.sequences.tolist()
+    assert outputs.sequences[1, batch["input_ids"].shape[1] :][:5].tolist() == scripts[1]
+    for tokens, expected_tokens in zip(outputs.visual_tokens, expected.visual_tokens, strict=True):
+        torch.testing.assert_close(tokens, expected_tokens, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("scripts", [TOGETHER, TWICE, MIXED, ONE_ENDS_FIRST])
 @pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_against_a_plain_loop(model, batch, scripts, kwargs):

@@ -1,4 +1,4 @@
-"""Step 2 of the emoji recipe: a small Llama reads sentences that say what things are."""
+"""Step 2 of the emoji recipe: a small Llama learns from sentences that define words."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the emoji model is told about words: names, everyday phrases, CLDR keywords and WordNet's definitions."""
+"""Words of the emoji model: names, everyday phrases, CLDR's keywords and WordNet's definitions."""
 
 import random
 import re
@@ -61,6 +61,7 @@ class EmojiWords:
         owners (`dict[str, list[str]]`): Code points of all emoji that have a keyword.
         meanings (`dict[str, str]`): The one emoji that a phrase means, for all phrases that are not ambiguous.
         held_out (`frozenset[str]`): The keywords that stand in no caption.
+        captions (`dict[str, list[str]]`): The keywords that a caption may use instead of the name, by code points.
         glosses (`list[tuple[str, str, str]]`): Word, definition and kind.
     """
 
@@ -92,7 +93,7 @@ class EmojiWords:
         self.held_out = frozenset(
             random.Random(3).sample(unsaid, min(len(unsaid), int(HELD_OUT_KEYWORDS * len(self.owners))))
         )
-        self.captions = {base: [] for base in self.names}  # the keywords that a caption may use instead of the name
+        self.captions = {base: [] for base in self.names}
         for keyword in sorted(self.owners):
             base = self._choose_meaning(keyword)
             if base is not None and keyword not in self.meanings:

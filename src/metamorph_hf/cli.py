@@ -1,4 +1,4 @@
-"""The command `metamorph-hf`, and what it shares with the scripts in `examples/`."""
+"""The command `metamorph-hf`, and functions that it shares with the scripts in `examples/`."""
 
 import argparse
 import sys

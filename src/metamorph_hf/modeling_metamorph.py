@@ -165,7 +165,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         is_concatenated = config.token_reduction == "concat_interpolation"
         side, target = round(num_patches**0.5), config.grid_side * (2 if is_concatenated else 1)
         if side**2 != num_patches:
-            raise ValueError(f"The tower returned {num_patches} patches per image, which do not form a square grid.")
+            problem = f"The vision tower returned {num_patches} patches per image, which do not form a square grid"
+            raise ValueError(f"{problem}: use a vision encoder with square images and patches.")
         grid = patches.transpose(1, 2).reshape(num_images, channels, side, side)
         if side != target:
             resized = F.interpolate(grid.float(), size=(target, target), mode="bilinear", align_corners=False)

@@ -34,7 +34,7 @@ build_user_turn = ConfigurableMessagesTask._build_user_turn  # tells images and 
 
 
 def manifest() -> ModelManifest:
-    """Return what the entry point registers."""
+    """Return the manifest that the entry point registers."""
     return ModelManifest("metamorph", f"{__name__}.MetaMorphSimple", f"{__name__}.MetaMorphChat")
 
 
@@ -109,7 +109,7 @@ class MetaMorphChat(lmms):
         return request.args[1]
 
     def read_round(self, request: Instance, outputs: list[str], info: Any) -> tuple[list[dict] | None, Any]:
-        """Return the messages of the next round, None after the last one, and what the task remembers."""
+        """Return the messages of the next round, None after the last one, and the state that the task keeps."""
         document, build = self.get_document(request), self.get_builder(request)
         rounds = {"round_idx": len(outputs), "previous_output": list(outputs), "previous_round_info": info}
         messages, is_over, _, info = build(document, **rounds) if outputs else (build(document), False, None, None)

@@ -46,7 +46,7 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, FileNotFoundError):
-        return "An image of this conversation is no longer stored. Clear the conversation, and begin anew."
+        return "An image of this conversation is no longer stored. Clear the conversation, and start a new one."
     logger.exception("An answer failed.", exc_info=error)
     if isinstance(error, torch.OutOfMemoryError):
         return "The model ran out of memory. Try fewer or smaller images, or a shorter conversation."
@@ -110,13 +110,13 @@ def save_image(image: PIL.Image.Image, seed: int) -> str:
 
 
 class Handlers:
-    """What the page's buttons do. There is no state but the source: sessions cannot mix."""
+    """The functions behind the page's buttons. They keep nothing of a conversation, so sessions cannot mix."""
 
     def __init__(self, source: PipelineSource | ServerSource):
         self.source = source
 
     def answer(self, message: dict, history: list[dict], remember: bool, *settings) -> Iterator[list]:
-        """Yield the messages that stand for the answer so far: what the model said, and a notice of this page."""
+        """Yield the answer so far as messages: the model's own, and perhaps a notice of this page."""
         content, notices = [], []
         try:
             options = read_options(*settings)

@@ -194,7 +194,7 @@ class BatchAnswerer:
         self.pipe, self.settings = pipe, settings
 
     def prepare(self, request: Request, send: Callable[[Event], None]) -> Row:
-        """Read a request's images and check what it asks for, or raise the `ValueError` of the pipeline."""
+        """Read a request's images and check its options, or raise the `ValueError` of the pipeline."""
         limit, max_pixels = self.settings.max_image_pixels, self.settings.max_output_pixels
         if request.messages is None:
             images = [open_image(image, limit) for image in request.images]
@@ -218,7 +218,7 @@ class BatchAnswerer:
         return Row(request, conversation, inputs["input_ids"].shape[1], self.pipe, send)
 
     def check_prompt(self, input_ids: torch.LongTensor) -> None:
-        """Raise what `generate` would raise for the whole batch."""
+        """Raise the error that `generate` would raise for the whole batch."""
         self.pipe.model._check_prompts(input_ids, None, mm_encoder_outputs=True)
 
     def run_batch(self, rows: list[Row]) -> None:

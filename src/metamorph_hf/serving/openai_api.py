@@ -99,7 +99,7 @@ class StreamOptions(Strict):
 
 
 class ImageOptions(Strict):
-    """What chats and images have in common."""
+    """The fields that requests for chats and for images share."""
 
     model: str
     n: int = Field(1, ge=1)
@@ -179,14 +179,14 @@ class Server:
         self.files = FileStore(int(settings.max_stored_mb * 1e6))
         self.created = int(time.time())
 
-    # -- What requests ask for --
+    # -- Reading requests --
 
     def check_limit(self, name: str, value: int | None, limit: int) -> None:
         if value is not None and value > limit:
             raise ApiError(400, f"`{name}` is {value}, but this server allows at most {limit}.", name)
 
     def build_request(self, options: ImageOptions, **more) -> Request:
-        """Check what chats and images have in common."""
+        """Check the fields that all requests share, and return the engine's request."""
         if options.model != (name := self.settings.model_name):
             raise ApiError(404, f"The model {options.model!r} is not served here, but {name!r} is.", "model")
         self.check_limit("num_inference_steps", options.num_inference_steps, self.settings.max_steps)
@@ -228,7 +228,7 @@ class Server:
             read.append({"role": message.role, "content": content})
         return read
 
-    # -- What the replicas answer --
+    # -- Answers of the replicas --
 
     async def answer(self, requests: list[Request]) -> AsyncIterator[Event]:
         """Yield the events of the answers, from another replica if one dies before its first event."""

@@ -15,7 +15,7 @@ def setting(default, help: str):
 
 @dataclass
 class Settings:
-    """What a server is started with: the command's options, and the `args` of a configuration for `serve deploy`."""
+    """Settings of a server: options of the command, and `args` of a configuration file for `serve deploy`."""
 
     pipeline: str = field(metadata={"help": "pipeline folder or Hub id"})
     model_name: str = setting("", "name of the model in the API (default: the last part of the pipeline's)")

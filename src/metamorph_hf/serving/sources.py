@@ -1,7 +1,7 @@
-"""What answers the chat page: a pipeline in this process, or a running server.
+"""The sources of the chat page's answers: a pipeline in this process, or a running server.
 
 Both yield the same events: pieces of text (`str`), the progress of an image that is coming ([`Progress`]), and
-finished images (`PIL.Image.Image`). What goes wrong is raised.
+finished images (`PIL.Image.Image`). Errors are raised.
 """
 
 import base64
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Progress(NamedTuple):
-    """The state of an image that is not finished: what happens, and the share of it that is done, from 0 to 1."""
+    """The state of an unfinished image: a title for the current step, and the share of it that is done, 0 to 1."""
 
     title: str
     share: float

@@ -31,7 +31,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass
 class _Conversation:
-    """A sample on its way into a batch: what it holds, its rendered text, and then its ids and labels."""
+    """A sample on its way into a batch: its content, then its rendered text, then its ids and labels."""
 
     messages: list[dict[str, Any]]
     tools: list
@@ -189,7 +189,7 @@ class DataCollatorForVPiT:
         return batch
 
     def _encode(self, examples: list[dict[str, Any]], max_length: int | None) -> list[_Conversation | BadSample]:
-        """Return each example with its ids and labels, or what is wrong with it. The texts are tokenized together."""
+        """Return each example with its ids and labels, or the error in it. The texts are tokenized together."""
         found = []
         for example in examples:
             try:

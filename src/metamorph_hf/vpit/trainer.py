@@ -381,7 +381,7 @@ class VPiTTrainer(SFTTrainer):
         if self.visual_loss_weight:
             loss = loss + self.visual_loss_weight * outputs.visual_loss
         losses = torch.stack([part.detach() for part in (loss, outputs.text_loss, outputs.visual_loss)])
-        by_task = tasks, self._sum_by_sample(inputs, outputs, len(tasks)) if tasks else None
+        by_task = (tasks, self._sum_by_sample(inputs, outputs, len(tasks)) if tasks else None)
         self._unchecked_losses.append((losses, sample_ids, by_task))
 
         num_text, num_visual = outputs.num_text_labels, outputs.num_visual_labels

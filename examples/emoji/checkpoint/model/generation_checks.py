@@ -89,7 +89,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}, expected floats of shape (B, S, D).")
     for name in ("attention_mask", "position_ids"):
         tensor = options.get(name)
-        if tensor is not None and ids is not None and ids.numel() and (tensor.shape[-1:] != ids.shape[-1:]):
+        is_wrong = tensor is not None and ids is not None and (tensor.ndim < 2 or tensor.shape[-1] != ids.shape[1])
+        if is_wrong and ids.numel():
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but `input_ids` has {tuple(ids.shape)}.")
 
 

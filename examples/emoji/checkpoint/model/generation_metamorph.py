@@ -15,6 +15,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     ProcessorMixin,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 from transformers.cache_utils import Cache
@@ -139,13 +140,25 @@ class MetaMorphStreamer(TextIteratorStreamer):
             self.text_queue.put(torch.cat(steps, dim=1)[0])
 
 
+class TrackedStoppingCriteria(StoppingCriteriaList):
+    """Stopping criteria that remember which rows have finished, `finished` of shape (B,)."""
+
+    finished: torch.BoolTensor | bool = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        is_done = super().__call__(input_ids, scores, **kwargs)
+        self.finished = self.finished | is_done
+        return is_done
+
+
 @dataclass
 class DecodingState:
     """State of one call of `generate()` between its steps."""
 
     prompt_length: int
+    stopping_criteria: TrackedStoppingCriteria
     allows_passes: bool  # whether one pass may cover all steps of an image
-    end_ids: list[int]  # last ids of rows that have finished
+    needs_logits: bool  # whether anybody reads the logits of steps whose next id is forced
     visual_tokens: list[torch.Tensor] = field(default_factory=list)  # the vision head's output (B, 1, V) of each step
     num_ahead: int = 0  # number of steps that the current pass covers beside its own
     pending: list[ModelOutput] = field(default_factory=list)  # outputs of the next steps, computed in one pass
@@ -254,6 +267,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if allows_images:
             max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
             processors.append(ImageLogitsProcessor(config, generation_config, input_ids_seq_length, max_length))
+            # The caller's processors come before it, and so read the logits of forced steps, too.
+            model_kwargs["has_readers"] = bool(kwargs.get("logits_processor"))
         return processors
 
     @property
@@ -280,8 +295,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
             return model_kwargs
         if state.num_ahead:
             # transformers' loop adds one token per step, so the outputs of a pass are dealt out to its next steps.
-            logits, visual_tokens = outputs.logits.split(1, dim=1), outputs.next_visual_token.split(1, dim=1)
-            visual_tokens = visual_tokens[-len(logits) :]
+            num_steps = state.num_ahead + 1
+            logits = outputs.logits.expand(-1, num_steps, -1).split(1, dim=1)
+            visual_tokens = outputs.next_visual_token[:, -num_steps:].split(1, dim=1)
             outputs.logits, outputs.next_visual_token = logits[0], visual_tokens[0]
             state.pending = [
                 type(outputs)(logits=one, next_visual_token=other, cache=outputs.cache)
@@ -312,7 +328,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 if (positions := kwargs.get("position_ids")) is not None:
                     steps = torch.arange(1, num_ahead + 1, device=positions.device)
                     kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + steps], dim=1)
-                kwargs["logits_to_keep"] = num_ahead + 1
+                if state.needs_logits:
+                    kwargs["logits_to_keep"] = num_ahead + 1
                 next_sequence_length = next_sequence_length and num_ahead + 1
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, next_sequence_length=next_sequence_length, **kwargs
@@ -330,15 +347,13 @@ class MetaMorphGenerationMixin(GenerationMixin):
         """Count the visual tokens that one pass can add, if all unfinished rows are at one position of an image."""
         if not state.allows_passes:
             return 0
-        indices = self._index_queries(input_ids[:, state.prompt_length :])[:, -1].tolist()
-        num_left = set()
+        last, num_image_tokens = input_ids[:, -1], self.config.num_image_tokens
+        is_visual, is_start = last == self.config.image_token_id, last == self.config.image_start_token_id
+        num_left = num_image_tokens - 1 - self._index_queries(input_ids[:, state.prompt_length :])[:, -1]
+        num_left = num_left.where(is_visual, 0).masked_fill(is_start, num_image_tokens)
         # The loop has just waited for the device to learn whether rows are unfinished, so this copy costs little.
-        for last, index in zip(input_ids[:, -1].tolist(), indices):
-            if last == self.config.image_start_token_id:
-                num_left.add(self.config.num_image_tokens)
-            elif last not in state.end_ids:
-                num_left.add(self.config.num_image_tokens - 1 - index if last == self.config.image_token_id else 0)
-        return num_left.pop() if len(num_left) == 1 else 0
+        counts = {*num_left.masked_fill(torch.as_tensor(state.stopping_criteria.finished), -1).tolist()} - {-1}
+        return counts.pop() if len(counts) == 1 else 0
 
     def _check_prompts(
         self, input_ids, generation_config, cache=None, inputs_embeds=None, mm_encoder_outputs=None, **kwargs
@@ -384,12 +399,13 @@ class MetaMorphGenerationMixin(GenerationMixin):
         logger.warning("%s, so the answer will be text: %s, or max_images=0 for text only.", sentence, advice)
 
     # Overridden to keep the state of the steps, and to return visual tokens beside the ids.
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, has_readers=False, **kwargs):
         self._check_prompts(input_ids, generation_config, **kwargs)
         allows_images, image_start = self._allows_images(generation_config), self.config.image_start_token_id
-        ends = [generation_config._pad_token_tensor, generation_config._eos_token_tensor]
-        end_ids = [id for ids in ends if ids is not None for id in ids.view(-1).tolist()]
-        state = DecodingState(input_ids.shape[1], self._allows_passes(generation_config, **kwargs), end_ids)
+        stopping_criteria = TrackedStoppingCriteria(stopping_criteria)
+        allows_passes = self._allows_passes(generation_config, **kwargs)
+        needs_logits = has_readers or generation_config.output_logits
+        state = DecodingState(input_ids.shape[1], stopping_criteria, allows_passes, needs_logits)
         if allows_images:
             self._check_room(input_ids, generation_config, logits_processor[-1].max_length)
             kwargs["decoding_state"] = state
