@@ -29,44 +29,33 @@ from metamorph_hf import MetaMorphPipeline
 
 BATCH_SIZE = 16
 PROMPTS = 100  # of each category
-
-
-def name_thing(thing: str) -> str:
-    return f"{indefinite_article(thing)} {thing}"
+# The single things of a category, or the kind of its held-out scenes.
+CATEGORIES = {
+    "single_object": OBJECTS,
+    "two_objects": "pair",
+    "counting": "count",
+    "colors": PAINTED,
+    "position": "pair",
+    "attribute_binding": "binding",
+}
 
 
 def make_prompts(category: str, count: int) -> list[tuple[str, Scene]]:
     """Make prompts of a category, each with the scene that it describes; always the same ones."""
-    rng, prompts = random.Random(category), []
+    rng, source, prompts = random.Random(category), CATEGORIES[category], []
     for _ in range(count):
-        match category:
-            case "single_object":
-                scene = Scene((rng.choice(OBJECTS),))
-                text = name_thing(scene.things[0])
-            case "two_objects":
-                scene = sample_scene(rng, held_out=True, kind="pair")
-                scene = Scene(scene.things)
-                text = " and ".join(map(name_thing, scene.things))
-            case "counting":
-                scene = sample_scene(rng, held_out=True, kind="count")
-                scene = Scene(scene.things)
-                text = f"{NUMBERS[len(scene.things)]} {make_plural(scene.things[0])}"
-            case "colors":
-                scene = Scene((rng.choice(PAINTED),))
-                text = name_thing(scene.things[0])
-            case "position":
-                scene = sample_scene(rng, held_out=True, kind="pair")
-                scene = Scene(scene.things, relation=scene.relation)
-                text = f" {RELATIONS[scene.relation]} ".join(map(name_thing, scene.things))
-            case "attribute_binding":
-                scene = sample_scene(rng, held_out=True, kind="binding")
-                scene = Scene(scene.things)
-                text = " and ".join(map(name_thing, scene.things))
+        if isinstance(source, list):
+            scene = Scene((rng.choice(source),))
+        else:
+            found = sample_scene(rng, held_out=True, kind=source)
+            scene = Scene(found.things, relation=found.relation if category == "position" else "left")
+        if category == "counting":
+            text = f"{NUMBERS[len(scene.things)]} {make_plural(scene.things[0])}"
+        else:
+            joint = RELATIONS[scene.relation] if category == "position" else "and"
+            text = f" {joint} ".join(f"{indefinite_article(thing)} {thing}" for thing in scene.things)
         prompts.append((text, scene))
     return prompts
-
-
-CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "attribute_binding")
 
 
 def is_right(judge: SceneJudge, image: torch.Tensor, scene: Scene, category: str) -> bool:
