@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from common import EMOJI_CHECKPOINT
-from emoji.images import IMAGE_SIZE, encode_images, load_images, load_rows, normalize
+from emoji.images import DEVICE, IMAGE_SIZE, encode_images, load_images, load_rows, normalize
 from emoji.language import train_language_model
-from emoji.siglip import TRAINING, augment, train_siglip
+from emoji.siglip import ATTENTION, TRAINING, augment, train_siglip
 from emoji.tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_stream
 from emoji.visualizer import add_token_noise, train_autoencoder, train_visualizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -54,7 +54,7 @@ VOCABULARY = 6144
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 VIEWS = 2  # augmented copies of each image that questions may show instead
 NOISE = 0.6  # largest move of the visual tokens of these copies, relative to a token's norm
-STEPS = {"siglip": 1800, "language": 900, "projector": 60, "full": 8000, "autoencoder": 5000, "unet": 5000}
+STEPS = {"siglip": 1800, "language": 2000, "projector": 60, "full": 6700, "autoencoder": 5000, "unet": 8000}
 QUICK_STEPS = {"siglip": 3, "language": 3, "projector": 2, "full": 3, "autoencoder": 3, "unet": 3}
 
 
@@ -162,7 +162,7 @@ def train_stage(
     batch: int,
 ) -> None:
     """Run VPiT stage 1 ("projector") or 2 ("full") and save it in `out/final`; resume from a checkpoint in `out`."""
-    model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
+    model.set_attn_implementation(ATTENTION)
     args = VPiTConfig(
         str(out),
         **TRAINING,
@@ -170,7 +170,7 @@ def train_stage(
         max_steps=steps,
         per_device_train_batch_size=batch,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps // 3, "decay_type": "1-sqrt"},
+        lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
         warmup_steps=max(1, steps // 25),
         max_length=480,
         activation_checkpointing=False,
@@ -190,18 +190,18 @@ def generate_for(
 ) -> torch.Tensor:
     """Generate the visual tokens (prompts, N, V) of an image for each prompt, float16."""
     generated = []
-    for start in tqdm(range(0, len(prompts), 64), desc="generating visual tokens"):
+    for start in tqdm(range(0, len(prompts), 256), desc="generating visual tokens"):
         inputs = processor.apply_chat_template(
-            [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[start : start + 64]],
+            [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[start : start + 256]],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
-        )
+        ).to(model.device)
         options = {"max_new_tokens": model.config.num_image_tokens + 3, "do_sample": False, "force_image": True}
         output = model.eval().generate(**inputs, **options, return_dict_in_generate=True)
-        generated.append(torch.stack([images[0] for images in output.visual_tokens]).half())
+        generated.append(torch.stack([images[0] for images in output.visual_tokens]).half().cpu())
     return torch.cat(generated)
 
 
@@ -251,7 +251,7 @@ def main() -> None:
     tower = SiglipModel.from_pretrained(work / "siglip").vision_model
     language_model = LlamaForCausalLM.from_pretrained(work / "language")
 
-    model = build_model(processor, tower, language_model)
+    model = build_model(processor, tower, language_model).to(DEVICE)
     views = encode_views(model, pixels, 1 if args.quick else VIEWS)
     # The differences between look-alikes are a small part of their tokens, and so of the loss.
     tasks.emphasis = (1 + find_look_alikes(views[0, tasks.bases]).float()).tolist()
@@ -259,8 +259,8 @@ def main() -> None:
         folder = work / f"stage{number}"
         if not (folder / "final").is_dir():
             print(f"{number + 2}/6 VPiT stage {number}")
-            train_stage(stage, model, processor, tasks, views, folder, steps[stage], 4 if args.quick else 32)
-        model = MetaMorphForConditionalGeneration.from_pretrained(folder / "final")
+            train_stage(stage, model, processor, tasks, views, folder, steps[stage], 4 if args.quick else 64)
+        model = MetaMorphForConditionalGeneration.from_pretrained(folder / "final").to(DEVICE)
 
     print("5/6 Autoencoder")
     chosen, prompts = choose_visualizer_images(tasks)

@@ -268,13 +268,17 @@ def test_second_turn_reads_queries(model):
     torch.testing.assert_close(outputs.logits[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_steps_take_a_query_each(golden, batch):
+@pytest.mark.parametrize("passes", [True, False])
+def test_steps_are_compiled_once_and_passes_never(golden, batch, passes):
     torch.manual_seed(0)
     model = golden.build_model(visual_decoding="parallel")
     compile_config = CompileConfig(fullgraph=True, backend="eager")
     compile_config._compile_all_devices = True
     kwargs = {"logits_processor": [Script(batch["input_ids"].shape[1], *TOGETHER)]}
-    outputs = generate(model, batch, cache_implementation="static", compile_config=compile_config, **kwargs)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outputs = generate(model, batch, passes, cache_implementation="static", compile_config=compile_config, **kwargs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert_same(outputs, generate(model, batch, **kwargs))
 
 

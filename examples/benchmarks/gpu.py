@@ -41,7 +41,7 @@ from metamorph_hf.vpit.stages import complete_peft_config
 
 TESTS = Path(__file__).parents[2] / "tests"
 # Hidden width, layers, width of the MLP, heads and heads of keys and values: Llama 3.2 1B and Llama 3.1 8B.
-SIZES = {"1 B": (2048, 16, 8192, 32, 8), "8 B": (4096, 32, 14336, 32, 8), "tiny": (32, 2, 64, 4, 2)}
+SIZES = {"1 B": (2048, 16, 8192, 32, 8), "8 B": (4096, 32, 14336, 32, 8), "tiny": (64, 2, 64, 4, 2)}
 Batch = dict[str, torch.Tensor]
 
 
@@ -203,7 +203,10 @@ def run_tests(report: Report) -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"they took more than {seconds:.0f} seconds") from error
-    return {"result": (done.stdout.splitlines() or [done.stderr[-200:]])[-1]}
+    last = [*done.stderr.splitlines(), *done.stdout.splitlines()][-1]
+    if done.returncode not in (0, 1):  # 1: some of them failed
+        raise RuntimeError(last)
+    return {"result": last}
 
 
 def measure_matmul(report: Report, size: int) -> float:
@@ -268,6 +271,35 @@ def measure_training(
     return rows
 
 
+def measure_cross_entropy(report: Report, args: argparse.Namespace, kind: str) -> dict:
+    """Time the cross-entropy of 8,192 positions and its gradients: ours, of whole logits, or Liger's."""
+    model = build_model("tiny" if args.tiny else "1 B", report.device, torch.bfloat16)
+    head, count = model.lm_head, 64 if args.tiny else 8192
+    hidden_states = torch.randn(count, head.in_features, device=report.device, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(model.config.image_start_token_id, (count,), device=report.device)
+    if kind == "ours":
+        loss = lambda: model._measure_text(hidden_states, labels)[0].mean()  # noqa: E731
+    elif kind == "whole":
+        loss = lambda: F.cross_entropy(head(hidden_states).float(), labels)  # noqa: E731
+    else:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = partial(LigerFusedLinearCrossEntropyLoss(), head.weight, hidden_states, labels)
+
+    def step() -> None:
+        loss().backward()
+        head.weight.grad = hidden_states.grad = None
+
+    is_cuda = report.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if is_cuda else 0
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    numbers = {"layout": kind, "ms": f"{1000 * report.time(step):.1f}"}
+    if is_cuda:
+        numbers["peak GB"] = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.2f}"
+    return numbers
+
+
 @torch.no_grad()
 def measure_generation(report: Report, model: MetaMorphForConditionalGeneration, batch: int, **options) -> dict:
     """Time an image's tokens after a prompt of 128."""
@@ -322,20 +354,25 @@ def measure_all(report: Report, args: argparse.Namespace, peak_speed: float) -> 
         for attention, needs in (("sdpa", None), ("flash_attention_2", "flash_attn")):
             run = partial(measure_training, report, args, "tiny" if args.tiny else size, kind, attention, peak_speed)
             report.measure(f"training, {size}, {kind}, {attention}", run, needs, seconds=args.training_seconds)
+    for kind, needs in (("ours", None), ("whole", None), ("Liger", "liger_kernel")):
+        report.measure("cross-entropy, 8,192 positions", partial(measure_cross_entropy, report, args, kind), needs)
     static = {"cache_implementation": "static"}
     modes = {"eager": {}, "static": {**static, "disable_compile": True}, "compiled": static}
-    for decoding in ("autoregressive", "parallel"):
-        size, dtype = "tiny" if args.tiny else "1 B", torch.bfloat16
-        model = build_model(size, report.device, dtype, visual_decoding=decoding).eval()
-        for mode, options in modes.items():
-            for batch in args.batches:
+    decodings = {
+        decoding: build_model(
+            "tiny" if args.tiny else "1 B", report.device, torch.bfloat16, visual_decoding=decoding
+        ).eval()
+        for decoding in ("autoregressive", "parallel")
+    }
+    for mode, options in modes.items():
+        for batch in args.batches:
+            for decoding, model in decodings.items():
                 name = f"generation, 1 B, {decoding}, {mode}, batch {batch}"
                 if mode == "compiled" and report.device.type == "cpu":
                     report.left_out[name] = "steps are compiled on GPUs"
                 else:
                     run = partial(measure_generation, report, model, batch, **options)
                     report.measure(name, run, seconds=args.training_seconds / 2)
-        del model
     if not args.tiny:
         report.measure("tests that name a device", partial(run_tests, report), "pytest", seconds=30)
 

@@ -3,7 +3,8 @@
 import hashlib
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .tasks import CYCLES, EmojiTasks
 PARQUET = Path(__file__).parent / "emoji.parquet"
 CACHE = Path.home() / ".cache" / "metamorph_hf"
 IMAGE_SIZE = 128
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_rows(quick: bool = False) -> list[dict]:
@@ -61,7 +63,9 @@ def load_sprites(rows: list[dict], size: int = IMAGE_SIZE) -> torch.Tensor:
     file = CACHE / f"emoji-{digest}.npy"
     if not file.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
-        sprites = np.stack([render(row["svg"], size) for row in tqdm(rows, desc="rendering emoji")])
+        with ProcessPoolExecutor() as pool:
+            drawings = pool.map(partial(render, size=size), [row["svg"] for row in rows], chunksize=32)
+            sprites = np.stack([*tqdm(drawings, desc="rendering emoji", total=len(rows))])
         temporary = file.with_suffix(".tmp.npy")
         np.save(temporary, sprites.transpose(0, 3, 1, 2))
         temporary.replace(file)
@@ -91,7 +95,8 @@ def enlarge_centers(images: torch.Tensor) -> torch.Tensor:
 def encode_images(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
     """Encode uint8 pixels (I, 3, height, width) into visual tokens (I, N, V), float32 on the CPU."""
     batches = tqdm(pixels.split(256), desc="encoding images", leave=False)
-    return torch.cat([model.eval().get_visual_tokens(normalize(batch)).float() for batch in batches])
+    encode = model.eval().get_visual_tokens
+    return torch.cat([encode(normalize(batch.to(model.device))).float().cpu() for batch in batches])
 
 
 def load_images(tasks: EmojiTasks) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
-from .siglip import TRAINING
+from .siglip import ATTENTION, TRAINING
 from .words import EmojiWords
 
 
@@ -56,7 +56,7 @@ def train_language_model(
     """Train on the sentences of `words`, or continue from a checkpoint in `out`, and save the model in `out`."""
     torch.manual_seed(0)
     model = build_language_model(tokenizer, quick)
-    model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
+    model.set_attn_implementation(ATTENTION)
     args = TrainingArguments(
         str(out),
         **TRAINING,

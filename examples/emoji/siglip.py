@@ -6,6 +6,7 @@ needs. It is thrown away afterwards.
 """
 
 import math
+import os
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, Tra
 
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
-from .images import IMAGE_SIZE, normalize
+from .images import DEVICE, IMAGE_SIZE, normalize
 from .tasks import EmojiTasks, describe_scene, expand
 
 
@@ -32,13 +33,16 @@ TRAINING = {  # also for the language model and the stages of VPiT
     "weight_decay": 0.05,
     "adam_beta2": 0.98,
     "train_sampling_strategy": "sequential",
-    "use_cpu": True,
+    "use_cpu": DEVICE.type == "cpu",
     "bf16": True,
     "dataloader_pin_memory": False,
-    "save_steps": 200,
+    "dataloader_num_workers": 0 if DEVICE.type == "cpu" else min(12, os.cpu_count() - 1),
+    "save_steps": 500,
     "save_total_limit": 1,
     "report_to": "none",
 }
+# The gradient of torch's fused attention is slow in bfloat16 on a CPU.
+ATTENTION = "eager" if DEVICE.type == "cpu" else "sdpa"
 
 
 class PixelSiglip(SiglipModel):
@@ -142,7 +146,7 @@ def train_siglip(
     """Train on uint8 pixels (rows and scenes, 3, 128, 128), or continue from a checkpoint in `out`, and save there."""
     torch.manual_seed(0)
     model = build_siglip(tokenizer, quick)
-    model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
+    model.set_attn_implementation(ATTENTION)
     args = TrainingArguments(
         str(out),
         **TRAINING,

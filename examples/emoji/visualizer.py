@@ -19,15 +19,15 @@ from tqdm import trange
 from metamorph_hf import GridUNet2DConditionModel, PatchAutoencoder, VisualTokenProjector
 from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss
 
-from .images import IMAGE_SIZE, normalize
+from .images import DEVICE, IMAGE_SIZE, normalize
 
 
-BATCH_SIZE = 32
+BATCH_SIZE = 64
 AUTOENCODER_BATCH_SIZE = 16
 LATENT_NOISE = 0.05  # so that the decoder bears the U-Net's small errors
 CONDITIONING_DROPOUT = 0.1  # share of images with zeros as conditioning, the negative embeddings of guidance
 TOKEN_NOISE = 0.4
-CHECKPOINT_EVERY = 100  # steps
+CHECKPOINT_EVERY = 250  # steps
 
 
 def train(parts: dict, step_loss: Callable[[int], torch.Tensor], out: Path, steps: int, progress: str) -> None:
@@ -40,7 +40,7 @@ def train(parts: dict, step_loss: Callable[[int], torch.Tensor], out: Path, step
     first_step, parameters = 0, [p for group in parts["optimizer"].param_groups for p in group["params"]]
     out.mkdir(parents=True, exist_ok=True)
     if (out / "state.pt").is_file():
-        saved = torch.load(out / "state.pt", weights_only=True)
+        saved = torch.load(out / "state.pt", map_location=DEVICE, weights_only=True)
         first_step = saved.pop("step")
         for name, state in saved.items():
             parts[name].load_state_dict(state)
@@ -59,11 +59,11 @@ def train(parts: dict, step_loss: Callable[[int], torch.Tensor], out: Path, step
 
 def make_optimizer(module: nn.Module, steps: int, learning_rate: float, ema_decay: float) -> dict:
     parameters = [*module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return {
         "optimizer": optimizer,
         "schedule": get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps),
-        "ema": EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75),
+        "ema": EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True),
     }
 
 
@@ -89,21 +89,22 @@ def train_autoencoder(pixels: torch.Tensor, out: Path, steps: int, quick: bool) 
     """Train on uint8 pixels (I, 3, 128, 128), or continue from `out/state.pt`."""
     torch.manual_seed(0)
     autoencoder = PatchAutoencoder(latent_channels=4 if quick else 32, width=16 if quick else 128)
-    autoencoder.train().to(memory_format=torch.channels_last)
+    autoencoder.train().to(DEVICE, memory_format=torch.channels_last)
 
     def step_loss(step: int) -> torch.Tensor:
-        images = normalize(pixels[choose_batch(step, AUTOENCODER_BATCH_SIZE, len(pixels))])
-        with torch.autocast("cpu", torch.bfloat16):
+        images = normalize(pixels[choose_batch(step, AUTOENCODER_BATCH_SIZE, len(pixels))].to(DEVICE))
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             latents = autoencoder.encode(images).latent_dist.mode()
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-            decoded = autoencoder.decode(latents + LATENT_NOISE * noise).sample
+            decoded = autoencoder.decode(latents + LATENT_NOISE * noise.to(DEVICE)).sample
         return reconstruction_loss(decoded.float(), images)
 
     parts = {"autoencoder": autoencoder, **make_optimizer(autoencoder, steps, 2e-3, 0.995)}
     train(parts, step_loss, out, steps, "autoencoder")
     # The diffusion wants latents of unit variance.
     with torch.no_grad():
-        latents = autoencoder.encode(normalize(pixels[:: max(1, len(pixels) // 256)])).latent_dist.mode()
+        sample = normalize(pixels[:: max(1, len(pixels) // 256)].to(DEVICE))
+        latents = autoencoder.encode(sample).latent_dist.mode()
     autoencoder.register_to_config(scaling_factor=1 / latents.std().item())
     return autoencoder.eval()
 
@@ -176,9 +177,11 @@ def train_visualizer(
     """
     torch.manual_seed(0)
     projector, unet, noise_scheduler = build_visualizer(visual_tokens, autoencoder, quick)
-    denoiser = ConditionedUNet(projector, unet.to(memory_format=torch.channels_last)).train()
+    denoiser = ConditionedUNet(projector, unet.to(memory_format=torch.channels_last)).train().to(DEVICE)
+    autoencoder.to(DEVICE)
     with torch.no_grad():
-        latents = torch.cat([autoencoder.encode(normalize(batch)).latent_dist.mode() for batch in pixels.split(64)])
+        encode = autoencoder.encode
+        latents = torch.cat([encode(normalize(batch.to(DEVICE))).latent_dist.mode() for batch in pixels.split(64)])
         latents = latents * autoencoder.config.scaling_factor
     is_generated = generated.flatten(1).any(1)
 
@@ -189,9 +192,9 @@ def train_visualizer(
         tokens = add_token_noise(visual_tokens[indices].float(), TOKEN_NOISE, generator)
         chosen = is_generated[indices] & (torch.rand(len(indices), generator=generator) < 0.5) & (2 * step >= steps)
         tokens = torch.where(chosen[:, None, None], generated[indices].float(), tokens)
-        predict = partial(denoiser, visual_tokens=tokens, kept=kept)
-        with torch.autocast("cpu", torch.bfloat16):
-            return diffusion_loss(predict, noise_scheduler, latents[indices], generator)
+        predict = partial(denoiser, visual_tokens=tokens.to(DEVICE), kept=kept.to(DEVICE))
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return diffusion_loss(predict, noise_scheduler, latents[indices.to(DEVICE)], generator)
 
     parts = {"denoiser": denoiser, **make_optimizer(denoiser, steps, 1e-3, 0.995)}
     train(parts, step_loss, out, steps, "U-Net")

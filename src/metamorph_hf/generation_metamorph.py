@@ -230,6 +230,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 kwargs["streamer"].text_queue.put(error)
             raise
 
+    def get_compiled_call(self, compile_config):
+        """See [`~transformers.PreTrainedModel.get_compiled_call`]. Steps of one token per row are compiled."""
+        compiled_call = super().get_compiled_call(compile_config)
+
+        def call(**inputs) -> ModelOutput:
+            is_step = inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == 1
+            return compiled_call(**inputs) if is_step else self(**inputs)
+
+        return call
+
     def init_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError("Continuous batching passes on no visual tokens: call `generate` with a batch.")
 
@@ -336,7 +346,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         )
         if is_answer and self.config.visual_decoding == "parallel":
             indices = self._index_queries(input_ids[:, state.prompt_length :])
-            model_inputs["query_indices"] = indices[:, -model_inputs["input_ids"].shape[1] :]
+            # A copy, since a compiled step would be compiled again for a slice of another tensor's strides.
+            indices = indices[:, -model_inputs["input_ids"].shape[1] :]
+            model_inputs["query_indices"] = indices.clone(memory_format=torch.contiguous_format)
         return model_inputs
 
     def _index_queries(self, answers: torch.LongTensor) -> torch.LongTensor:
@@ -437,7 +449,6 @@ class MetaMorphGenerationMixin(GenerationMixin):
             or generation_config.output_attentions
             or generation_config.output_hidden_states
             or (cache is not None and (any(cache.is_linear) or not cache.is_croppable))
-            or self._valid_auto_compile_criteria({"cache": cache}, generation_config)  # one shape is compiled
         )
 
     def _gather_visual_tokens(self, steps: list[torch.Tensor], is_visual: torch.BoolTensor) -> list[torch.Tensor]:

@@ -378,7 +378,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         )
 
 
-class MetaMorphForConditionalGeneration(MetaMorphPreTrainedModel, MetaMorphGenerationMixin):
+class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTrainedModel):
     """MetaMorph with `lm_head` for text and vision head for visual tokens; `generate()` mixes the two."""
 
     generation_config_class = MetaMorphGenerationConfig
