@@ -54,7 +54,7 @@ VOCABULARY = 6144
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 VIEWS = 2  # augmented copies of each image that questions may show instead
 NOISE = 0.6  # largest move of the visual tokens of these copies, relative to a token's norm
-STEPS = {"siglip": 1800, "language": 2000, "projector": 60, "full": 6700, "autoencoder": 5000, "unet": 8000}
+STEPS = {"siglip": 1800, "language": 2000, "projector": 60, "full": 6700, "autoencoder": 5000, "unet": 4000}
 QUICK_STEPS = {"siglip": 3, "language": 3, "projector": 2, "full": 3, "autoencoder": 3, "unet": 3}
 
 
@@ -251,14 +251,15 @@ def main() -> None:
     tower = SiglipModel.from_pretrained(work / "siglip").vision_model
     language_model = LlamaForCausalLM.from_pretrained(work / "language")
 
-    model = build_model(processor, tower, language_model).to(DEVICE)
-    views = encode_views(model, pixels, 1 if args.quick else VIEWS)
-    # The differences between look-alikes are a small part of their tokens, and so of the loss.
-    tasks.emphasis = (1 + find_look_alikes(views[0, tasks.bases]).float()).tolist()
+    model, views = build_model(processor, tower, language_model).to(DEVICE), None
     for number, stage in enumerate(("projector", "full"), start=1):
         folder = work / f"stage{number}"
         if not (folder / "final").is_dir():
             print(f"{number + 2}/6 VPiT stage {number}")
+            if views is None:
+                views = encode_views(model, pixels, 1 if args.quick else VIEWS)
+                # The differences between look-alikes are a small part of their tokens, and so of the loss.
+                tasks.emphasis = (1 + find_look_alikes(views[0, tasks.bases]).float()).tolist()
             train_stage(stage, model, processor, tasks, views, folder, steps[stage], 4 if args.quick else 64)
         model = MetaMorphForConditionalGeneration.from_pretrained(folder / "final").to(DEVICE)
 
@@ -273,9 +274,10 @@ def main() -> None:
 
     print("6/6 Visualizer")
     asked = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    generated = torch.zeros(len(chosen), *views.shape[2:], dtype=torch.float16)
+    visual_tokens = encode_images(model, pixels[chosen]).half()
+    generated = torch.zeros_like(visual_tokens)
     generated[asked] = generate_for(model, processor, [prompts[i] for i in asked])
-    data = (pixels[chosen], views[0, chosen], generated)
+    data = (pixels[chosen], visual_tokens, generated)
     projector, unet, scheduler = train_visualizer(*data, autoencoder, work / "unet", steps["unet"], args.quick)
     defaults = {"default_num_inference_steps": 15, "default_guidance_scale": 1.5}
     pipeline = MetaMorphPipeline(model, processor, projector, unet, autoencoder, scheduler, **defaults)

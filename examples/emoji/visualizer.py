@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -22,7 +23,7 @@ from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss
 from .images import DEVICE, IMAGE_SIZE, normalize
 
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 AUTOENCODER_BATCH_SIZE = 16
 LATENT_NOISE = 0.05  # so that the decoder bears the U-Net's small errors
 CONDITIONING_DROPOUT = 0.1  # share of images with zeros as conditioning, the negative embeddings of guidance
@@ -179,6 +180,8 @@ def train_visualizer(
     projector, unet, noise_scheduler = build_visualizer(visual_tokens, autoencoder, quick)
     denoiser = ConditionedUNet(projector, unet.to(memory_format=torch.channels_last)).train().to(DEVICE)
     autoencoder.to(DEVICE)
+    if DEVICE.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # the gradient of torch's fused attention is slow in bfloat16
     with torch.no_grad():
         encode = autoencoder.encode
         latents = torch.cat([encode(normalize(batch.to(DEVICE))).latent_dist.mode() for batch in pixels.split(64)])
