@@ -21,9 +21,10 @@ import yaml
 from common import EMOJI_CHECKPOINT, load_pipeline
 from emoji.images import IMAGE_SIZE, draw_image, draw_images, draw_things, load_rows
 from emoji.scenes import SceneJudge, draw_scene
-from emoji.tasks import DEFAULT_PHRASING, EmojiTasks, user_turn
+from emoji.tasks import DEFAULT_PHRASING, TONES, EmojiTasks, user_turn
 from evaluation import draw_contact_sheet, rank_references
 from tqdm import tqdm
+from transformers import DynamicCache
 from transformers.image_transforms import to_pil_image
 
 from metamorph_hf import MetaMorphPipeline
@@ -32,6 +33,7 @@ from metamorph_hf import MetaMorphPipeline
 BATCH_SIZE = 64
 BORDER = 8  # pixels between the borders of the autoencoder's patches
 REAL_IMAGES = 200  # images that are decoded from their real visual tokens
+SECOND_TURNS = 200  # conversations of two turns, of each kind
 REAL_SCENES = 200  # scenes that the judge itself is measured on
 EVERYDAY_PROMPTS = Path(__file__).parent / "emoji" / "everyday_prompts.yaml"
 SHOWN_PROMPTS, SHOWN_SCENES = 24, 6  # cells of the contact sheet; of scenes, for each kind
@@ -73,6 +75,49 @@ def generate_answers(
         output = pipe.model.generate(**inputs, **options, return_dict_in_generate=True)
         texts += pipe.processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
         for index, images in enumerate(output.visual_tokens, start):
+            generated[index] = images[0] if len(images) else 0
+    return texts, generated
+
+
+@torch.no_grad()
+def continue_conversations(
+    pipe: MetaMorphPipeline, prompts: list[str], questions: list[str], keep_cache: bool
+) -> tuple[list[str], torch.Tensor]:
+    """Ask for an image, then ask a question about it.
+
+    Args:
+        keep_cache: Continue from the cache, where a parallel model has read its image as queries. Otherwise the whole
+            conversation is read again, with the image's visual tokens.
+
+    Returns:
+        The texts of the second answers, and the visual tokens (prompts, N, V) of their images; zeros without one.
+    """
+    config, tokenizer, texts = pipe.model.config, pipe.processor.tokenizer, []
+    generated = torch.zeros(len(prompts), config.num_image_tokens, config.visual_token_dim)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    image_alone = {"max_new_tokens": config.num_image_tokens + 2, "force_image": True}
+
+    def write(messages: list[list[dict]]) -> dict[str, torch.Tensor]:
+        chats = pipe.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        chats = [chat.replace(pipe.processor.image_token, pipe.processor.replace_image_token()) for chat in chats]
+        return tokenizer(chats, add_special_tokens=False, padding=True, return_tensors="pt")
+
+    for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="second turns"):
+        turns = [[user_turn([], prompt)] for prompt in prompts[start : start + BATCH_SIZE]]
+        cache = DynamicCache(config=config.text_config)
+        first = pipe.model.generate(**write(turns), **options, **image_alone, cache=cache)
+        answer = {"role": "assistant", "content": [{"type": "image"}]}
+        turns = [[*turn, answer, user_turn([], question)] for turn, question in zip(turns, questions[start:])]
+        inputs, length = write(turns), cache.get_seq_length()
+        if keep_cache:
+            if not inputs["input_ids"][:, :length].equal(first.sequences[:, :length]):
+                raise ValueError("The chat template writes the first answer otherwise than the model did.")
+            inputs["cache"] = cache
+        else:
+            inputs["visual_tokens"] = [images[:1] for images in first.visual_tokens]
+        second = pipe.model.generate(**inputs, **options, max_new_tokens=config.num_image_tokens + 8)
+        texts += pipe.processor.decode_generated(second.sequences[:, inputs["input_ids"].shape[1] :])
+        for index, images in enumerate(second.visual_tokens, start):
             generated[index] = images[0] if len(images) else 0
     return texts, generated
 
@@ -234,6 +279,23 @@ class Evaluation:
             self.show(text, generated[0], decode(self.pipe, generated[:1])[0], draw_image(self.tasks, real))
         return results
 
+    def measure_second_turns(self) -> dict[str, float]:
+        """Ask about an image that the model has generated itself, with and without the cache."""
+        named = self.choose(self.rng.sample(self.bases, min(SECOND_TURNS, len(self.bases))))
+        toned = [i for i in self.variants if self.rows[i]["skin_tone"] in TONES]
+        toned = self.choose(self.rng.sample(toned, min(SECOND_TURNS, len(toned))))
+        prompts = [DEFAULT_PHRASING.replace("{}", self.rows[image]["name"]) for image in [*named, *toned]]
+        questions = ["What is this?"] * len(named)
+        questions += [f"Make the skin tone {self.rows[image]['skin_tone']}." for image in toned]
+        results = {}
+        for way, keep_cache in (("from_cache", True), ("read_again", False)):
+            texts, generated = continue_conversations(self.pipe, prompts, questions, keep_cache)
+            right = [text == self.rows[image]["name"] for text, image in zip(texts, named)]
+            results[f"second_turn_name_{way}"] = 100 * sum(right) / len(right)
+            edits = self.share(generated[len(named) :], [[image] for image in toned], self.variants)
+            results[f"second_turn_edit_{way}"] = edits
+        return results
+
     def measure_scenes(self) -> dict[str, float]:
         things = draw_things(self.tasks)
         judge = SceneJudge(things)
@@ -259,6 +321,7 @@ class Evaluation:
         measure_decoding,
         measure_questions,
         measure_edits,
+        measure_second_turns,
         measure_scenes,
     )
 

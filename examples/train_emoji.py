@@ -54,7 +54,7 @@ VOCABULARY = 6144
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 VIEWS = 2  # augmented copies of each image that questions may show instead
 NOISE = 0.6  # largest move of the visual tokens of these copies, relative to a token's norm
-STEPS = {"siglip": 1800, "language": 2000, "projector": 60, "full": 6700, "autoencoder": 5000, "unet": 4000}
+STEPS = {"siglip": 1800, "language": 2000, "projector": 60, "full": 6700, "autoencoder": 5000, "unet": 3500}
 QUICK_STEPS = {"siglip": 3, "language": 3, "projector": 2, "full": 3, "autoencoder": 3, "unet": 3}
 
 
@@ -181,7 +181,8 @@ def train_stage(
     stream = training_stream(tasks, mixture, steps * batch, batch, "visual_tokens", look_up, num_views=2**31)
     trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
-    trainer.model.save_pretrained(out / "final")
+    model.config.use_cache = model.config.text_config.use_cache = True  # `Trainer` has turned it off
+    model.save_pretrained(out / "final")
 
 
 @torch.no_grad()

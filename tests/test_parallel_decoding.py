@@ -268,6 +268,12 @@ def test_second_turn_reads_queries(model):
     torch.testing.assert_close(outputs.logits[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_without_its_use_is_refused(model):
+    """transformers would read the whole conversation into the cache again at each step."""
+    with pytest.raises(ValueError, match="`use_cache` is False"):
+        generate(model, {"input_ids": torch.tensor([[208, 92, 151]])}, cache=DynamicCache(), use_cache=False)
+
+
 @pytest.mark.parametrize("passes", [True, False])
 def test_steps_are_compiled_once_and_passes_never(golden, batch, passes):
     torch.manual_seed(0)

@@ -69,4 +69,5 @@ def train_language_model(
     blocks = make_blocks(words, tokenizer, steps * (4 if quick else BATCH_SIZE))
     trainer = Trainer(model, args, train_dataset=blocks)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
+    model.config.use_cache = True  # `Trainer` has turned it off
     model.eval().save_pretrained(out)

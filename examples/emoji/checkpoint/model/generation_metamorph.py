@@ -372,6 +372,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
     ) -> None:
         """Raise a ValueError for prompts that cannot be continued."""
         self.model.check_image_ids()
+        if cache is not None and not generation_config.use_cache:
+            raise ValueError("A `cache` is given, but `use_cache` is False: leave out the cache, or set it to True.")
         config, length = self.config, input_ids.shape[1]
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
         if num_given == 0:
