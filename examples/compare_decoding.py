@@ -22,7 +22,8 @@ from emoji.siglip import TRAINING
 from emoji.tasks import EmojiTasks, corpus, training_stream
 from evaluate_emoji import encode_images
 from evaluation import rank_references
-from train_emoji import build_model, build_tokenizer, generate_for
+from tqdm import tqdm
+from train_emoji import build_model, build_tokenizer
 from transformers import set_seed
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor, VPiTConfig, VPiTTrainer
@@ -39,6 +40,27 @@ EVERY = 5  # the runs learn every fifth emoji
 WIDTH, DEPTH = 192, 4  # of the language model
 BATCH_SIZE = 32
 KINDS = ("seen_phrasings", "unseen_phrasings")
+
+
+@torch.no_grad()
+def generate_for(
+    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: list[str]
+) -> torch.Tensor:
+    """Generate the visual tokens (prompts, N, V) of an image for each prompt, float16."""
+    generated = []
+    for start in tqdm(range(0, len(prompts), 256), desc="generating visual tokens"):
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[start : start + 256]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        options = {"max_new_tokens": model.config.num_image_tokens + 3, "do_sample": False, "force_image": True}
+        output = model.eval().generate(**inputs, **options, return_dict_in_generate=True)
+        generated.append(torch.stack([images[0] for images in output.visual_tokens]).half().cpu())
+    return torch.cat(generated)
 
 
 def choose_emoji(tasks: EmojiTasks, every: int) -> None:

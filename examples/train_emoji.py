@@ -5,10 +5,10 @@
 
 1. SigLIP: contrastive learning of words and images. Its vision tower provides the visual tokens.
 2. Language model: a small Llama reads sentences that say what things are.
-3. VPiT stage 1: the projector alone, on understanding data.
-4. VPiT stage 2: projector, language model, visual queries and vision head, on all tasks.
-5. Autoencoder: pixels to latents and back.
-6. Visualizer: a U-Net that decodes visual tokens into latents.
+3. Autoencoder: pixels to latents and back.
+4. Visualizer: a U-Net that decodes visual tokens into latents.
+5. VPiT stage 1: the projector alone, on understanding data.
+6. VPiT stage 2: projector, language model, visual queries and vision head, on all tasks.
 
 A finished step is not run again; an interrupted one continues from its last checkpoint in `--work`.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from common import EMOJI_CHECKPOINT
+from diffusers import DDIMScheduler
 from emoji.images import DEVICE, IMAGE_SIZE, encode_images, load_images, load_rows, normalize
 from emoji.language import train_language_model
 from emoji.siglip import ATTENTION, TRAINING, augment, train_siglip
@@ -37,11 +38,13 @@ from transformers import (
 )
 
 from metamorph_hf import (
+    GridUNet2DConditionModel,
     MetaMorphConfig,
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
     MetaMorphProcessor,
     PatchAutoencoder,
+    VisualTokenProjector,
     VPiTConfig,
     VPiTTrainer,
 )
@@ -55,6 +58,7 @@ SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<
 VIEWS = 2  # augmented copies of each image that questions may show instead
 NOISE = 0.6  # largest move of the visual tokens of these copies, relative to a token's norm
 STEPS = {"siglip": 1800, "language": 2000, "projector": 60, "full": 6700, "autoencoder": 5000, "unet": 3500}
+VISUALIZER = {"projector": VisualTokenProjector, "unet": GridUNet2DConditionModel, "scheduler": DDIMScheduler}
 QUICK_STEPS = {"siglip": 3, "language": 3, "projector": 2, "full": 3, "autoencoder": 3, "unet": 3}
 
 
@@ -185,52 +189,21 @@ def train_stage(
     model.save_pretrained(out / "final")
 
 
-@torch.no_grad()
-def generate_for(
-    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: list[str]
-) -> torch.Tensor:
-    """Generate the visual tokens (prompts, N, V) of an image for each prompt, float16."""
-    generated = []
-    for start in tqdm(range(0, len(prompts), 256), desc="generating visual tokens"):
-        inputs = processor.apply_chat_template(
-            [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[start : start + 256]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        options = {"max_new_tokens": model.config.num_image_tokens + 3, "do_sample": False, "force_image": True}
-        output = model.eval().generate(**inputs, **options, return_dict_in_generate=True)
-        generated.append(torch.stack([images[0] for images in output.visual_tokens]).half().cpu())
-    return torch.cat(generated)
+def choose_visualizer_images(tasks: EmojiTasks) -> list[int]:
+    """Choose the images that the visualizer learns.
 
-
-def choose_visualizer_images(tasks: EmojiTasks) -> tuple[list[int], list[str | None]]:
-    """Choose the images that the visualizer learns, and a prompt for each that can be asked for.
-
-    Google's drawings come three times as often, and Twitter's held-out ones never.
+    Google's base images come three times as often, skin tones seldom, and Twitter's held-out images never.
     """
-    rng, images, prompts = random.Random(6), [], []
+    rng, images = random.Random(6), []
     for i, row in enumerate(tasks.rows):
         if row["style"] == "twitter" and row["base"] in tasks.held_out_images:
             continue
         if row["skin_tone"] and (row["style"] != "google" or rng.random() < 0.5):
             continue
-        for copy in range(3 if i in tasks.crop_of else 1):
-            prompt = None
-            if row["skin_tone"] in ("", "light", "medium-light", "medium", "medium-dark", "dark"):
-                subject = row["name"] if copy == 0 else tasks.words.choose_phrase(row["base"], rng)
-                subject += f" with {row['skin_tone']} skin tone" if row["skin_tone"] else ""
-                subject += f" in {row['style'].capitalize()}'s style" if i not in tasks.crop_of else ""
-                prompt = f"Generate an image of {subject}."
-            images.append(i)
-            prompts.append(prompt)
-    records = [tasks.sample("scene", rng) for _ in range(len(tasks.scenes) // 2)]
-    images += [record["images"][0] for record in records]
-    prompts += [record["messages"][0]["content"][0]["text"] for record in records]
+        images += [i] * (3 if i in tasks.crop_of else 1)
+    scenes = rng.sample(range(len(tasks.scenes)), len(tasks.scenes) // 2)
     crops = rng.sample([*tasks.crop_of.values()], len(tasks.crop_of) // 4)
-    return images + crops, prompts + [None] * len(crops)
+    return images + [len(tasks.rows) + scene for scene in scenes] + crops
 
 
 def main() -> None:
@@ -251,12 +224,29 @@ def main() -> None:
         train_language_model(tasks.words, processor.tokenizer, work / "language", steps["language"], args.quick)
     tower = SiglipModel.from_pretrained(work / "siglip").vision_model
     language_model = LlamaForCausalLM.from_pretrained(work / "language")
+    model = build_model(processor, tower, language_model).to(DEVICE)
 
-    model, views = build_model(processor, tower, language_model).to(DEVICE), None
+    chosen = choose_visualizer_images(tasks)[:: 10 if args.quick else 1]
+    if not (work / "autoencoder" / "config.json").is_file():
+        print("3/6 Autoencoder")
+        autoencoder = train_autoencoder(pixels[chosen], work / "autoencoder", steps["autoencoder"], args.quick)
+        autoencoder.save_pretrained(work / "autoencoder")
+    autoencoder = PatchAutoencoder.from_pretrained(work / "autoencoder")
+    if not (work / "visualizer" / "unet" / "config.json").is_file():
+        print("4/6 Visualizer")
+        data = (pixels[chosen], encode_images(model, pixels[chosen]).half())
+        parts = train_visualizer(*data, autoencoder, work / "visualizer", steps["unet"], args.quick)
+        for name, part in zip(VISUALIZER, parts):
+            part.save_pretrained(work / "visualizer" / name)
+    projector, unet, scheduler = (
+        kind.from_pretrained(work / "visualizer" / name) for name, kind in VISUALIZER.items()
+    )
+
+    views = None
     for number, stage in enumerate(("projector", "full"), start=1):
         folder = work / f"stage{number}"
         if not (folder / "final").is_dir():
-            print(f"{number + 2}/6 VPiT stage {number}")
+            print(f"{number + 4}/6 VPiT stage {number}")
             if views is None:
                 views = encode_views(model, pixels, 1 if args.quick else VIEWS)
                 # The differences between look-alikes are a small part of their tokens, and so of the loss.
@@ -264,22 +254,6 @@ def main() -> None:
             train_stage(stage, model, processor, tasks, views, folder, steps[stage], 4 if args.quick else 64)
         model = MetaMorphForConditionalGeneration.from_pretrained(folder / "final").to(DEVICE)
 
-    print("5/6 Autoencoder")
-    chosen, prompts = choose_visualizer_images(tasks)
-    if args.quick:
-        chosen, prompts = chosen[::10], prompts[::10]
-    if not (work / "autoencoder" / "config.json").is_file():
-        autoencoder = train_autoencoder(pixels[chosen], work / "autoencoder", steps["autoencoder"], args.quick)
-        autoencoder.save_pretrained(work / "autoencoder")
-    autoencoder = PatchAutoencoder.from_pretrained(work / "autoencoder")
-
-    print("6/6 Visualizer")
-    asked = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    visual_tokens = encode_images(model, pixels[chosen]).half()
-    generated = torch.zeros_like(visual_tokens)
-    generated[asked] = generate_for(model, processor, [prompts[i] for i in asked])
-    data = (pixels[chosen], visual_tokens, generated)
-    projector, unet, scheduler = train_visualizer(*data, autoencoder, work / "unet", steps["unet"], args.quick)
     defaults = {"default_num_inference_steps": 15, "default_guidance_scale": 1.5}
     pipeline = MetaMorphPipeline(model, processor, projector, unet, autoencoder, scheduler, **defaults)
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)

@@ -157,7 +157,6 @@ def add_token_noise(visual_tokens: torch.Tensor, strength: float, generator: tor
 def train_visualizer(
     pixels: torch.Tensor,
     visual_tokens: torch.Tensor,
-    generated: torch.Tensor,
     autoencoder: PatchAutoencoder,
     out: Path,
     steps: int,
@@ -168,10 +167,6 @@ def train_visualizer(
     Args:
         pixels (`torch.Tensor` of shape (I, 3, 128, 128)): Images, uint8.
         visual_tokens (`torch.Tensor` of shape (I, N, V)): Their visual tokens.
-        generated (`torch.Tensor` of shape (I, N, V)):
-            What the language model generates for them; zeros where it was not asked. In the second half of the
-            training, half of the images are decoded from these, so that the visualizer learns to mend the model's
-            errors.
 
     Returns:
         Projector, U-Net and noise scheduler.
@@ -186,15 +181,12 @@ def train_visualizer(
         encode = autoencoder.encode
         latents = torch.cat([encode(normalize(batch.to(DEVICE))).latent_dist.mode() for batch in pixels.split(64)])
         latents = latents * autoencoder.config.scaling_factor
-    is_generated = generated.flatten(1).any(1)
 
     def step_loss(step: int) -> torch.Tensor:
         indices = choose_batch(step, BATCH_SIZE, len(pixels))
         generator = torch.Generator().manual_seed(1_000_003 + step)
         kept = torch.rand(len(indices), generator=generator) >= CONDITIONING_DROPOUT
         tokens = add_token_noise(visual_tokens[indices].float(), TOKEN_NOISE, generator)
-        chosen = is_generated[indices] & (torch.rand(len(indices), generator=generator) < 0.5) & (2 * step >= steps)
-        tokens = torch.where(chosen[:, None, None], generated[indices].float(), tokens)
         predict = partial(denoiser, visual_tokens=tokens.to(DEVICE), kept=kept.to(DEVICE))
         with torch.autocast(DEVICE.type, torch.bfloat16):
             return diffusion_loss(predict, noise_scheduler, latents[indices.to(DEVICE)], generator)
