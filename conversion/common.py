@@ -210,9 +210,7 @@ def load_metamorph(name: str | Path, dtype="auto") -> tuple[PreTrainedModel, Met
     if cached_file(name, "processor_config.json", _raise_exceptions_for_missing_entries=False) is None:
         return model, None
     processor = AutoProcessor.from_pretrained(name)
-    for field in ("image_token_id", "num_image_tokens"):
-        if getattr(processor, field) != (expected := getattr(config, field)):
-            raise ConversionError(f"The processor in {name} has another {field} than the model, {expected}.")
+    processor.check_config(config)
     return model, processor
 
 
