@@ -1,6 +1,5 @@
 """Shared by the conversion scripts: reading weights, writing a folder whole or not at all, and sentences as errors."""
 
-import errno
 import json
 import pickle
 import re
@@ -29,7 +28,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Names of the ids in the configuration, and the tokens, in the order in which they are added.
 IMAGE_TOKENS = dict(image_start_token_id="<image_start>", image_end_token_id="<image_end>", image_token_id="<image>")
 WEIGHT_FILES = [file + index for file in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
-MAX_LAYERS = 1000  # A configuration with more is damaged, and its model would take forever to build.
 
 
 class ConversionError(Exception):
@@ -45,8 +43,6 @@ def run_main(main: Callable[[], None]) -> None:
     except SafetensorError as error:
         sys.exit(f"error: A safetensors file is damaged or a Git LFS pointer, or the disk is full: {error}")
     except (ConversionError, ValueError, RuntimeError, OSError, ImportError, StrictDataclassError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            sys.exit(f"error: The disk is full ({error}). Nothing was left behind: make room and run this again.")
         sys.exit(f"error: {error}")
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # Libraries check few of the values.
         sys.exit(f"error: A file of the source holds a value that cannot be used: {error!r}.")
@@ -100,15 +96,6 @@ def require_value(source: dict, name: str, kind: type, file: str | Path):
     if type(source[name]) is not kind:
         raise ConversionError(f"{file} says {name} = {source[name]!r}, but it must be of type {kind.__name__}.")
     return source[name]
-
-
-def check_layers(config: dict, source: str | Path) -> None:
-    """Check the numbers of layers in a configuration and its sub-configurations."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            check_layers(value, source)
-        elif "layers" in str(name) and isinstance(value, int) and value > MAX_LAYERS:
-            raise ConversionError(f"{source} says {name} = {value}, but at most {MAX_LAYERS} layers can be converted.")
 
 
 def read_file(path: Path) -> object:
@@ -187,15 +174,9 @@ def load_complete(model_class, name: str | Path, **kwargs) -> PreTrainedModel:
     return model
 
 
-def load_config(name: str | Path, **kwargs) -> PreTrainedConfig:
-    """Load the configuration of a model that can be built."""
-    check_layers(PreTrainedConfig.get_config_dict(name, **kwargs)[0], name)
-    return AutoConfig.from_pretrained(name, **kwargs)
-
-
 def load_tower_config(name: str) -> PreTrainedConfig:
     """Load the configuration of a vision tower, or that of the vision tower inside a larger model."""
-    config = load_config(name)
+    config = AutoConfig.from_pretrained(name)
     config = config.vision_config if "vision_config" in config.sub_configs else config
     config.name_or_path = name
     return config
@@ -203,16 +184,14 @@ def load_tower_config(name: str) -> PreTrainedConfig:
 
 def load_metamorph(name: str | Path, dtype="auto") -> tuple[PreTrainedModel, MetaMorphProcessor | None]:
     """Load a MetaMorph and, if it has one, its processor."""
-    config = load_config(name)
+    config = AutoConfig.from_pretrained(name)
     if not isinstance(config, MetaMorphConfig):
         raise ConversionError(f"{name} is a {config.model_type}, but must be a MetaMorph.")
     model = load_complete(AutoModel, name, dtype=dtype)
     if cached_file(name, "processor_config.json", _raise_exceptions_for_missing_entries=False) is None:
         return model, None
     processor = AutoProcessor.from_pretrained(name)
-    for field in ("image_token_id", "num_image_tokens"):
-        if getattr(processor, field) != (expected := getattr(config, field)):
-            raise ConversionError(f"The processor in {name} has another {field} than the model, {expected}.")
+    processor.check_config(config)
     return model, processor
 
 

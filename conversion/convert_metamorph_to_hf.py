@@ -51,7 +51,6 @@ CONVERTIBLE = {
 def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
     """Translate the released `config.json`."""
     file = "config.json"
-    common.check_layers(source, file)
     for name, allowed in CONVERTIBLE.items():
         if (found := require_value(source, name, type(allowed[0]), file)) not in allowed:
             raise ConversionError(f"{file} says {name} = {found!r}, but must be {' or '.join(map(repr, allowed))}.")
@@ -71,7 +70,7 @@ def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
     except (AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as error:
         # The class calculates before it validates.
         raise ConversionError(f"{file} has a value of a wrong kind for a Llama configuration: {error}") from error
-    config = MetaMorphConfig(
+    return MetaMorphConfig(
         text_config=text_config,
         vision_config=tower,
         # The released code appends its two image tokens last and marks images by -200, which becomes one more id.
@@ -86,8 +85,6 @@ def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
         visual_loss_type="cosine" if normalized else "l1",  # The released "mse_loss_fn" computes an l1 loss.
         visual_loss_weight=source.get("vision_coef", 1.0),
     )
-    common.check_layers({"projector layers": config.projector_layers}, file)
-    return config
 
 
 def load_model(

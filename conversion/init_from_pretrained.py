@@ -14,15 +14,20 @@ A language model in a GGUF file is read from the folder or repository that holds
 """
 
 import argparse
-import signal
-import sys
 from pathlib import Path
 
 import common
 import torch
 from chat_formats import METAMORPH_CHAT_TEMPLATE, extend_chat_template
 from common import ConversionError
-from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -52,7 +57,7 @@ def add_image_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer."""
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
-    config = common.load_config(name, **source)
+    config = AutoConfig.from_pretrained(name, **source)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get_text_config() is not config:
         raise ConversionError(f"{name} is a {config.model_type}, which is not a causal language model of text alone.")
     if gguf_file is None and "quantization_config" in config.to_dict():
@@ -76,22 +81,6 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return common.load_complete(AutoModel, name, config=config, dtype=dtype, key_mapping=mapping)
 
 
-def extend_in_time(tokenizer: PreTrainedTokenizerBase, seconds: int = 60) -> str:
-    """Call `extend_chat_template`, and stop a template that loops (Windows has no alarms and waits for it)."""
-
-    def stop(*_):
-        raise ConversionError(f"The chat template does not end within {seconds} seconds: does it loop?")
-
-    if sys.platform == "win32":
-        return extend_chat_template(tokenizer)
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        return extend_chat_template(tokenizer)
-    finally:
-        signal.alarm(0)
-
-
 def build_processor(
     image_processor, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, chat_format: str
 ) -> MetaMorphProcessor:
@@ -100,7 +89,7 @@ def build_processor(
         chat_format = "default" if tokenizer.chat_template is None else "own"
     common.prepare_tokenizer(tokenizer, chat_format)
     template = {"default": DEFAULT_CHAT_TEMPLATE, "metamorph": METAMORPH_CHAT_TEMPLATE}.get(chat_format)
-    template = template or extend_in_time(tokenizer)
+    template = template or extend_chat_template(tokenizer)
     return MetaMorphProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens, chat_template=template)
 
 
@@ -111,7 +100,6 @@ def join_models(llm: PreTrainedModel, tower: PreTrainedModel, config: dict) -> M
     expected = llm(input_ids=ids).logits.float()
     tied = llm.config.tie_word_embeddings
     config = MetaMorphConfig(text_config=llm.config, vision_config=tower.config, tie_word_embeddings=tied, **config)
-    common.check_layers({"layers of the projector": config.projector_layers}, "--projector")
     parts = {"model.language_model.": llm.base_model, "model.vision_tower.": tower}
     parts["lm_head."] = llm.get_output_embeddings()
     weights = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}

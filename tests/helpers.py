@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<
 def run_example(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
     """Run a script of `examples/` as a user does."""
     command = [sys.executable, str(EXAMPLES_FOLDER / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def run_example_in_two_processes(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script of `examples/` on two CPU processes, as `accelerate launch` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command += [str(EXAMPLES_FOLDER / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 

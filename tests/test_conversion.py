@@ -23,7 +23,6 @@ from convert_metamorph_to_hf import main as convert_metamorph
 from convert_visualizer_to_diffusers import main as convert_visualizer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from helpers import GOLDEN, SPECIAL_TOKENS, byte_tokenizer, run_as_stranger
-from init_from_pretrained import extend_in_time
 from init_from_pretrained import main as init_from_pretrained
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -264,8 +263,6 @@ class TestReleasedCheckpoint:
             (lambda f: drop_from_json(f / "config.json", "normalize_vision"), "does not say normalize_vision"),
             (lambda f: drop_from_json(f / "config.json", "mm_vision_select_layer"), "mm_vision_select_layer"),
             (lambda f: edit_json(f / "config.json", mm_projector_type=None), "mm_projector_type = None"),
-            (lambda f: edit_json(f / "config.json", num_hidden_layers=10**9), "at most 1000 layers"),
-            (lambda f: edit_json(f / "config.json", mm_projector_type=f"mlp{10**9}x_gelu"), "at most 1000 layers"),
             (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
             (lambda f: (f / "generation_config.json").write_text("[]"), "generation_config.json holds a list"),
             (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
@@ -351,7 +348,7 @@ class TestReleasedCheckpoint:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("huggingface_hub.ModelCard.save", save)
-        with pytest.raises(SystemExit, match="disk is full"):
+        with pytest.raises(SystemExit, match="No space left"):
             run_main(lambda: convert(CHECKPOINT, tmp_path / "ours", vision_tower=TOWER))
         assert not list(tmp_path.iterdir())
 
@@ -570,9 +567,7 @@ found = pipeline.decode_visual_tokens(
             Path(__file__).parents[1] / "examples/emoji/checkpoint/processor"
         ).save_pretrained(model)
         arguments = (source, tmp_path / "ours", "--base", diffusion_base, "--model", model)
-        with pytest.raises(
-            ConversionError, match="The processor in .* has another image_token_id than the model, 224"
-        ):
+        with pytest.raises(ValueError, match="model's image_token_id is 224, but the processor's is"):
             command(monkeypatch, convert_visualizer, *arguments)
 
     @pytest.mark.parametrize(
@@ -586,7 +581,6 @@ found = pipeline.decode_visual_tokens(
                 "adapter .* does not fit .*linears.2",
             ),
             (lambda f: drop_from_json(f / "model_config.json", "hidden_dim"), "does not say hidden_dim"),
-            (lambda f: edit_json(f / "model_config.json", num_layers=10**9), "at most 1000 layers"),
             (lambda f: (f / "model_config.json").write_text("[]"), "model_config.json holds a list"),
             (lambda f: torch.save({"model_state_dict": [1]}, f / "unet_checkpoint.pt"), "holds a list"),
             (lambda f: torch.save({"model_state_dict": {"a": 3}}, f / "unet_checkpoint.pt"), "holds 'a', a int"),
@@ -747,14 +741,6 @@ class TestInitFromPretrained:
         with pytest.raises(ConversionError, match="is a t5, which is not a causal language model of text alone"):
             self.make(monkeypatch, tmp_path / "t5", towers["siglip"], tmp_path / "ours")
 
-    def test_endless_layers(self, make_llm, towers, tmp_path, monkeypatch):
-        llm = make_llm("qwen2")
-        edit_json(llm / "config.json", num_hidden_layers=10**9)
-        with pytest.raises(ConversionError, match="at most 1000 layers"):
-            self.make(monkeypatch, llm, towers["siglip"], tmp_path / "ours")
-        with pytest.raises(ConversionError, match="at most 1000 layers"):
-            self.make(monkeypatch, make_llm(), towers["siglip"], tmp_path / "ours", "--projector", f"mlp{10**9}x_gelu")
-
     def test_image_tokens_that_exist_already(self, make_llm, towers, tmp_path, monkeypatch):
         first = self.make(monkeypatch, make_llm(spare_rows=64), towers["siglip"], tmp_path / "first")
         llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
@@ -833,12 +819,6 @@ class TestInitFromPretrained:
         extended = extend_chat_template(tokenizer)
         text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=extended)
         assert text == "<|user|>\nOne?<|end|>\n<|assistant|>\nTwo.<|end|>\n"
-
-    def test_template_that_loops(self, tiny_tokenizer):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.chat_template = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-        with pytest.raises(ConversionError, match="does not end within 1 seconds"):
-            extend_in_time(tokenizer, seconds=1)
 
     def test_template_that_changes_earlier_turns(self, tiny_tokenizer):
         tokenizer = copy.deepcopy(tiny_tokenizer)

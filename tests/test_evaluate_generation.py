@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
-from helpers import EMOJI_CHECKPOINT, EXAMPLES_FOLDER, import_example
+from helpers import EMOJI_CHECKPOINT, import_example, run_example_in_two_processes
 from PIL import Image
 from torchmetrics.multimodal import CLIPScore
 from transformers import (
@@ -292,20 +290,8 @@ class TestRuns:
     def test_two_processes_are_one(self, evaluate, tmp_path):
         flags = ["--task", "reconstruct", "--limit", 5, "--batch-size", 2]  # shares of three and two
         whole = evaluate(*flags)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-        command += [
-            EXAMPLES_FOLDER / "evaluate_generation.py",
-            "--output",
-            tmp_path / "two",
-            "--steps",
-            2,
-            "--cpu",
-            *flags,
-        ]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+        common = ["--output", "two", "--steps", 2, "--cpu"]
+        done = run_example_in_two_processes("evaluate_generation.py", *common, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         two = json.loads((tmp_path / "two" / "result.json").read_text())
         assert (two["processes"], two["generated_in_this_run"]) == (2, 5)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, import_example, write_jsonl
+from helpers import ROOT, import_example, run_example_in_two_processes, write_jsonl
 from PIL import Image
+
+from metamorph_hf import MetaMorphGenerationConfig, MetaMorphPipeline
 
 
 evaluate_generation = import_example("evaluate_generation.py")
@@ -191,6 +193,29 @@ class TestWise:
         assert sorted(os.listdir(tmp_path / "out" / "images")) == ["1.png", "2.png"]
         with pytest.raises(SystemExit, match="The prompts have the id 1 2 times: ids must be unique"):
             run("wise", f"{paths[0]},{paths[0]}")
+
+
+class TestTwoProcesses:
+    """A tiny pipeline that begins each answer with an image; the samples of one prompt are from both processes."""
+
+    @pytest.mark.slow
+    def test_folder_is_whole(self, run, prompts, components, tmp_path):
+        components["model"].generation_config = MetaMorphGenerationConfig(force_image=True, max_images=1)
+        MetaMorphPipeline(**components).save_pretrained(tmp_path / "pipeline")
+        captions, flags = prompts("dpg"), ["--pipeline", "pipeline", "--max-new-tokens", 8, "--batch-size", 4]
+        whole = run("dpg", captions, *flags)
+        flags += ["--output", "two", "--steps", 2, "--layout", "dpg", "--captions", captions, "--cpu"]
+        done = run_example_in_two_processes("evaluate_generation.py", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads((tmp_path / "two" / "result.json").read_text())
+        for facts in (whole, result):
+            assert facts["generated_in_this_run"] == 12 and facts["without_image"] == facts["notes"] == []
+        assert result["settings"] == whole["settings"]
+        one, two = (read_dpg(tmp_path / name / "images", {"dog", "red_apple", "bus"}, 8) for name in ("out", "two"))
+        assert one.keys() == two.keys() == {"dog", "red_apple", "bus"}
+        for name, images in one.items():
+            assert len({image.tobytes() for image in images}) == 4
+            assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(images, two[name], strict=True))
 
 
 class TestBadInput:

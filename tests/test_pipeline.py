@@ -665,7 +665,7 @@ class TestErrors:
     def test_processor_of_another_model(self, components, field):
         components["processor"] = copy.copy(components["processor"])
         setattr(components["processor"], field, 9)
-        with pytest.raises(ValueError, match=f"Generation's {field} is .*, but the MetaMorphProcessor's {field} is 9"):
+        with pytest.raises(ValueError, match=f"model's {field} is .*, but the processor's is 9"):
             build(components)
 
     def test_components_of_another_kind(self, components):

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from types import FunctionType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from types import FunctionType
+from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import BaseStreamer
@@ -52,22 +53,17 @@ def is_count(value: Any) -> bool:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Return whether a value and what it holds are of a type. Numbers must be finite and fit into 64 bits."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is UnionType:
-        return any(_has_type(value, option) for option in inner)
-    if origin is Literal:
-        return isinstance(value, str) and value in inner
-    if origin in (list, dict):
-        items = value.values() if isinstance(value, Mapping) else value
-        return isinstance(value, origin) and all(_has_type(item, inner[-1]) for item in items)
+    """Return whether a value is of a type, or meets a condition. Numbers must be finite and fit into 64 bits."""
     if isinstance(kind, FunctionType):
         return kind(value)
-    if not isinstance(value, kind) or (kind is Integral and isinstance(value, bool)):
+    try:
+        type_validator("value", value, kind)
+    except TypeError:
         return False
-    if kind is torch.Tensor:
+    if isinstance(value, torch.Tensor):
         return bool(value.isfinite().all())
-    return abs(value) < 2**63 if kind in (Integral, Real) else True
+    is_bool = kind is Integral and isinstance(value, bool)  # which Python counts as an integer
+    return not is_bool and (abs(value) < 2**63 if isinstance(value, Real) else True)
 
 
 def check_types(options: Mapping[str, Any], types: dict[str, tuple[Any, str]]) -> None:

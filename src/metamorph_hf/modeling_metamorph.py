@@ -216,7 +216,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             image_indices (`torch.Tensor` of shape (I,), int64, *optional*):
                 Index of the given image that stands at each image's position, so that one image can stand at several.
             noise_mask (`torch.Tensor` of shape (I,), bool, *optional*):
-                Images whose projected tokens carry noise (see `visual_token_noise` in the configuration).
+                Images whose projected tokens carry noise in training (see `visual_token_noise` in the configuration).
 
         Raises:
             ValueError: if both or none of the inputs are given, or `visual_tokens` has a wrong shape.
@@ -232,7 +232,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
         if image_indices is not None:
             check_image_indices(image_indices, len(visual_tokens))
             visual_tokens = visual_tokens[image_indices]
-        inputs = visual_tokens if noise_mask is None else self._add_noise(visual_tokens, noise_mask)
+        has_noise = self.training and self.config.visual_token_noise and self.visual_queries is None
+        inputs = self._add_noise(visual_tokens, noise_mask) if has_noise and noise_mask is not None else visual_tokens
         return MetaMorphImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=self.projector(inputs),
@@ -352,10 +353,8 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             # Other kwargs, such as those for packing, are for the language model only.
             shared = ("output_attentions", "output_hidden_states")
             tower_kwargs = {name: kwargs[name] for name in shared if name in kwargs}
-            has_noise = self.training and self.config.visual_token_noise and self.visual_queries is None
-            noise_mask = is_target if has_noise else None
             features = self.get_image_features(
-                pixel_values, visual_tokens, image_indices, noise_mask, return_dict=True, **tower_kwargs
+                pixel_values, visual_tokens, image_indices, is_target, return_dict=True, **tower_kwargs
             )
         image_embeds = None if features is None else features.pooler_output
         if is_target is not None and self.visual_queries is not None:
@@ -480,19 +479,15 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             results["logits"] = self.lm_head(hidden_states[:, kept])
         if labels is None:
-            predictions = self.vision_head(
-                hidden_states[:, -1 if query_indices is None else -query_indices.shape[1] :]
-            )
+            num_steps = 1 if query_indices is None else query_indices.shape[1]
+            predictions = self.vision_head(hidden_states[:, -num_steps:])
             results["next_visual_token"] = self.model.normalize_visual_tokens(predictions)
         else:
             results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
             if outputs.router_logits:
-                text_config, num_experts = self.config.text_config, outputs.router_logits[0].shape[-1]
-                options = (num_experts, text_config.num_experts_per_tok, attention_mask)
-                results["aux_loss"] = load_balancing_loss_func(outputs.router_logits, *options).to(
-                    hidden_states.device
-                )
-                results["loss"] = results["loss"] + text_config.router_aux_loss_coef * results["aux_loss"]
+                aux_loss = self._compute_aux_loss(outputs.router_logits, attention_mask).to(hidden_states.device)
+                results["loss"] = results["loss"] + self.config.text_config.router_aux_loss_coef * aux_loss
+                results["aux_loss"] = aux_loss
         return MetaMorphCausalLMOutputWithPast(
             **results,
             cache=outputs.cache,
@@ -500,6 +495,11 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             attentions=outputs.attentions,
             image_outputs=outputs.image_outputs,
         )
+
+    def _compute_aux_loss(self, router_logits: tuple[torch.Tensor, ...], attention_mask) -> torch.Tensor:
+        """Compute the load-balancing loss of a mixture of experts."""
+        config, num_experts = self.config.text_config, router_logits[0].shape[-1]
+        return load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)
 
     def _find_visual_targets(self, input_ids: torch.LongTensor | None, labels: torch.LongTensor) -> torch.Tensor:
         """Return the mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from .image_reading import read_image
@@ -110,6 +110,15 @@ class MetaMorphProcessor(ProcessorMixin):
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = map(vocabulary.get, tokens)
         self.auto_map = {"AutoProcessor": "processing_metamorph.MetaMorphProcessor"}  # as saving sets it
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def check_config(self, config: PreTrainedConfig) -> None:
+        """Raise a `ValueError` if a model's configuration has other image tokens than this processor."""
+        for name in ("num_image_tokens", "image_token_id", "image_start_token_id", "image_end_token_id"):
+            expected, found = getattr(config, name), getattr(self, name)
+            if expected != found:
+                raise ValueError(
+                    f"The model's {name} is {expected}, but the processor's is {found}: take both from one checkpoint."
+                )
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """Return the text of one image."""

@@ -127,12 +127,10 @@ def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
         if projector.config.num_image_tokens:
             pairs.append((model, "num_image_tokens", projector, "num_image_tokens"))
     if model is not None and processor is not None:
-        fields = ("num_image_tokens", "image_token_id", "image_start_token_id", "image_end_token_id")
-        pairs += [(model, field, processor, field) for field in fields]
+        processor.check_config(model.config)
     for part, field, other, other_field in pairs:
         # Components of another kind lack the field, and do not fit.
-        value = getattr(part.config, field, None)
-        other_value = getattr(other if other is processor else other.config, other_field, None)
+        value, other_value = getattr(part.config, field, None), getattr(other.config, other_field, None)
         if value != other_value:
             names = f"The {type(part).__name__}'s {field} is {value}, but the {type(other).__name__}'s {other_field}"
             raise ValueError(f"{names} is {other_value}: they do not fit together.")

@@ -244,33 +244,41 @@ def build_page(
             )
             again = gr.Button("Add the last image to the message", size="sm")
             again.click(handlers.use_last_image, [chat.chatbot, chat.textbox], chat.textbox, api_visibility="private")
-        with gr.Tab("Compare"):
-            prompts = gr.Textbox("a red apple\na tiger", label="Captions, one in each line", lines=3)
-            scales = gr.Textbox("1, 2, 4", label="Guidance scales")
-            start = gr.Button("Generate", variant="primary")
-            grid = gr.Gallery(label="Images", object_fit="contain", height="auto", buttons=["download", "fullscreen"])
-            start.click(
-                handlers.compare, [prompts, scales, *settings], grid, concurrency_limit=16, api_visibility="private"
-            )
-        with gr.Tab("Reconstruct", visible=source.can_reconstruct):
-            gr.Markdown("What the model sees: an image becomes visual tokens, and the visualizer decodes them again.")
-            with gr.Row():
-                given = gr.Image(
-                    type="filepath",
-                    elem_classes="enlarged",
-                    label="Image",
-                    sources=["upload", "clipboard"],
-                    buttons=[],
-                )
-                seen = gr.Image(
-                    label="What the model sees",
-                    format="png",
-                    elem_classes="enlarged",
-                    buttons=["download", "fullscreen"],
-                )
-            start = gr.Button("Reconstruct", variant="primary")
-            start.click(handlers.reconstruct, [given, *settings], seen, concurrency_limit=16, api_visibility="private")
+        add_compare_tab(handlers, settings)
+        add_reconstruct_tab(handlers, settings)
     return page.queue(max_size=64)
+
+
+def add_compare_tab(handlers: Handlers, settings: list[gr.Textbox]) -> None:
+    with gr.Tab("Compare"):
+        prompts = gr.Textbox("a red apple\na tiger", label="Captions, one in each line", lines=3)
+        scales = gr.Textbox("1, 2, 4", label="Guidance scales")
+        start = gr.Button("Generate", variant="primary")
+        grid = gr.Gallery(label="Images", object_fit="contain", height="auto", buttons=["download", "fullscreen"])
+        start.click(
+            handlers.compare, [prompts, scales, *settings], grid, concurrency_limit=16, api_visibility="private"
+        )
+
+
+def add_reconstruct_tab(handlers: Handlers, settings: list[gr.Textbox]) -> None:
+    with gr.Tab("Reconstruct", visible=handlers.source.can_reconstruct):
+        gr.Markdown("What the model sees: an image becomes visual tokens, and the visualizer decodes them again.")
+        with gr.Row():
+            given = gr.Image(
+                type="filepath",
+                elem_classes="enlarged",
+                label="Image",
+                sources=["upload", "clipboard"],
+                buttons=[],
+            )
+            seen = gr.Image(
+                label="What the model sees",
+                format="png",
+                elem_classes="enlarged",
+                buttons=["download", "fullscreen"],
+            )
+        start = gr.Button("Reconstruct", variant="primary")
+        start.click(handlers.reconstruct, [given, *settings], seen, concurrency_limit=16, api_visibility="private")
 
 
 def read_card(path_or_repo: str) -> tuple[list[dict], bool]:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, has_length
@@ -33,16 +31,16 @@ from . import stages
 from .checkpoints import find_problems, last_complete_checkpoint
 from .collator import DataCollatorForVPiT
 from .config import MODULE_LEARNING_RATES, VPiTConfig
+from .metrics import COUNTS, MEANS, RUN_COUNTS, average_by_task, measure_batch, sum_by_sample
 from .packing import check_packable, pack_dataset
 
 
 logger = get_logger(__name__)
 
-# What is summed between two logs. Means are divided by the count that they name.
-MEANS = dict.fromkeys(("text_loss", "mean_token_accuracy", "entropy"), "num_text_labels")
-MEANS |= dict.fromkeys(("visual_loss", "visual_cosine"), "num_visual_labels") | {"aux_loss": "batches"}
-COUNTS = ("num_text_labels", "num_visual_labels", "num_images")
-RUN_COUNTS = ("num_tokens", "samples", "skipped_samples", "shortened_samples")
+UNSUPPORTED_ARGUMENTS = {
+    "compute_loss_func": "cannot replace VPiT's two losses: leave it out",
+    "formatting_func": "has no effect on VPiT: format the dataset's `messages` before training",
+}
 
 
 class _WatchSteps(TrainerCallback):
@@ -64,21 +62,8 @@ class _WatchSteps(TrainerCallback):
         self.trainer.seconds += time.monotonic() - self.trainer.step_start
 
 
-class _PaddedDataset(Dataset):
-    """A dataset that ends with None until its length is a multiple."""
-
-    def __init__(self, dataset: Dataset, multiple: int):
-        self.dataset, self.multiple = dataset, multiple
-
-    def __len__(self) -> int:
-        return len(self.dataset) + -len(self.dataset) % self.multiple
-
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
-        return self.dataset[index] if index < len(self.dataset) else None
-
-
 class _PaddedStream(IterableDataset):
-    """The same for a dataset without a length."""
+    """A stream that ends with None until its length is a multiple."""
 
     def __init__(self, dataset: IterableDataset, multiple: int):
         self.dataset, self.multiple = dataset, multiple
@@ -93,6 +78,23 @@ class _PaddedStream(IterableDataset):
 
 def _collate_samples(collate: Callable, samples: list[dict[str, Any] | None]) -> dict[str, Any]:
     return collate([sample for sample in samples if sample is not None])
+
+
+def _check_arguments(args: VPiTConfig, kwargs: dict[str, Any]) -> None:
+    if not isinstance(args, VPiTConfig):
+        raise TypeError(f"args is a {type(args).__name__}, expected a VPiTConfig, which has the same options.")
+    for name, problem in UNSUPPORTED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} {problem}.")
+    if (dataset := kwargs.get("train_dataset")) is not None and next(iter(dataset), None) is None:
+        raise ValueError("train_dataset has no samples.")
+
+
+def _build_collator(processor: MetaMorphProcessor, args: VPiTConfig, config: MetaMorphConfig) -> DataCollatorForVPiT:
+    # Some language models, such as state space models, have no limit.
+    limits = (args.max_length, getattr(config.text_config, "max_position_embeddings", None))
+    max_length = min((limit for limit in limits if limit is not None), default=None)
+    return DataCollatorForVPiT(processor, max_length, args.on_bad_sample, args.on_too_long)
 
 
 class VPiTTrainer(SFTTrainer):
@@ -136,14 +138,7 @@ class VPiTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        if not isinstance(args, VPiTConfig):
-            raise TypeError(f"args is a {type(args).__name__}, expected a VPiTConfig, which has the same options.")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func cannot replace VPiT's two losses: leave it out.")
-        if (dataset := kwargs.get("train_dataset")) is not None and next(iter(dataset), None) is None:
-            raise ValueError("train_dataset has no samples.")
-        if kwargs.get("formatting_func") is not None:
-            raise ValueError("formatting_func has no effect on VPiT: format the dataset's `messages` before training.")
+        _check_arguments(args, kwargs)
         path = model if isinstance(model, str) else model.config._name_or_path
         init_kwargs = dict(args.model_init_kwargs or {}) if isinstance(model, str) else {}
         revision = init_kwargs.get("revision")
@@ -158,32 +153,24 @@ class VPiTTrainer(SFTTrainer):
         config = MetaMorphConfig.from_pretrained(path, revision=revision) if is_path else model.config
         if processing_class is None:
             processing_class = MetaMorphProcessor.from_pretrained(path, revision=revision)
-        self._check_agreement(config, processing_class)
+        if not isinstance(processing_class, MetaMorphProcessor):
+            raise TypeError(f"processing_class is a {type(processing_class).__name__}, expected a MetaMorphProcessor.")
+        processing_class.check_config(config)
         trains_tower = args.vision_tower_learning_rate is not None
         if peft_config is not None:
             with torch.device("meta"):
                 skeleton = MetaMorphForConditionalGeneration(config) if is_path else model
             peft_config = stages.complete_peft_config(peft_config, skeleton, trains_tower)
-        if data_collator is None:
-            # Some language models, such as state space models, have no limit.
-            limits = (args.max_length, getattr(config.text_config, "max_position_embeddings", None))
-            max_length = min((limit for limit in limits if limit is not None), default=None)
-            data_collator = DataCollatorForVPiT(processing_class, max_length, args.on_bad_sample, args.on_too_long)
+        data_collator = data_collator or _build_collator(processing_class, args, config)
         weight = config.visual_loss_weight if args.visual_loss_weight is None else args.visual_loss_weight
         if args.ddp_find_unused_parameters is None:
             # Every batch reaches all trained parameters but the tower's final norm and a vision head without a loss.
             args.ddp_find_unused_parameters = weight == 0 or trains_tower
         self.visual_loss_weight = 0.0 if args.stage == "projector" and args.visual_loss_weight is None else weight
-        is_ours = isinstance(data_collator, DataCollatorForVPiT)
-        if (args.packing or args.padding_free) and not is_ours:
-            raise ValueError("packing and padding_free need a DataCollatorForVPiT: leave out data_collator.")
-        if args.packing and data_collator.max_length is None:
-            raise ValueError("packing=True needs the length of a row: set max_length.")
         self.totals = Counter()  # samples, skipped_samples, shortened_samples, skipped_steps and num_tokens of the run
         self.step_start, self.seconds = 0.0, 0.0  # and the seconds of all steps since the last log
-        self._rejected = Counter()  # training samples of this process, by task and kind
         self._sums = {"train": defaultdict(int), "eval": defaultdict(int)}
-        self._task_sums = {"train": defaultdict(int), "eval": defaultdict(int)}  # of this process, see _sum_by_sample
+        self._task_sums = {"train": defaultdict(int), "eval": defaultdict(int)}  # of this process, see sum_by_sample
         self._unchecked_losses = []
         packing, padding_free = args.packing, args.padding_free
         args.packing = args.padding_free = False  # TRL packs text alone, and refuses images
@@ -205,7 +192,7 @@ class VPiTTrainer(SFTTrainer):
             self.model.active_peft_config.revision = revision
         self._check_options()
         self.add_callback(_WatchSteps(self))
-        self.accelerator.print(self.trainable_table())
+        self.accelerator.print(stages.format_trainable_table(self.metamorph, args))
         if args.base_batch_size is not None:
             self.accelerator.print(
                 f"The learning rate {args.learning_rate / args.learning_rate_scale:.3g} for a batch of "
@@ -215,6 +202,10 @@ class VPiTTrainer(SFTTrainer):
     def _pack(self) -> None:
         """Replace the training dataset by a packed one, or let the collator join the rows of a batch."""
         args, collator = self.args, self.data_collator
+        if not isinstance(collator, DataCollatorForVPiT):
+            raise ValueError("packing and padding_free need a DataCollatorForVPiT: leave out data_collator.")
+        if args.packing and collator.max_length is None:
+            raise ValueError("packing=True needs the length of a row: set max_length.")
         language_model = self.metamorph.model.language_model
         check_packable(language_model, not (self.is_fsdp_enabled or self.is_deepspeed_enabled))
         # Flash attention tells conversations apart in one row only; others would compute the square of its length.
@@ -229,31 +220,12 @@ class VPiTTrainer(SFTTrainer):
                 f"{collator.max_length} tokens. Batch sizes count rows."
             )
 
-    @staticmethod
-    def _check_agreement(config: MetaMorphConfig, processor: MetaMorphProcessor) -> None:
-        if not isinstance(processor, MetaMorphProcessor):
-            raise TypeError(f"processing_class is a {type(processor).__name__}, expected a MetaMorphProcessor.")
-        for name in ("image_token_id", "image_start_token_id", "image_end_token_id", "num_image_tokens"):
-            if (expected := getattr(config, name)) != (found := getattr(processor, name)):
-                raise ValueError(
-                    f"The model's {name} is {expected}, but the processor's is {found}: take both from one checkpoint."
-                )
-        if (size := len(processor.tokenizer)) > config.text_config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {size} tokens, but the model's vocabulary has {config.text_config.vocab_size}: "
-                "call model.resize_token_embeddings(len(processor.tokenizer))."
-            )
-
     def _check_options(self) -> None:
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
             raise ValueError("VPiTTrainer supports data parallelism (DDP, FSDP, DeepSpeed ZeRO) only.")
         if self.args.on_nonfinite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError("on_nonfinite_loss='skip' is not supported with DeepSpeed: use 'raise'.")
-        is_grouped = self.args.train_sampling_strategy == "group_by_length"
-        if is_grouped and self.args.length_column_name not in (self.train_dataset.column_names or []):
-            column = f"add a column {self.args.length_column_name!r} to the dataset"
-            raise ValueError(f"train_sampling_strategy='group_by_length' needs the lengths of the samples: {column}.")
         groups = stages.group_parameters(self.metamorph)
         for name in MODULE_LEARNING_RATES:
             module = name.removesuffix("_learning_rate")
@@ -270,10 +242,6 @@ class VPiTTrainer(SFTTrainer):
         """The model itself, without the wrappers of PEFT and accelerate."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if isinstance(model, PeftModel) else model
-
-    def trainable_table(self) -> str:
-        """Return a table of the modules with their parameters, trainable parameters and peak learning rates."""
-        return stages.format_trainable_table(self.metamorph, self.args)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See [`~transformers.Trainer.create_optimizer`]. Its parameter groups are split by learning rate."""
@@ -299,17 +267,10 @@ class VPiTTrainer(SFTTrainer):
         See [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` resumes from the checkpoint that
         [`last_complete_checkpoint`] finds in `output_dir`.
         """
-        output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"{output_dir} holds no complete checkpoint to resume from.")
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=output_dir):
-                pass
-        except OSError as error:
-            raise ValueError(f"output_dir={str(output_dir)!r} cannot be written to: {error}.") from error
+                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
         if resume_from_checkpoint:
             if problems := find_problems(Path(resume_from_checkpoint)):
                 raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: {', '.join(problems)}.")
@@ -320,11 +281,10 @@ class VPiTTrainer(SFTTrainer):
             self.accelerator.print(f"Resuming from {resume_from_checkpoint}.")
         only_rows = self.args.stage == "projector"
         rows = stages.only_image_token_embeddings(self.metamorph) if only_rows else contextlib.nullcontext()
-        with rows, self._explain_other_weights(resume_from_checkpoint):
+        with rows:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._sums["train"]:  # The last steps may not have been logged.
             self._pop_metrics("train")
-        self.accelerator.print(self._format_rejected(), end="")
         return result
 
     def _load_finished(self, checkpoint: str, state: TrainerState) -> TrainOutput:
@@ -335,23 +295,10 @@ class VPiTTrainer(SFTTrainer):
         self.accelerator.print(sentence)
         is_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
         checkpoint = state.best_model_checkpoint if is_best else checkpoint
-        with self._explain_other_weights(checkpoint):
-            self._load_from_checkpoint(checkpoint)
+        self._load_from_checkpoint(checkpoint)
         self.state = state
         losses = [log["loss"] for log in state.log_history if "loss" in log]
         return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
-
-    @contextlib.contextmanager
-    def _explain_other_weights(self, checkpoint: str | None) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
-                raise
-            raise ValueError(
-                f"The weights in {checkpoint} are of another model than this one "
-                f"({self.metamorph.config._name_or_path!r}): resume with that model, or choose another output_dir."
-            ) from error
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """
@@ -381,23 +328,12 @@ class VPiTTrainer(SFTTrainer):
         if self.visual_loss_weight:
             loss = loss + self.visual_loss_weight * outputs.visual_loss
         losses = torch.stack([part.detach() for part in (loss, outputs.text_loss, outputs.visual_loss)])
-        by_task = (tasks, self._sum_by_sample(inputs, outputs, len(tasks)) if tasks else None)
+        by_task = (tasks, sum_by_sample(inputs, outputs, len(tasks), config.image_token_id) if tasks else None)
         self._unchecked_losses.append((losses, sample_ids, by_task))
 
-        num_text, num_visual = outputs.num_text_labels, outputs.num_visual_labels
-        text_items, visual_items = (num_text, num_visual) if num_items_in_batch is None else num_items_in_batch
         sums, is_finite = self._sums["train" if self.model.training else "eval"], torch.isfinite(loss)
-        for name, value in {
-            "text_loss": outputs.text_loss.detach() * text_items,
-            "mean_token_accuracy": outputs.text_accuracy * num_text,
-            "entropy": outputs.text_entropy * num_text,
-            "visual_loss": outputs.visual_loss.detach() * visual_items,
-            "visual_cosine": outputs.visual_cosine * num_visual,
-            "num_text_labels": num_text,
-            "num_visual_labels": num_visual,
-            "num_images": (inputs["input_ids"] == config.image_token_id).sum() / config.num_image_tokens,
-            "num_tokens": self._count_tokens(inputs, len(sample_ids)),
-        }.items():
+        measures = measure_batch(inputs, outputs, num_items_in_batch, len(sample_ids), config)
+        for name, value in measures.items():
             sums[name] += torch.where(is_finite, value.float(), 0)
         sums["samples"] += len(sample_ids)
         self._record_rejected(rejected, sums)
@@ -412,29 +348,6 @@ class VPiTTrainer(SFTTrainer):
             sums["aux_loss"] += aux_loss.detach()
             sums["batches"] += is_finite
         return (loss, outputs) if return_outputs else loss
-
-    @staticmethod
-    def _count_tokens(inputs: dict[str, Any], num_samples: int) -> torch.Tensor:
-        """Count the tokens of a batch without its padding. In a packed one, each conversation has one position 0."""
-        if "attention_mask" in inputs:
-            return inputs["attention_mask"].sum()
-        return (inputs["position_ids"] > 0).sum() + num_samples
-
-    def _sum_by_sample(self, inputs: dict[str, Any], outputs: Any, num_samples: int) -> torch.Tensor:
-        """Return text losses, text labels, visual losses and visual labels (4, samples), without waiting for them."""
-        labels, device = inputs["labels"], inputs["labels"].device
-        if "position_ids" in inputs:  # packed; each position of the padding is 0
-            samples = F.pad(inputs["position_ids"][:, 1:] == 1, (0, 1)).flatten().cumsum(0).view_as(labels) - 1
-        else:
-            samples = torch.arange(num_samples, device=device)[:, None].expand_as(labels)
-        is_visual, values = labels[:, 1:] == self.metamorph.config.image_token_id, []
-        for mask, losses in (
-            ((labels[:, 1:] != -100) & ~is_visual, outputs.text_losses),
-            (is_visual, outputs.visual_losses),
-        ):
-            values += [torch.zeros(mask.shape, device=device).masked_scatter(mask, losses.float()), mask.float()]
-        sums = torch.zeros(4, num_samples, device=device)
-        return sums.index_add(1, samples[:, 1:].flatten(), torch.stack(values).flatten(1))
 
     def _add_missing_images(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """
@@ -455,21 +368,10 @@ class VPiTTrainer(SFTTrainer):
         """Count samples that the collator skipped or shortened, and append them to the list of this process."""
         for sample in rejected:
             sums[f"{sample['kind']}_samples"] += 1
-            if self.model.training:
-                self._rejected[str(sample["task"]), sample["kind"]] += 1
             path = Path(self.args.output_dir) / f"rejected_samples-{self.accelerator.process_index}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-    def _format_rejected(self) -> str:
-        """Return a table by task of the training samples that were skipped or shortened on any process, if any."""
-        counts = sum(gather_object([self._rejected]), Counter())
-        lines = [
-            f"{task:<24}{counts[task, 'skipped']:>10}{counts[task, 'shortened']:>12}\n"
-            for task in sorted({task for task, _ in counts})
-        ]
-        return "".join([f"{'task':<24}{'skipped':>10}{'shortened':>12}\n", *lines]) if lines else ""
 
     def has_nonfinite_loss(self) -> bool:
         """
@@ -509,10 +411,13 @@ class VPiTTrainer(SFTTrainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         # accelerate would fill up the last batches with other samples, which would be counted twice.
         multiple, collate = self.args.eval_batch_size * self.args.world_size, self.data_collator
-        padded = _PaddedDataset if has_length(eval_dataset) else _PaddedStream
+        if has_length(eval_dataset):
+            padded = ConcatDataset([eval_dataset, [None] * (-len(eval_dataset) % multiple)])
+        else:
+            padded = _PaddedStream(eval_dataset, multiple)
         self.data_collator = functools.partial(_collate_samples, collate)
         try:
-            return super().get_eval_dataloader(padded(eval_dataset, multiple))
+            return super().get_eval_dataloader(padded)
         finally:
             self.data_collator = collate
 
@@ -553,7 +458,8 @@ class VPiTTrainer(SFTTrainer):
         self._sums[mode].clear()
         metrics = {name: totals[name] / totals[count] for name, count in MEANS.items() if totals[count]}
         metrics |= {name: round(totals[name]) for name in COUNTS}
-        metrics |= self._pop_task_losses(mode)
+        metrics |= average_by_task(gather_object([dict(self._task_sums[mode])]))
+        self._task_sums[mode].clear()
         counts = Counter({name: round(totals[name]) for name in RUN_COUNTS})
         if mode == "train":
             self.totals.update(counts)
@@ -569,18 +475,6 @@ class VPiTTrainer(SFTTrainer):
         named = ("skipped_samples", "shortened_samples", "skipped_steps")
         metrics |= {name: counts[name] for name in named if counts[name]}
         return {**metrics, "num_tokens": self.totals["num_tokens"]}
-
-    def _pop_task_losses(self, mode: str) -> dict[str, float]:
-        """Return both losses of each task and source since the last call, unless there is only one."""
-        totals, losses = defaultdict(int), {}
-        for sums in gather_object([dict(self._task_sums[mode])]):
-            for task, values in sums.items():
-                totals[task] = totals[task] + values
-        self._task_sums[mode].clear()
-        for task, (text_loss, num_text, visual_loss, num_visual) in sorted(totals.items()) if len(totals) > 1 else []:
-            means = ("text_loss", text_loss, num_text), ("visual_loss", visual_loss, num_visual)
-            losses |= {f"{name}/{task}": float(total / count) for name, total, count in means if count}
-        return losses
 
     def _reduce_sums(self, mode: str, names: tuple[str, ...]) -> dict[str, float]:
         sums, device = self._sums[mode], self.accelerator.device
