@@ -255,7 +255,7 @@ class Workshop:
     @cached_property
     def visualizer(self) -> MetaMorphPipeline | str:
         """The pipeline that decodes the tower's visual tokens, or a sentence that says why it cannot."""
-        pipe = load_pipeline(self.args.visualizer, device=DEVICE)
+        pipe = load_pipeline(self.args.visualizer, device="cpu")
         pipe.set_progress_bar_config(disable=True)
         expected = pipe.projector.config.num_image_tokens
         if expected != self.num_image_tokens:
@@ -263,7 +263,7 @@ class Workshop:
         pixels = draw_images(self.tasks, self.tasks.bases[:4])
         if F.cosine_similarity(encode(pipe, pixels), encode(self.encoder, pixels), dim=-1).mean() < 0.99:
             return "The visualizer decodes the visual tokens of another tower."
-        return pipe
+        return pipe.to(DEVICE)
 
 
 # ---- Training and measuring ----
