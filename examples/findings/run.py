@@ -194,7 +194,13 @@ class Workshop:
             image_processor = SiglipImageProcessorPil(size={"height": size, "width": size}, do_convert_rgb=True)
             tokenizer = build_tokenizer(corpus(self.tasks if self.args.quick else self.everything))
             MetaMorphProcessor(image_processor, tokenizer, self.num_image_tokens).save_pretrained(folder)
-        return MetaMorphProcessor.from_pretrained(folder)
+        processor = MetaMorphProcessor.from_pretrained(folder)
+        if processor.num_image_tokens != self.num_image_tokens:
+            raise ValueError(
+                f"{self.args.work} was made with a vision tower of {processor.num_image_tokens} visual tokens, but "
+                f"that in {self.args.tower} gives {self.num_image_tokens}: name another folder by --work."
+            )
+        return processor
 
     def encode(self, tasks: EmojiTasks, images: Iterable[int]) -> dict[int, torch.Tensor]:
         """Return the visual tokens (N, V) of these and earlier images by number."""
