@@ -65,7 +65,8 @@ class TestGrid:
             assert len(grid) == 9
         others = {kind for cell in by_experiment["kinds"] for kind in cell["data"]}
         assert others == run.KINDS.keys()
-        assert all(cell["data"].keys() == {*knowledge.TASKS} for cell in by_experiment["knowledge"])
+        for cell in by_experiment["knowledge"] + by_experiment["real_llm"]:
+            assert {*knowledge.TASKS} - {"recalls"} <= cell["data"].keys() <= {*knowledge.TASKS}
         assert {cell["language"] for cell in by_experiment["real_llm"]} == {"smollm2", "random_smollm2"}
 
     def test_quick_grid_has_every_experiment_and_kind(self):
@@ -155,7 +156,8 @@ class TestKnowledge:
     @pytest.mark.parametrize("say_first", [False, True])
     def test_held_out_facts_stand_in_no_conversation(self, facts, say_first):
         rng = random.Random(0)
-        records = [facts.sample(task, rng, say_first) for task in knowledge.TASKS for _ in range(1_500)]
+        asked = [task for task in knowledge.TASKS if task != "recalls"]
+        records = [facts.sample(task, rng, say_first) for task in asked for _ in range(1_500)]
         said = " | ".join(text for record in records for text in texts(record)).lower()
         words = {*re.findall(r"[\w']+", said)}
         for fact in facts.choose("capitals", held_out=True):
@@ -178,6 +180,13 @@ class TestKnowledge:
                 assert (fact.name if task == "names" else fact.description).lower() in texts(record)[0].lower()
         record = facts.sample("capital_questions", rng, True)
         assert record["images"] == [] and texts(record, "assistant")[0].startswith("the flag of ")
+
+    def test_recalls_are_of_all_facts_in_words(self, facts):
+        rng = random.Random(0)
+        records = [facts.sample("recalls", rng, True) for _ in range(5_000)]
+        assert not any(record["images"] for record in records)
+        assert len({tuple(texts(record)) for record in records}) == len(facts.facts)
+        assert ["Which country has the capital Paris?", "France"] in [texts(record) for record in records]
 
     def test_all_facts_stand_in_the_text(self, facts):
         sentences = [*facts.sentences(random.Random(0))]

@@ -1,6 +1,6 @@
 """Facts that the language model reads in text: capitals, and definitions of words. Half of them are held out.
 
-A held-out fact stands in sentences alone, never in a conversation with an image, nor in a question that is trained.
+A held-out fact stands in sentences and recalls alone: in no conversation with an image, and in no question of a name.
 """
 
 import random
@@ -22,8 +22,10 @@ SENTENCES = (
     "{capital}, the capital of {country}.",
     "{country}: its capital is {capital}.",
 )
+DESCRIPTION = "the flag of the country whose capital is {}"
 QUESTION = "Name {}."
-TASKS = ("names", "capitals", "definitions", "capital_questions", "definition_questions")
+RECALLS = {"capitals": "Which country has the capital {}?", "definitions": "What is the word for {}?"}
+TASKS = ("names", "capitals", "definitions", "capital_questions", "definition_questions", "recalls")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Knowledge:
         defined = [name.strip() for name in written["defined"].split(",")]
         described = {
             "capitals": [
-                (f"the flag of {country}", f"the flag of the country whose capital is {capital}", country)
+                (f"the flag of {country}", DESCRIPTION.format(capital), country)
                 for country, capital in self.capitals.items()
             ],
             "definitions": [(name, glosses[name], name) for name in rng.sample(defined, len(defined))[:limit]],
@@ -96,6 +98,11 @@ class Knowledge:
         Args:
             say_first (`bool`): Whether an answer with an image names the thing before the image.
         """
+        if task == "recalls":  # of all facts, in words alone
+            fact = rng.choice(self.facts)
+            key = fact.description.removeprefix(DESCRIPTION.format(""))
+            answer = fact.name.removeprefix("the flag of ")
+            return conversation(task, [], RECALLS[fact.kind].format(key), [answer])
         kind = task if task in ("capitals", "definitions") else f"{task.partition('_')[0]}s"
         fact = rng.choice(self.facts if task == "names" else self.choose(kind, held_out=False))
         if task.endswith("_questions"):

@@ -69,7 +69,7 @@ def describe(row: dict, field: str):
     if field == "data":
         return ", ".join(f"{count} {kind}" for kind, count in row["data"].items())
     if field == "way":
-        return "say, then draw" if row["say_first"] else "draw at once"
+        return ("say, then draw" if row["say_first"] else "draw at once") + ", recalls" * ("recalls" in row["data"])
     if field == "schedule":
         return "each conversation once" if row["steps"] == "once" else f"{row['steps']} steps"
     if field == "other":
