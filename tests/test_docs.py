@@ -30,7 +30,8 @@ from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
-LINKING_PAGES = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", *(f"examples/{p}.md" for p in ("README", "emoji/README"))]
+LINKING_PAGES = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
+LINKING_PAGES += ["examples/emoji/README.md", "examples/findings/README.md"]
 LANGUAGES = ("python", "bash", "yaml", "jsonl", "mermaid", "bibtex")
 # Why a block is not run. Its scripts' parsers must accept their flags all the same, and its imports must work.
 REASONS = {
