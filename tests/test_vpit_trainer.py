@@ -295,6 +295,12 @@ class TestRefused:
         with pytest.raises(ValueError, match="formatting_func has no effect"):
             build_trainer(model, tiny_processor, arguments(tmp_path), formatting_func=str)
 
+    def test_tokenizer_larger_than_the_vocabulary(self, tiny_processor, tiny_config, tmp_path):
+        config = tiny_config()
+        config.text_config.vocab_size -= 1
+        with pytest.raises(ValueError, match="resize_token_embeddings"):
+            build_trainer(MetaMorphForConditionalGeneration(config), tiny_processor, arguments(tmp_path))
+
     def test_processor_of_another_model(self, tiny_processor, tiny_model, tmp_path):
         with pytest.raises(ValueError, match="model's num_image_tokens is 9, but the processor's is 4"):
             build_trainer(tiny_model(num_image_tokens=9), tiny_processor, arguments(tmp_path))

@@ -112,13 +112,18 @@ class MetaMorphProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def check_config(self, config: PreTrainedConfig) -> None:
-        """Raise a `ValueError` if a model's configuration has other image tokens than this processor."""
+        """Raise a `ValueError` if a model's configuration has other image tokens, or fewer tokens."""
         for name in ("num_image_tokens", "image_token_id", "image_start_token_id", "image_end_token_id"):
             expected, found = getattr(config, name), getattr(self, name)
             if expected != found:
                 raise ValueError(
                     f"The model's {name} is {expected}, but the processor's is {found}: take both from one checkpoint."
                 )
+        if (size := len(self.tokenizer)) > (vocabulary := config.text_config.vocab_size):
+            raise ValueError(
+                f"The tokenizer has {size} tokens, but the model's vocabulary has {vocabulary}: call "
+                "model.resize_token_embeddings(len(processor.tokenizer))."
+            )
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """Return the text of one image."""
