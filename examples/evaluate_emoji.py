@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def continue_conversations(
     Returns:
         The texts of the second answers, and the visual tokens (prompts, N, V) of their images; zeros without one.
     """
-    config, tokenizer, texts = pipe.model.config, pipe.processor.tokenizer, []
+    config, tokenizer, texts = pipe.model.config, pipe.processor.tokenizer, [""] * len(prompts)
     generated = torch.zeros(len(prompts), config.num_image_tokens, config.visual_token_dim)
     options = {"do_sample": False, "return_dict_in_generate": True}
     image_alone = {"max_new_tokens": config.num_image_tokens + 2, "force_image": True}
@@ -102,23 +103,26 @@ def continue_conversations(
         chats = [chat.replace(pipe.processor.image_token, pipe.processor.replace_image_token()) for chat in chats]
         return tokenizer(chats, add_special_tokens=False, padding=True, return_tensors="pt")
 
-    for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="second turns"):
-        turns = [[user_turn([], prompt)] for prompt in prompts[start : start + BATCH_SIZE]]
-        cache = DynamicCache(config=config.text_config)
+    # Rows of one batch have the same question, so that their first answers keep their places.
+    order = sorted(range(len(prompts)), key=lambda index: questions[index])
+    groups = [[*group] for _, group in groupby(order, key=lambda index: questions[index])]
+    batches = [group[start : start + BATCH_SIZE] for group in groups for start in range(0, len(group), BATCH_SIZE)]
+    for batch in tqdm(batches, desc="second turns"):
+        turns, cache = [[user_turn([], prompts[index])] for index in batch], DynamicCache(config=config.text_config)
         first = pipe.model.generate(**write(turns), **options, **image_alone, cache=cache)
         answer = {"role": "assistant", "content": [{"type": "image"}]}
-        turns = [[*turn, answer, user_turn([], question)] for turn, question in zip(turns, questions[start:])]
-        inputs, length = write(turns), cache.get_seq_length()
+        inputs = write([[*turn, answer, user_turn([], questions[index])] for turn, index in zip(turns, batch)])
+        length = cache.get_seq_length()
+        if not inputs["input_ids"][:, :length].equal(first.sequences[:, :length]):
+            raise ValueError("The chat template writes the first answer otherwise than the model did.")
         if keep_cache:
-            if not inputs["input_ids"][:, :length].equal(first.sequences[:, :length]):
-                raise ValueError("The chat template writes the first answer otherwise than the model did.")
             inputs["cache"] = cache
         else:
             inputs["visual_tokens"] = [images[:1] for images in first.visual_tokens]
         second = pipe.model.generate(**inputs, **options, max_new_tokens=config.num_image_tokens + 8)
-        texts += pipe.processor.decode_generated(second.sequences[:, inputs["input_ids"].shape[1] :])
-        for index, images in enumerate(second.visual_tokens, start):
-            generated[index] = images[0] if len(images) else 0
+        answers = pipe.processor.decode_generated(second.sequences[:, inputs["input_ids"].shape[1] :])
+        for index, text, images in zip(batch, answers, second.visual_tokens):
+            texts[index], generated[index] = text, images[0] if len(images) else 0
     return texts, generated
 
 

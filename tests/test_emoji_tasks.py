@@ -191,8 +191,8 @@ class TestNothingLeaks:
         assert len(held_out) > 100 and not held_out & trained
 
     def test_visualizer_never_sees_twitters_held_out_images(self, tasks, rows):
-        images, prompts = train.choose_visualizer_images(tasks)
-        assert len(images) == len(prompts) > len(rows) / 2
+        images = train.choose_visualizer_images(tasks)
+        assert len(images) > len(rows) / 2
         chosen = [rows[image] for image in images if image < len(rows)]
         assert not any(row["style"] == "twitter" and row["base"] in tasks.held_out_images for row in chosen)
         assert {row["style"] for row in chosen} == set(emoji_tasks.STYLES)

@@ -3,8 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -63,9 +62,7 @@ def load_sprites(rows: list[dict], size: int = IMAGE_SIZE) -> torch.Tensor:
     file = CACHE / f"emoji-{digest}.npy"
     if not file.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor() as pool:
-            drawings = pool.map(partial(render, size=size), [row["svg"] for row in rows], chunksize=32)
-            sprites = np.stack([*tqdm(drawings, desc="rendering emoji", total=len(rows))])
+        sprites = np.stack([render(row["svg"], size) for row in tqdm(rows, desc="rendering emoji")])
         temporary = file.with_suffix(".tmp.npy")
         np.save(temporary, sprites.transpose(0, 3, 1, 2))
         temporary.replace(file)
