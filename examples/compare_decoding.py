@@ -13,16 +13,16 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from common import EMOJI_CHECKPOINT, load_pipeline
 from emoji.images import load_rows
 from emoji.language import build_language_model
-from emoji.siglip import TRAINING
+from emoji.siglip import ATTENTION, TRAINING
 from emoji.tasks import EmojiTasks, corpus, training_stream
-from evaluate_emoji import encode_images
+from evaluate_emoji import encode_images, generate_answers
 from evaluation import rank_references
-from tqdm import tqdm
 from train_emoji import build_model, build_tokenizer
 from transformers import set_seed
 
@@ -40,27 +40,6 @@ EVERY = 5  # the runs learn every fifth emoji
 WIDTH, DEPTH = 192, 4  # of the language model
 BATCH_SIZE = 32
 KINDS = ("seen_phrasings", "unseen_phrasings")
-
-
-@torch.no_grad()
-def generate_for(
-    model: MetaMorphForConditionalGeneration, processor: MetaMorphProcessor, prompts: list[str]
-) -> torch.Tensor:
-    """Generate the visual tokens (prompts, N, V) of an image for each prompt, float16."""
-    generated = []
-    for start in tqdm(range(0, len(prompts), 256), desc="generating visual tokens"):
-        inputs = processor.apply_chat_template(
-            [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[start : start + 256]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        options = {"max_new_tokens": model.config.num_image_tokens + 3, "do_sample": False, "force_image": True}
-        output = model.eval().generate(**inputs, **options, return_dict_in_generate=True)
-        generated.append(torch.stack([images[0] for images in output.visual_tokens]).half().cpu())
-    return torch.cat(generated)
 
 
 def choose_emoji(tasks: EmojiTasks, every: int) -> None:
@@ -81,7 +60,7 @@ def train(
     steps: int,
 ) -> None:
     """Train on text-to-image conversations alone, `steps` batches of them."""
-    model.set_attn_implementation("eager")  # the gradient of torch's fused attention is slow in bfloat16 on a CPU
+    model.set_attn_implementation(ATTENTION)
     args = VPiTConfig(
         str(out),
         **{**TRAINING, "save_strategy": "no"},
@@ -115,7 +94,8 @@ def measure(
     results = {}
     for kind in KINDS:
         records = tasks.evaluation(kind)[:limit]
-        generated = generate_for(model, processor, [record["messages"][0]["content"][0]["text"] for record in records])
+        pipe = SimpleNamespace(model=model.eval(), processor=processor)  # all that is read of a pipeline
+        _, generated = generate_answers(pipe, records, tasks, progress=kind, force_image=True)
         answers = torch.tensor([tasks.bases.index(record["answer"]) for record in records])
         results[kind] = 100 * (rank_references(generated, references, answers) == 0).float().mean().item()
     return results

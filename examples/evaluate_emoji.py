@@ -54,9 +54,9 @@ def add_images(record: dict, tasks: EmojiTasks) -> list[dict]:
 
 @torch.no_grad()
 def generate_answers(
-    pipe: MetaMorphPipeline, records: list[dict], tasks: EmojiTasks, progress: str
+    pipe: MetaMorphPipeline, records: list[dict], tasks: EmojiTasks, progress: str, **options
 ) -> tuple[list[str], torch.Tensor]:
-    """Answer each record greedily.
+    """Answer each record greedily; `options` are those of `generate()`.
 
     Returns:
         The texts, and the visual tokens (records, N, V) of each answer's first image; zeros if it has none.
@@ -71,9 +71,9 @@ def generate_answers(
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
-        )
-        options = {"max_new_tokens": config.num_image_tokens + 8, "do_sample": False}
-        output = pipe.model.generate(**inputs, **options, return_dict_in_generate=True)
+        ).to(pipe.model.device)
+        length = {"max_new_tokens": config.num_image_tokens + 8}
+        output = pipe.model.generate(**inputs, **length, **options, do_sample=False, return_dict_in_generate=True)
         texts += pipe.processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
         for index, images in enumerate(output.visual_tokens, start):
             generated[index] = images[0] if len(images) else 0

@@ -53,7 +53,7 @@ class TestGrid:
         assert all(cell["batch_size"] == 2 for cell in cells)
 
     def test_full_grid(self):
-        """What was set out: three seeds, 0.25k to 16k requests alone and with understanding, 3x3, six kinds."""
+        """The grid has three seeds, 0.25k to 16k requests alone and with understanding, 3x3 cells, and six kinds."""
         cells = run.expand_grid(GRID)
         by_experiment = {name: [cell for cell in cells if cell["experiment"] == name] for name in GRID["experiments"]}
         for name in ("unlocking", "abilities", "kinds", "knowledge"):
@@ -269,5 +269,7 @@ class TestRun:
 
     def test_unknown_experiment(self, tmp_path):
         unknown = run_example("findings/run.py", "--only", "video", cwd=tmp_path)
-        assert unknown.returncode == 1 and unknown.stderr.splitlines()[-1].startswith("There is no experiment video:")
+        assert unknown.returncode == 1 and unknown.stderr.splitlines()[-1].startswith(
+            "There is no experiment video. The grid has "
+        )
         assert "Traceback" not in unknown.stderr

@@ -162,7 +162,7 @@ def load_tower(path: Path) -> tuple[PreTrainedModel, int]:
 
 
 class Workshop:
-    """What the cells share: vision tower, processor, visual tokens of images, language models, visualizer.
+    """Parts that all cells share: vision tower, processor, visual tokens of images, language models, visualizer.
 
     Args:
         settings (`dict`): Those of the grid.
@@ -454,7 +454,9 @@ def main() -> None:
     grid = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
     grid = grid["quick"] if args.quick else grid
     if unknown := {*(args.only or ())} - grid["experiments"].keys():
-        raise ValueError(f"There is no experiment {', '.join(sorted(unknown))}: {', '.join(grid['experiments'])}.")
+        raise ValueError(
+            f"There is no experiment {', '.join(sorted(unknown))}. The grid has {', '.join(grid['experiments'])}."
+        )
     results = read_results(args.results)
     cells = [cell for cell in expand_grid(grid) if args.only is None or cell["experiment"] in args.only]
     left = [cell for cell in cells if not is_finished(cell, results)]

@@ -1,4 +1,4 @@
-"""What [`VPiTTrainer`] logs: measures of a batch, which it sums between two logs."""
+"""Measures that [`VPiTTrainer`] logs: computed for each batch, and summed between two logs."""
 
 from collections import defaultdict
 from typing import Any
