@@ -24,6 +24,7 @@ from common import EMOJI_CHECKPOINT
 from diffusers import DDIMScheduler
 from emoji.images import DEVICE, IMAGE_SIZE, encode_images, load_images, load_rows, normalize
 from emoji.language import train_language_model
+from emoji.optimizer import MuonAdamW
 from emoji.siglip import ATTENTION, TRAINING, augment, train_siglip
 from emoji.tasks import MIXTURE, UNDERSTANDING, EmojiTasks, corpus, training_stream
 from emoji.visualizer import add_token_noise, train_autoencoder, train_visualizer
@@ -174,7 +175,7 @@ def train_stage(
         max_steps=steps,
         per_device_train_batch_size=batch,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps // 4, "decay_type": "1-sqrt"},
+        lr_scheduler_kwargs={"num_decay_steps": 2 * steps // 3, "decay_type": "linear"},
         warmup_steps=max(1, steps // 25),
         max_length=480,
         activation_checkpointing=False,
@@ -183,7 +184,12 @@ def train_stage(
     mixture = UNDERSTANDING if stage == "projector" else MIXTURE
     look_up = partial(show, views)
     stream = training_stream(tasks, mixture, steps * batch, batch, "visual_tokens", look_up, num_views=2**31)
-    trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=stream)
+    betas = (args.adam_beta1, args.adam_beta2)
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": betas}
+    optimizer = (lambda: MuonAdamW, options) if stage == "full" else None  # `Trainer` calls the first for the class
+    trainer = VPiTTrainer(
+        model, args, processing_class=processor, train_dataset=stream, optimizer_cls_and_kwargs=optimizer
+    )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
     model.config.use_cache = model.config.text_config.use_cache = True  # `Trainer` has turned it off
     model.save_pretrained(out / "final")

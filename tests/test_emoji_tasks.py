@@ -1,5 +1,6 @@
 """The emoji conversations, scenes and images, and what training never sees of them."""
 
+import copy
 import math
 import random
 import re
@@ -19,7 +20,7 @@ emoji_images, emoji_scenes, emoji_tasks, emoji_words = (
 )
 CYCLES, TONES = emoji_tasks.CYCLES, emoji_tasks.TONES
 HELD_OUT_PHRASINGS, MIXTURE = emoji_tasks.HELD_OUT_PHRASINGS, emoji_tasks.MIXTURE
-UNDERSTANDING = emoji_tasks.UNDERSTANDING
+UNDERSTANDING, MuonAdamW = emoji_tasks.UNDERSTANDING, train.MuonAdamW
 SHOWING_AN_IMAGE = ("name", "category", "yes_no", "thinking", "reconstruction", "edit_tone", "edit_style")
 ASKING_FOR_AN_IMAGE = ("text_to_image", "style", "scene")
 
@@ -511,3 +512,67 @@ class TestTrainingStream:
         cosine = torch.cosine_similarity(noisy, views[1, 4], dim=-1)
         assert (cosine > 0.75).all() and (cosine < 1).all()
         assert torch.equal(noisy, train.show(views, 7, 4, "name"))
+
+
+class TestMuonAdamW:
+    @staticmethod
+    def build() -> torch.nn.ModuleDict:
+        torch.manual_seed(0)
+        layers = torch.nn.ModuleList([torch.nn.Linear(4, 6), torch.nn.Linear(6, 4)])
+        return torch.nn.ModuleDict({"decoder": torch.nn.ModuleDict({"layers": layers}), "head": torch.nn.Linear(4, 3)})
+
+    @staticmethod
+    def train(model, steps: range, optimizers, schedulers):
+        for step in steps:
+            states = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            for layer in model["decoder"]["layers"]:
+                states = layer(states).tanh()
+            model["head"](states).square().sum().backward()
+            for optimizer in (*optimizers, *schedulers):
+                optimizer.step()
+            model.zero_grad()
+
+    def test_equals_two_optimizers(self):
+        models = self.build(), self.build()
+        ours = MuonAdamW(models[0], lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
+        layers = models[1]["decoder"]["layers"]
+        muon = torch.optim.Muon(
+            [layer.weight for layer in layers], lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        )
+        biases = [layer.bias for layer in layers] + [models[1]["head"].bias]
+        groups = [{"params": [models[1]["head"].weight]}, {"params": biases, "weight_decay": 0.0}]
+        adamw = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
+
+        def halve(step: int) -> float:
+            return 0.5**step
+
+        for model, optimizers in zip(models, ([ours], [muon, adamw])):
+            schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, halve) for optimizer in optimizers]
+            self.train(model, range(4), optimizers, schedulers)
+        for ours, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(ours, expected)
+
+    def test_resumes(self):
+        """Saved after two steps, another one goes on to the same weights, and its schedule reaches both optimizers."""
+
+        def build() -> tuple:
+            model = self.build()
+            optimizer = MuonAdamW(model, lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
+            return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+        model, optimizer, scheduler = build()
+        self.train(model, range(2), [optimizer], [scheduler])
+        saved = copy.deepcopy([part.state_dict() for part in (model, optimizer, scheduler)])
+        self.train(model, range(2, 4), [optimizer], [scheduler])
+        again, *others = build()
+        for part, state in zip((again, *others), saved, strict=True):
+            part.load_state_dict(state)
+        self.train(again, range(2, 4), others[:1], others[1:])
+        for ours, expected in zip(again.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, expected)
+
+    def test_frozen_parameters_stay(self):
+        model = self.build()
+        model["head"].requires_grad_(False)
+        optimizer = MuonAdamW(model, lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == 4

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import random
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,12 +235,13 @@ def build_page(
                 api_visibility="private",
             )
             chat.textbox.stop(end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private")
-            # A reloaded page goes on with its conversation. The browser keeps it, and hands it to the chatbot, which
-            # checks its files.
-            kept = gr.BrowserState([], storage_key="metamorph")
-            keep = "(history, kept) => [window.hasLoaded ? history : kept]"  # at first, the chatbot is empty
-            chat.chatbot.change(None, [chat.chatbot, kept], kept, js=keep)
-            page.load(None, kept, chat.chatbot, js="kept => {window.hasLoaded = true; return [kept]}").then(
+            # A reloaded tab goes on with its conversation, unless the page's program was started anew. gr.BrowserState
+            # would do, but on a slow machine it is read before it has loaded, and the conversation is lost.
+            key = f"metamorph-{secrets.token_hex(8)}"
+            keep = f"history => {{if (window.hasLoaded) sessionStorage['{key}'] = JSON.stringify(history)}}"
+            restore = f"() => {{window.hasLoaded = true; return [JSON.parse(sessionStorage['{key}'] ?? '[]')]}}"
+            chat.chatbot.change(None, chat.chatbot, None, js=keep)
+            page.load(None, None, chat.chatbot, js=restore).then(
                 end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private"
             )
             again = gr.Button("Add the last image to the message", size="sm")

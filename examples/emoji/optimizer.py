@@ -1,0 +1,51 @@
+"""The optimizer of VPiT stage 2: Muon for hidden layers, AdamW for the rest."""
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+
+class MuonAdamW(Optimizer):
+    """[`Muon`] for the linear layers of a model's decoder layers, and [`AdamW`] for its other parameters.
+
+    `Trainer` knows one optimizer, so that this one steps both. Parameters that need no gradient are left out.
+
+    Args:
+        model (`nn.Module`): The model to train.
+        lr (`float`): Learning rate. Muon scales it to match the size of AdamW's updates (arXiv 2502.16982).
+        weight_decay (`float`): Weight decay of all parameters with more than one dimension.
+        betas (`tuple[float, float]`): AdamW's.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]):
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        hidden = {id(module.weight) for name, module in linear.items() if ".layers." in name}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        others = [parameter for parameter in trained if id(parameter) not in hidden]
+        groups = [
+            {"params": [parameter for parameter in others if parameter.ndim > 1]},
+            {"params": [parameter for parameter in others if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizers = [
+            Muon(
+                [parameter for parameter in trained if id(parameter) in hidden],
+                lr=lr,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, fused=True),
+        ]
+        super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
+
+    def step(self, closure=None) -> None:
+        """Take a step with both optimizers."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        # A learning rate schedule changes these groups, which must be those of the optimizers.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
