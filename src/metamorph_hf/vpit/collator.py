@@ -266,7 +266,8 @@ class DataCollatorForVPiT:
             raise BadSample(f'has {word} in a text: images are parts of their own, {{"type": "image"}}.')
         if count < expected:
             raise BadSample(f"has {expected} images, but the chat template writes {count}.")
-        learned[1:] |= learned[:-1] & (ids[1:] == tokenizer.eos_token_id) & (ids[:-1] != tokenizer.eos_token_id)
+        is_eos = ids == tokenizer.eos_token_id
+        learned[1:] |= learned[:-1] & is_eos[1:] & ~is_eos[:-1]
         repeats = np.where(is_image, len(self._image_ids), 1)
         conversation.input_ids = ids.repeat(repeats)
         conversation.input_ids[is_image.repeat(repeats)] = np.tile(self._image_ids, count)
