@@ -522,6 +522,11 @@ class TestMuonAdamW:
         return torch.nn.ModuleDict({"decoder": torch.nn.ModuleDict({"layers": layers}), "head": torch.nn.Linear(4, 3)})
 
     @staticmethod
+    def halve(optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """Halve the learning rate after each step."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    @staticmethod
     def train(model, steps: range, optimizers, schedulers):
         for step in steps:
             states = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
@@ -543,11 +548,8 @@ class TestMuonAdamW:
         groups = [{"params": [models[1]["head"].weight]}, {"params": biases, "weight_decay": 0.0}]
         adamw = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
 
-        def halve(step: int) -> float:
-            return 0.5**step
-
         for model, optimizers in zip(models, ([ours], [muon, adamw])):
-            schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, halve) for optimizer in optimizers]
+            schedulers = [self.halve(optimizer) for optimizer in optimizers]
             self.train(model, range(4), optimizers, schedulers)
         for ours, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(ours, expected)
@@ -558,7 +560,7 @@ class TestMuonAdamW:
         def build() -> tuple:
             model = self.build()
             optimizer = MuonAdamW(model, lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
-            return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+            return model, optimizer, self.halve(optimizer)
 
         model, optimizer, scheduler = build()
         self.train(model, range(2), [optimizer], [scheduler])
@@ -576,3 +578,23 @@ class TestMuonAdamW:
         model["head"].requires_grad_(False)
         optimizer = MuonAdamW(model, lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+
+    def test_closure(self):
+        """It is called once, and its gradients reach both optimizers."""
+        models, losses = (self.build(), self.build()), []
+        for model, is_closure in zip(models, (True, False)):
+            optimizer = MuonAdamW(model, lr=0.1, weight_decay=0.05, betas=(0.9, 0.98))
+
+            def compute(model=model) -> torch.Tensor:
+                loss = sum(parameter.square().sum() for parameter in model.parameters())
+                loss.backward()
+                losses.append(loss.item())
+                return loss
+
+            loss = optimizer.step(compute) if is_closure else compute()
+            if not is_closure:
+                assert optimizer.step() is None
+            assert loss.item() == losses[-1]
+        assert len(losses) == 2 and losses[0] == losses[1]
+        for ours, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(ours, expected)

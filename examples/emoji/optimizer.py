@@ -1,5 +1,7 @@
 """The optimizer of VPiT stage 2: Muon for hidden layers, AdamW for the rest."""
 
+from collections.abc import Callable
+
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
@@ -7,7 +9,7 @@ from torch.optim import AdamW, Muon, Optimizer
 class MuonAdamW(Optimizer):
     """[`Muon`] for the linear layers of a model's decoder layers, and [`AdamW`] for its other parameters.
 
-    `Trainer` knows one optimizer, so that this one steps both. Parameters that need no gradient are left out.
+    `Trainer` takes one optimizer, so this one steps both. Parameters that need no gradient are left out.
 
     Args:
         model (`nn.Module`): The model to train.
@@ -36,10 +38,12 @@ class MuonAdamW(Optimizer):
         ]
         super().__init__([group for optimizer in self.optimizers for group in optimizer.param_groups], {})
 
-    def step(self, closure=None) -> None:
-        """Take a step with both optimizers."""
-        for optimizer in self.optimizers:
-            optimizer.step()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take a step with both optimizers. A `closure` computes the gradients first; its loss is returned."""
+        muon, adamw = self.optimizers
+        loss = muon.step(closure)
+        adamw.step()
+        return loss
 
     def state_dict(self) -> dict:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}

@@ -236,7 +236,7 @@ def build_page(
             )
             chat.textbox.stop(end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private")
             # A reloaded tab goes on with its conversation, unless the page's program was started anew. gr.BrowserState
-            # would do, but on a slow machine it is read before it has loaded, and the conversation is lost.
+            # would also be an output of the chatbot's first, empty change; here that change writes nothing.
             key = f"metamorph-{secrets.token_hex(8)}"
             keep = f"history => {{if (window.hasLoaded) sessionStorage['{key}'] = JSON.stringify(history)}}"
             restore = f"() => {{window.hasLoaded = true; return [JSON.parse(sessionStorage['{key}'] ?? '[]')]}}"
