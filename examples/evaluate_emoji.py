@@ -23,7 +23,7 @@ from common import EMOJI_CHECKPOINT, load_pipeline
 from emoji.images import IMAGE_SIZE, draw_image, draw_images, draw_things, load_rows
 from emoji.scenes import SceneJudge, draw_scene
 from emoji.tasks import DEFAULT_PHRASING, TONES, EmojiTasks, user_turn
-from evaluation import draw_contact_sheet, rank_references
+from evaluation import draw_contact_sheet, generate_answers, rank_references
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.image_transforms import to_pil_image
@@ -52,32 +52,12 @@ def add_images(record: dict, tasks: EmojiTasks) -> list[dict]:
     return [{**turn, "content": content}]
 
 
-@torch.no_grad()
-def generate_answers(
+def answer_records(
     pipe: MetaMorphPipeline, records: list[dict], tasks: EmojiTasks, progress: str, **options
 ) -> tuple[list[str], torch.Tensor]:
-    """Answer each record greedily; `options` are those of `generate()`.
-
-    Returns:
-        The texts, and the visual tokens (records, N, V) of each answer's first image; zeros if it has none.
-    """
-    config, texts = pipe.model.config, []
-    generated = torch.zeros(len(records), config.num_image_tokens, config.visual_token_dim)
-    for start in tqdm(range(0, len(records), BATCH_SIZE), desc=progress):
-        inputs = pipe.processor.apply_chat_template(
-            [add_images(record, tasks) for record in records[start : start + BATCH_SIZE]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(pipe.model.device)
-        length = {"max_new_tokens": config.num_image_tokens + 8}
-        output = pipe.model.generate(**inputs, **length, **options, do_sample=False, return_dict_in_generate=True)
-        texts += pipe.processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
-        for index, images in enumerate(output.visual_tokens, start):
-            generated[index] = images[0] if len(images) else 0
-    return texts, generated
+    """Answer records of `tasks` by `generate_answers`."""
+    conversations = [add_images(record, tasks) for record in records]
+    return generate_answers(pipe.model, pipe.processor, conversations, progress, **options)
 
 
 @torch.no_grad()
@@ -205,7 +185,7 @@ class Evaluation:
 
     def answer(self, kind: str) -> tuple[list[dict], list[str], torch.Tensor]:
         records = self.choose(self.tasks.evaluation(kind))
-        return records, *generate_answers(self.pipe, records, self.tasks, progress=kind)
+        return records, *answer_records(self.pipe, records, self.tasks, progress=kind)
 
     def rank(self, generated: torch.Tensor, answers: list[list[int]], candidates: list[int]) -> torch.Tensor:
         """Return the rank of the best of each record's right answers; the last one for an answer without an image."""
@@ -231,7 +211,7 @@ class Evaluation:
         answers = [[by_name[name] for name in names.split("|")] for _, names in prompts]
         questions = [DEFAULT_PHRASING.replace("{}", prompt) for prompt, _ in prompts]
         records = [{"messages": [user_turn([], question)], "images": []} for question in questions]
-        _, generated = generate_answers(self.pipe, records, self.tasks, progress="everyday prompts")
+        _, generated = answer_records(self.pipe, records, self.tasks, progress="everyday prompts")
         decoded = decode(self.pipe, generated)
         for i in self.rng.sample(range(len(prompts)), min(SHOWN_PROMPTS, len(prompts))):
             self.show(prompts[i][0], generated[i], decoded[i], draw_image(self.tasks, answers[i][0]))

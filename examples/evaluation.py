@@ -1,8 +1,50 @@
-"""Measures and figures that the evaluation scripts share."""
+"""Answers, measures and figures that the scripts share."""
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor
+
+
+ANSWER_BATCH_SIZE = 64
+
+
+@torch.no_grad()
+def generate_answers(
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    conversations: list[list[dict]],
+    progress: str,
+    max_words: int = 6,
+    **options,
+) -> tuple[list[str], torch.Tensor]:
+    """Answer conversations greedily, by an image and at most `max_words` tokens of text.
+
+    `options` are those of `generate()`.
+
+    Returns:
+        The texts, and the visual tokens (conversations, N, V) of each answer's first image, float32 on the CPU; zeros
+        if it has none.
+    """
+    config, texts = model.config, []
+    generated = torch.zeros(len(conversations), config.num_image_tokens, config.visual_token_dim)
+    length = {"max_new_tokens": config.num_image_tokens + 2 + max_words}
+    for start in tqdm(range(0, len(conversations), ANSWER_BATCH_SIZE), desc=progress, leave=False):
+        inputs = processor.apply_chat_template(
+            conversations[start : start + ANSWER_BATCH_SIZE],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        output = model.eval().generate(**inputs, **length, **options, do_sample=False, return_dict_in_generate=True)
+        texts += processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
+        for index, images in enumerate(output.visual_tokens, start):
+            generated[index] = images[0].float().cpu() if len(images) else 0
+    return texts, generated
 
 
 def rank_references(encoded: torch.Tensor, references: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

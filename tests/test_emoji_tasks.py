@@ -10,7 +10,10 @@ from itertools import chain
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from helpers import EXAMPLES_FOLDER, import_example
+
+from metamorph_hf import VPiTConfig
 
 
 train = import_example("train_emoji.py")
@@ -21,6 +24,7 @@ emoji_images, emoji_scenes, emoji_tasks, emoji_words = (
 CYCLES, TONES = emoji_tasks.CYCLES, emoji_tasks.TONES
 HELD_OUT_PHRASINGS, MIXTURE = emoji_tasks.HELD_OUT_PHRASINGS, emoji_tasks.MIXTURE
 UNDERSTANDING, MuonAdamW = emoji_tasks.UNDERSTANDING, train.MuonAdamW
+PartialImageTrainer = train.PartialImageTrainer
 SHOWING_AN_IMAGE = ("name", "category", "yes_no", "thinking", "reconstruction", "edit_tone", "edit_style")
 ASKING_FOR_AN_IMAGE = ("text_to_image", "style", "scene")
 
@@ -598,3 +602,85 @@ class TestMuonAdamW:
         assert len(losses) == 2 and losses[0] == losses[1]
         for ours, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert torch.equal(ours, expected)
+
+
+class TestPartialImages:
+    """Losses of a part of the visual tokens, against the model's own of whole images."""
+
+    @pytest.fixture
+    def requests(self):
+        captions = ("a cat", "a red apple on a plate", "two dogs, please", "the sun", "an owl", "three red keys")
+        texts = [{"role": "user", "content": [{"type": "text", "text": caption}]} for caption in captions]
+        answer = {"role": "assistant", "content": [{"type": "image"}]}
+        tokens = torch.randn(len(texts), 1, 4, 16, generator=torch.Generator().manual_seed(0))
+        tokens = torch.nn.functional.normalize(tokens, dim=-1)
+        messages = [[text, answer] for text in texts]
+        return Dataset.from_dict({"index": range(len(texts))}).with_transform(
+            lambda columns: {
+                "messages": [messages[index] for index in columns["index"]],
+                "visual_tokens": [list(tokens[index]) for index in columns["index"]],
+            }
+        )
+
+    @pytest.fixture
+    def build(self, tiny_model, tiny_processor, requests, tmp_path):
+        """Return a function that makes a trainer for requests of which each step also sees three in part."""
+
+        def build(num_tokens: int) -> PartialImageTrainer:
+            options = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True}
+            args = VPiTConfig(str(tmp_path), bf16=False, report_to="none", **options)
+            more = {"requests": requests, "num_requests": 3, "num_tokens": num_tokens}
+            model = tiny_model(visual_decoding="parallel", visual_loss_weight=4.0)
+            return PartialImageTrainer(
+                model, args, processing_class=tiny_processor, train_dataset=requests.select(range(4)), **more
+            )
+
+        return build
+
+    def test_of_all_tokens_is_the_loss_of_the_model(self, build, requests):
+        trainer, samples = build(4), [requests[index] for index in range(5)]
+        loss = trainer.compute_partial_loss(*(requests[:5][name] for name in ("messages", "visual_tokens")))
+        batch = trainer.data_collator(samples)
+        expected = trainer.metamorph(**{name: batch[name] for name in batch if name != "sample_ids"}).visual_loss
+        torch.testing.assert_close(loss, expected)
+
+    def test_of_two_tokens_is_that_of_whole_images_with_hidden_queries(self, build, requests):
+        trainer, losses = build(2), []
+        torch.manual_seed(3)
+        loss = trainer.compute_partial_loss(*(requests[:5][name] for name in ("messages", "visual_tokens")))
+        torch.manual_seed(3)
+        chosen = torch.rand(5, 3).argmax(1).tolist()
+        for query, sample in zip(chosen, (requests[index] for index in range(5))):
+            batch = trainer.data_collator([sample])
+            first = int((batch["input_ids"][0] == trainer.processing_class.image_token_id).nonzero()[0])
+            batch["attention_mask"][0, first : first + 4] = 0
+            batch["attention_mask"][0, first + query] = 1
+            found = trainer.metamorph(**{name: batch[name] for name in batch if name != "sample_ids"}).visual_losses
+            losses += [found[0], found[query + 1]]
+        torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+    def test_a_step_adds_its_gradient(self, build, requests):
+        trainer, other = build(4), build(4)
+        batch = trainer.data_collator([requests[0], requests[1]])
+        model = trainer.model.train()
+        trainer.training_step(model, copy.deepcopy(batch))
+        whole = other.metamorph.train()(**{name: batch[name] for name in batch if name != "sample_ids"})
+        partial = other.compute_partial_loss(*(requests[:3][name] for name in ("messages", "visual_tokens")))
+        (whole.loss + 4 * partial).backward()
+        for ours, expected in zip(model.parameters(), other.model.parameters(), strict=True):
+            if expected.grad is None:
+                assert ours.grad is None
+            else:
+                torch.testing.assert_close(ours.grad, expected.grad)
+
+    def test_each_step_has_requests_of_its_own(self, build, requests, monkeypatch):
+        trainer, seen = build(2), []
+        compute = trainer.compute_partial_loss
+
+        def record(messages, visual_tokens):
+            seen.append(messages)
+            return compute(messages, visual_tokens)
+
+        monkeypatch.setattr(trainer, "compute_partial_loss", record)
+        trainer.train()
+        assert seen == [requests[:3]["messages"], requests[3:6]["messages"]]

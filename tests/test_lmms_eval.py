@@ -346,7 +346,7 @@ def test_emoji_tasks_give_our_own_scores(tmp_path, monkeypatch):
     tasks = evaluate_emoji.EmojiTasks(evaluate_emoji.load_rows())
     records = random.Random(0).sample(tasks.evaluation("name_twitter_held_out"), 20)
     pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT)
-    texts, _ = evaluate_emoji.generate_answers(pipe, records, tasks, progress="naming")
+    texts, _ = evaluate_emoji.answer_records(pipe, records, tasks, progress="naming")
     names = [record["answer"] for record in records]
     assert scores["emoji_naming"]["accuracy,none"] == pytest.approx(sum(map(str.__eq__, texts, names)) / 20)
 

@@ -34,6 +34,8 @@ UNDERSTANDING = {"name": 0.5, "category": 0.15, "yes_no": 0.15, "scene_question"
 MIXTURE = {"text_to_image": 0.36, "style": 0.07, "scene": 0.15, "edit_tone": 0.06, "edit_style": 0.04}
 MIXTURE |= {"sequence": 0.05, "name": 0.09, "category": 0.03, "yes_no": 0.02, "scene_question": 0.05}
 MIXTURE |= {"thinking": 0.01, "reconstruction": 0.01, "meaning": 0.04, "gloss": 0.02}
+# Stage 2 also has many requests of whose images a part is predicted.
+REQUESTS = {"text_to_image": 0.82, "style": 0.07, "scene": 0.11}
 
 STYLES = ("google", "twitter", "microsoft", "firefox")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")

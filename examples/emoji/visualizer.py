@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from metamorph_hf import GridUNet2DConditionModel, PatchAutoencoder, VisualTokenProjector
 from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss
@@ -29,6 +29,8 @@ LATENT_NOISE = 0.05  # so that the decoder bears the U-Net's small errors
 CONDITIONING_DROPOUT = 0.1  # share of images with zeros as conditioning, the negative embeddings of guidance
 TOKEN_NOISE = 0.4
 CHECKPOINT_EVERY = 250  # steps
+
+Visualizer = tuple[VisualTokenProjector, GridUNet2DConditionModel, DDIMScheduler]
 
 
 def train(parts: dict, step_loss: Callable[[int], torch.Tensor], out: Path, steps: int, progress: str) -> None:
@@ -110,10 +112,17 @@ def train_autoencoder(pixels: torch.Tensor, out: Path, steps: int, quick: bool) 
     return autoencoder.eval()
 
 
-def build_visualizer(
-    visual_tokens: torch.Tensor, autoencoder: PatchAutoencoder, quick: bool
-) -> tuple[VisualTokenProjector, GridUNet2DConditionModel, DDIMScheduler]:
-    """Build a projector for visual tokens (I, N, V), a U-Net, and the noise scheduler."""
+@torch.no_grad()
+def encode_latents(autoencoder: PatchAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode uint8 pixels (I, 3, 128, 128) into latents of unit variance (I, C, h, w), float16 on the CPU."""
+    batches = (normalize(batch.to(DEVICE)) for batch in tqdm(pixels.split(64), desc="encoding latents", leave=False))
+    latents = torch.cat([autoencoder.encode(batch).latent_dist.mode().half().cpu() for batch in batches])
+    return latents * autoencoder.config.scaling_factor
+
+
+def build_visualizer(visual_tokens: torch.Tensor, autoencoder: PatchAutoencoder, quick: bool) -> Visualizer:
+    """Build a visualizer for visual tokens (I, N, V)."""
+    torch.manual_seed(0)
     width = 32 if quick else 192
     projector = VisualTokenProjector(
         visual_token_dim=visual_tokens.shape[2],
@@ -155,42 +164,29 @@ def add_token_noise(visual_tokens: torch.Tensor, strength: float, generator: tor
 
 
 def train_visualizer(
-    pixels: torch.Tensor,
-    visual_tokens: torch.Tensor,
-    autoencoder: PatchAutoencoder,
-    out: Path,
-    steps: int,
-    quick: bool,
-) -> tuple[VisualTokenProjector, GridUNet2DConditionModel, DDIMScheduler]:
-    """Train a visualizer, or continue from `out/state.pt`.
+    visualizer: Visualizer, latents: torch.Tensor, visual_tokens: torch.Tensor, out: Path, steps: int, rate: float
+) -> None:
+    """Train a visualizer in place, or continue from `out/state.pt`.
 
     Args:
-        pixels (`torch.Tensor` of shape (I, 3, 128, 128)): Images, uint8.
+        latents (`torch.Tensor` of shape (I, C, h, w)): Images, as `encode_latents` returns them.
         visual_tokens (`torch.Tensor` of shape (I, N, V)): Their visual tokens.
-
-    Returns:
-        Projector, U-Net and noise scheduler.
+        rate (`float`): Peak learning rate.
     """
-    torch.manual_seed(0)
-    projector, unet, noise_scheduler = build_visualizer(visual_tokens, autoencoder, quick)
+    projector, unet, noise_scheduler = visualizer
     denoiser = ConditionedUNet(projector, unet.to(memory_format=torch.channels_last)).train().to(DEVICE)
-    autoencoder.to(DEVICE)
     if DEVICE.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # the gradient of torch's fused attention is slow in bfloat16
-    with torch.no_grad():
-        encode = autoencoder.encode
-        latents = torch.cat([encode(normalize(batch.to(DEVICE))).latent_dist.mode() for batch in pixels.split(64)])
-        latents = latents * autoencoder.config.scaling_factor
 
     def step_loss(step: int) -> torch.Tensor:
-        indices = choose_batch(step, BATCH_SIZE, len(pixels))
+        indices = choose_batch(step, BATCH_SIZE, len(latents))
         generator = torch.Generator().manual_seed(1_000_003 + step)
         kept = torch.rand(len(indices), generator=generator) >= CONDITIONING_DROPOUT
         tokens = add_token_noise(visual_tokens[indices].float(), TOKEN_NOISE, generator)
         predict = partial(denoiser, visual_tokens=tokens.to(DEVICE), kept=kept.to(DEVICE))
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            return diffusion_loss(predict, noise_scheduler, latents[indices.to(DEVICE)], generator)
+            return diffusion_loss(predict, noise_scheduler, latents[indices].float().to(DEVICE), generator)
 
-    parts = {"denoiser": denoiser, **make_optimizer(denoiser, steps, 1e-3, 0.995)}
+    parts = {"denoiser": denoiser, **make_optimizer(denoiser, steps, rate, 0.995)}
     train(parts, step_loss, out, steps, "U-Net")
-    return projector.eval(), unet.eval(), noise_scheduler
+    denoiser.eval()

@@ -117,11 +117,11 @@ class EmojiWords:
         return owners[0] if len(owners) <= 3 else None
 
     def choose_phrase(self, base: str, rng: random.Random) -> str:
-        """Choose a word for a base emoji, most often its name, never a held-out keyword."""
+        """Choose a name, an everyday word or a keyword for a base emoji, never a held-out keyword."""
         kind = rng.random()
-        if kind < 0.3 and self.everyday[base]:
+        if kind < 0.35 and self.everyday[base]:
             return rng.choice(self.everyday[base])
-        if 0.3 <= kind < 0.5 and self.captions[base]:
+        if 0.35 <= kind < 0.65 and self.captions[base]:
             return rng.choice(self.captions[base])
         return self.names[base]
 

@@ -44,7 +44,7 @@ from emoji.siglip import ATTENTION, TRAINING  # noqa: E402
 from emoji.tasks import CYCLES, UNDERSTANDING, EmojiTasks, corpus  # noqa: E402
 from evaluate_emoji import add_images, encode, encode_images  # noqa: E402
 from evaluate_generation import frechet_distance  # noqa: E402
-from evaluation import rank_references  # noqa: E402
+from evaluation import generate_answers, rank_references  # noqa: E402
 from findings.knowledge import QUESTION, TASKS, Knowledge  # noqa: E402
 from train_emoji import build_model, build_tokenizer  # noqa: E402
 
@@ -313,31 +313,10 @@ def train(cell: dict, model, processor: MetaMorphProcessor, records: list[dict],
     return trainer.model.merge_and_unload() if adapter else trainer.model
 
 
-@torch.no_grad()
 def answer(model, processor: MetaMorphProcessor, conversations: list, **options) -> tuple[list[str], torch.Tensor]:
-    """Answer conversations greedily.
-
-    Returns:
-        The texts in lower case, and the visual tokens (conversations, N, V) of each first image; zeros if it has none.
-    """
-    config, texts = model.config, []
-    generated = torch.zeros(len(conversations), config.num_image_tokens, config.visual_token_dim)
-    for start in range(0, len(conversations), 64):
-        inputs = processor.apply_chat_template(
-            conversations[start : start + 64],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        length = {"max_new_tokens": MAX_WORDS + config.num_image_tokens + 2}
-        output = model.eval().generate(**inputs, **length, **options, do_sample=False, return_dict_in_generate=True)
-        answers = processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
-        texts += [" ".join(text.replace(processor.image_token, " ").split()).lower() for text in answers]
-        for index, images in enumerate(output.visual_tokens, start):
-            generated[index] = images[0].float().cpu() if len(images) else 0
-    return texts, generated
+    """Answer by `generate_answers`; the texts in lower case, without a place for the image."""
+    texts, generated = generate_answers(model, processor, conversations, "answers", MAX_WORDS, **options)
+    return [" ".join(text.replace(processor.image_token, " ").split()).lower() for text in texts], generated
 
 
 def rank(generated: torch.Tensor, references: torch.Tensor, targets: list[int]) -> torch.Tensor:
