@@ -81,7 +81,10 @@ def describe(row: dict, field: str):
 def split_errors(points: Iterable[tuple[float, float, float]]) -> tuple[list[float], list[list[float]]]:
     """Split (middle, low, high) into the middles, and the lengths of the error bars as matplotlib takes them."""
     middle, low, high = zip(*points)
-    return [*middle], [[m - end for m, end in zip(middle, low)], [end - m for m, end in zip(middle, high)]]
+    # A mean of equal values may differ from them by its rounding, and the length of a bar must not be negative.
+    below = [max(0.0, m - end) for m, end in zip(middle, low)]
+    above = [max(0.0, end - m) for m, end in zip(middle, high)]
+    return [*middle], [below, above]
 
 
 def plot_unlocking(rows: list[dict]):
