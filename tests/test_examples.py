@@ -45,7 +45,7 @@ class TestGenerate:
         Path("mine.png").write_text("precious")
         for options, expected in (([], "mine_2.png"), ([], "mine_3.png"), (["--overwrite"], "mine.png")):
             output = generate("a red apple", "--steps", 1, "--out", "mine.png", *options)
-            assert f"saved {expected} (64x64)" in output
+            assert f"saved {expected} (128x128)" in output
             Image.open(expected).verify()
             assert expected == "mine.png" or Path("mine.png").read_text() == "precious"
 

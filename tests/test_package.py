@@ -94,7 +94,6 @@ def test_command_without_its_extra(name):
     "old, name, new",
     [
         ("grid_unet", "GridUNet2DConditionModel", "small_visualizer"),
-        ("patch_vae", "PatchVAE", "small_visualizer"),
         ("model_card_metamorph", "create_model_card", "model_cards"),
         ("vpit_callbacks", "LogSamplesCallback", "vpit.callbacks"),
         ("vpit_collator", "DataCollatorForVPiT", "vpit.collator"),

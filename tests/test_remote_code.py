@@ -6,7 +6,7 @@ from copy_checkpoint_code import CODE, SOURCES
 from diffusers import DDIMScheduler
 from helpers import EMOJI_CHECKPOINT, run_as_stranger
 
-from metamorph_hf import GridUNet2DConditionModel, MetaMorphPipeline, PatchVAE, VisualTokenProjector
+from metamorph_hf import GridUNet2DConditionModel, MetaMorphPipeline, PatchAutoencoder, VisualTokenProjector
 
 
 @pytest.mark.parametrize("decoding", ["autoregressive", "parallel"])
@@ -44,7 +44,7 @@ found.append(model.generate(**inputs, **options))
 @pytest.mark.slow
 def test_pipeline(tiny_model, tiny_processor, tmp_path):
     torch.manual_seed(0)
-    vae = PatchVAE(patch_size=2, latent_channels=4)
+    vae = PatchAutoencoder(patch_size=2, latent_channels=4, width=8)
     sizes = {
         "sample_size": 8,
         "in_channels": 4,
@@ -90,7 +90,7 @@ DiffusionPipeline.from_pretrained(folder + "/again", trust_remote_code=True)
     )
     assert torch.equal(found, decode(pipeline))
     again = MetaMorphPipeline.from_pretrained(tmp_path / "saved")  # needs no trust, as the package is installed here
-    assert type(again.vae) is PatchVAE
+    assert type(again.vae) is PatchAutoencoder
     assert torch.equal(decode(again), decode(pipeline))
 
 

@@ -1,8 +1,7 @@
-import numpy as np
 import pytest
 import torch
 
-from metamorph_hf import GridUNet2DConditionModel, PatchAutoencoder, PatchVAE
+from metamorph_hf import GridUNet2DConditionModel, PatchAutoencoder
 
 
 @pytest.fixture
@@ -63,66 +62,6 @@ def images() -> torch.Tensor:
         torch.rand(60, 3, 4, 4, generator=generator), size=(16, 16), mode="bilinear"
     )
     return smooth * 2 - 1
-
-
-def principal_components(images: torch.Tensor, count: int, patch: int) -> np.ndarray:
-    """Reconstruct by numpy's SVD of patches that are cut out one by one."""
-    cut = [
-        image[:, y : y + patch, x : x + patch].numpy().reshape(-1).astype(np.float64)
-        for image in images
-        for y in range(0, image.shape[1], patch)
-        for x in range(0, image.shape[2], patch)
-    ]
-    patches = np.stack(cut)
-    mean = patches.mean(0)
-    _, _, directions = np.linalg.svd(patches - mean, full_matrices=False)
-    kept = directions[:count]
-    return mean + (patches - mean) @ kept.T @ kept, patches
-
-
-def test_reconstructs_as_well_as_principal_components(images):
-    expected, patches = principal_components(images, 6, 4)
-    vae = PatchVAE.fit(images, latent_channels=6, patch_size=4)
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mode()
-        decoded = vae.decode(latents).sample
-    assert latents.shape == (60, 6, 4, 4)
-    error = (decoded - images).square().mean().item()
-    best = np.square(expected - patches).mean()
-    # The mean patch is approximated by one value per channel, which may cost a little.
-    assert best <= error + 1e-9 < best * 1.05
-
-
-def test_latents_are_centered_uncorrelated_and_of_unit_scale(images):
-    vae = PatchVAE.fit(images, latent_channels=6, patch_size=4)
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
-    columns = latents.permute(0, 2, 3, 1).reshape(-1, 6)
-    torch.testing.assert_close(columns.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
-    covariance = columns.T @ columns / len(columns)
-    assert covariance.diagonal().mean().item() == pytest.approx(1.0, rel=1e-3)
-    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
-
-
-def test_posterior_has_the_remaining_variance(images):
-    vae = PatchVAE.fit(images, latent_channels=6, patch_size=4)
-    posterior = vae.encode(images).latent_dist
-    samples = torch.stack([posterior.sample(torch.Generator().manual_seed(seed)) for seed in range(200)])
-    torch.testing.assert_close(samples.std(0).mean((0, 2, 3)), posterior.std[0, :, 0, 0], rtol=0.05, atol=1e-6)
-
-
-def test_save_and_load_vae(images, tmp_path):
-    vae = PatchVAE.fit(images, latent_channels=6, patch_size=4)
-    vae.save_pretrained(tmp_path)
-    loaded = PatchVAE.from_pretrained(tmp_path)
-    assert loaded.config.scaling_factor == vae.config.scaling_factor
-    assert torch.equal(loaded.encode(images).latent_dist.mode(), vae.encode(images).latent_dist.mode())
-
-
-@pytest.mark.parametrize("arguments", [{"patch_size": 5}, {"patch_size": 4, "latent_channels": 48}])
-def test_images_that_cannot_be_divided_are_refused(images, arguments):
-    with pytest.raises(ValueError, match="the sides must be multiples of"):
-        PatchVAE.fit(images, **arguments)
 
 
 class TestPatchAutoencoder:

@@ -14,7 +14,7 @@ from .processing_metamorph import MetaMorphProcessor
 
 if TYPE_CHECKING:
     from .pipeline_metamorph import MetaMorphPipeline, MetaMorphPipelineOutput
-    from .small_visualizer import GridUNet2DConditionModel, PatchAutoencoder, PatchVAE
+    from .small_visualizer import GridUNet2DConditionModel, PatchAutoencoder
     from .visual_token_projector import VisualTokenProjector
     from .vpit.callbacks import LogSamplesCallback
     from .vpit.config import VPiTConfig
@@ -40,7 +40,6 @@ _LAZY = {
     "MetaMorphPipeline": "pipeline_metamorph",
     "MetaMorphPipelineOutput": "pipeline_metamorph",
     "PatchAutoencoder": "small_visualizer",
-    "PatchVAE": "small_visualizer",
     "VPiTConfig": "vpit.config",
     "VPiTTrainer": "vpit.trainer",
     "VisualTokenProjector": "visual_token_projector",
@@ -59,7 +58,6 @@ __all__ = [
     "MetaMorphStreamer",
     "GridUNet2DConditionModel",
     "PatchAutoencoder",
-    "PatchVAE",
     "VPiTConfig",
     "VPiTTrainer",
     "VisualTokenProjector",

@@ -9,7 +9,6 @@ from types import ModuleType
 MOVED = {
     "grid_unet": ("small_visualizer",),
     "model_card_metamorph": ("model_cards",),
-    "patch_vae": ("small_visualizer",),
     "vpit_callbacks": ("vpit.callbacks",),
     "vpit_collator": ("vpit.collator", "image_reading", "data.formats"),
     "vpit_config": ("vpit.config",),

@@ -146,7 +146,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         processor ([`MetaMorphProcessor`], *optional*): Prepares messages for the model and decodes its answers.
         projector ([`VisualTokenProjector`]): Maps visual tokens to the U-Net's cross-attention states.
         unet ([`UNet2DConditionModel`]): Denoises latents; its `sample_size` is the default size of the images.
-        vae ([`AutoencoderKL`], [`PatchAutoencoder`] or [`PatchVAE`]): Decodes latents into pixels.
+        vae ([`AutoencoderKL`] or [`PatchAutoencoder`]): Decodes latents into pixels.
         scheduler ([`SchedulerMixin`]): Any scheduler that works with a Stable Diffusion U-Net.
         instruction_template (`str`, *optional*): Request with a caption at `{}`. `None` sends captions verbatim.
         default_num_inference_steps, default_guidance_scale: Settings that suit these weights.

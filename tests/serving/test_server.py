@@ -185,7 +185,7 @@ class TestImages:
             assert difference(Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))), expected) <= ROUNDING
 
     def test_url(self, client):
-        answer = client.images.generate(model="emoji", prompt="a cat", response_format="url", size="64x64")
+        answer = client.images.generate(model="emoji", prompt="a cat", response_format="url", size="128x128")
         assert httpx.get(answer.data[0].url).headers["content-type"] == "image/png"
 
     def test_answer_without_an_image(self, client):
@@ -356,7 +356,7 @@ def test_documentation(server, tmp_path, monkeypatch):
             exec(code, namespace)
         elif code.startswith("curl"):
             commands.append([*shlex.split(code), "-H", f"Authorization: Bearer {server.key}"])
-    assert Image.open("tiger_0.png").size == (64, 64)
+    assert Image.open("tiger_0.png").size == (128, 128)
     (command,) = commands
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["data"][0]["b64_json"]

@@ -22,7 +22,7 @@ OWN_MODULES = (
     "small_visualizer",
     "visual_token_projector",
 )
-RENAMED_MODULES = {"grid_unet": "small_visualizer", "patch_vae": "small_visualizer"}
+RENAMED_MODULES = {"grid_unet": "small_visualizer"}
 
 CARD = """---
 {{ card_data }}

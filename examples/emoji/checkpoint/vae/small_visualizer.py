@@ -1,10 +1,10 @@
-"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and two small autoencoders."""
+"""A visualizer for small images: a U-Net that is given the grid of visual tokens, and a small autoencoder."""
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, IdentityDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import nn
 
@@ -54,66 +54,6 @@ class GridUNet2DConditionModel(UNet2DConditionModel):
         grid = self.grid_proj(encoder_hidden_states).transpose(1, 2).unflatten(2, (side, side))
         grid = F.interpolate(F.pixel_shuffle(grid, 2), size=sample.shape[2:])  # each token fills 2x2 cells of its own
         return super().forward(torch.cat([sample, grid], dim=1), timestep, encoder_hidden_states, **kwargs)
-
-
-class PatchVAE(ModelMixin, ConfigMixin):
-    r"""
-    Linear VAE that maps each patch of pixels to one latent vector, in the place of `AutoencoderKL`. The optimum of its
-    ELBO (arXiv 1911.02469) is known: probabilistic principal components (Tipping and Bishop, 1999), which
-    [`PatchVAE.fit`] computes. `scaling_factor` gives the latents unit variance.
-    """
-
-    @register_to_config
-    def __init__(
-        self, in_channels: int = 3, latent_channels: int = 32, patch_size: int = 8, scaling_factor: float = 1.0
-    ):
-        super().__init__()
-        self.encoder = nn.Conv2d(in_channels, latent_channels, patch_size, stride=patch_size, bias=False)
-        self.decoder = nn.ConvTranspose2d(latent_channels, in_channels, patch_size, stride=patch_size)
-        self.latent_mean = nn.Parameter(torch.zeros(latent_channels, 1, 1))
-        self.log_variance = nn.Parameter(torch.zeros(latent_channels, 1, 1))
-
-    @classmethod
-    def fit(cls, images: torch.Tensor, latent_channels: int = 32, patch_size: int = 8) -> "PatchVAE":
-        """Fit a VAE to images (I, C, height, width) in [-1, 1], whose sides must be multiples of the patch size."""
-        channels, height, width = images.shape[1:]
-        size = channels * patch_size**2
-        if height % patch_size or width % patch_size or latent_channels >= size:
-            rule = f"the sides must be multiples of {patch_size}, and the channels fewer than {size}"
-            raise ValueError(f"Got images of {height}x{width} and {latent_channels} latent channels, but {rule}.")
-        patches = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2).reshape(-1, size).double()
-        mean = patches.mean(0)
-        variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-        variances, directions = variances.flip(0).clamp(min=1e-8), directions.flip(1)[:, :latent_channels]
-        noise = variances[latent_channels:].mean()  # variance of a pixel, given the latent
-        # A compromise between equal weights and weights by variance: details must neither drown in the noise of the
-        # diffusion nor count as much as the colors.
-        scale = variances[:latent_channels] ** -0.25
-        encoding = (directions * scale).T
-        decoding = directions / scale
-        variance = (encoding @ (patches - mean).T).square().mean().item()
-        vae = cls(channels, latent_channels, patch_size, scaling_factor=variance**-0.5)
-        weights = {
-            "encoder.weight": encoding.reshape(vae.encoder.weight.shape),
-            "decoder.weight": decoding.T.reshape(vae.decoder.weight.shape),
-            # The part of the mean patch outside of the components is nearly one value per channel.
-            "decoder.bias": (mean - decoding @ (encoding @ mean)).reshape(channels, -1).mean(1),
-            "latent_mean": (encoding @ mean)[:, None, None],
-            "log_variance": (scale**2 * noise).log()[:, None, None],
-        }
-        vae.load_state_dict(weights)
-        return vae.eval()
-
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
-        """Encode images (I, C, height, width) in [-1, 1] into a distribution of latents."""
-        mean = self.encoder(x) - self.latent_mean
-        posterior = DiagonalGaussianDistribution(torch.cat([mean, self.log_variance.expand_as(mean)], dim=1))
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
-        """Decode latents (I, latent_channels, height, width) into images."""
-        images = self.decoder(z + self.latent_mean)
-        return DecoderOutput(sample=images) if return_dict else (images,)
 
 
 class ConvBlock(nn.Module):
