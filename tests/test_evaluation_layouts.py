@@ -100,7 +100,7 @@ class TestGenEval:
                 assert (images[name] == sample(tmp_path / "out", f"{index:05}_{number}")).all()
             assert len({image.tobytes() for image in images.values()}) == 4  # each has its own noise
             grid = np.asarray(Image.open(tmp_path / "out" / "images" / f"{index:05}" / "grid.png"))
-            assert (grid[64:, :64] == images["0002.png"]).all() and grid.shape == (128, 128, 3)
+            assert (grid[128:, :128] == images["0002.png"]).all() and grid.shape == (256, 256, 3)
         assert (result["prompt_form"], result["generated_in_this_run"]) == ("short", 12)
         assert result["settings"]["layout"] == "geneval" and result["without_image"] == result["notes"] == []
         assert f"evaluate_images.py {tmp_path}/out/images --outfile" in capsys.readouterr().out
