@@ -64,17 +64,16 @@ from metamorph_hf.vpit.trainer import last_complete_checkpoint
 
 
 NUM_IMAGE_TOKENS = 64
-NUM_PARTIAL_TOKENS = 8
+NUM_PARTIAL_TOKENS = 8  # of an image that is predicted in part
 VOCABULARY = 6144
 SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>"]
 MIN_SIMILARITY = 0.9  # below this cosine, the model has generated another image than it was asked for
 VIEWS = 2  # augmented copies of each image that questions may show instead
 NOISE = 0.6  # largest move of the visual tokens of these copies, relative to a token's norm
-STEPS = {"siglip": 1800, "language": 2000, "projector": 60, "full": 12_000, "autoencoder": 5000, "unet": 3500}
-STEPS |= {"unet_again": 2500}
+STEPS = {"siglip": 1800, "language": 2000, "autoencoder": 5000, "unet": 3500, "projector": 60, "full": 12_000}
+STEPS |= {"unet_again": 2000}
 VISUALIZER = {"projector": VisualTokenProjector, "unet": GridUNet2DConditionModel, "scheduler": DDIMScheduler}
-QUICK_STEPS = {"siglip": 3, "language": 3, "projector": 2, "full": 3, "autoencoder": 3, "unet": 3}
-QUICK_STEPS |= {"unet_again": 3}
+QUICK_STEPS = {**dict.fromkeys(STEPS, 3), "projector": 2}
 
 
 def build_tokenizer(texts) -> PreTrainedTokenizerFast:
@@ -327,6 +326,10 @@ def main() -> None:
     projector, unet, scheduler = load_visualizer(folders[1])
 
     defaults = {"default_num_inference_steps": 15, "default_guidance_scale": 1.5}
+    # Otherwise the checkpoint would name folders of this machine.
+    model.config.text_config.name_or_path = ""
+    for part in (projector, unet, autoencoder):
+        part.register_to_config(_name_or_path="emoji")
     pipeline = MetaMorphPipeline(model, processor, projector, unet, autoencoder, scheduler, **defaults)
     pipeline.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"saved {args.out}")

@@ -1,5 +1,7 @@
 """Saved models and pipelines load with `trust_remote_code=True` in a process that cannot import this package."""
 
+import json
+
 import pytest
 import torch
 from copy_checkpoint_code import CODE, SOURCES
@@ -98,6 +100,12 @@ def test_the_emoji_checkpoint_carries_the_code_of_today():
     """Copied by `python tests/copy_checkpoint_code.py`."""
     found = {path.relative_to(EMOJI_CHECKPOINT): path.read_text() for path in EMOJI_CHECKPOINT.rglob("*.py")}
     assert found == {path: (SOURCES / path.name).read_text() for path in CODE}
+
+
+def test_the_emoji_checkpoint_names_no_folder_of_the_machine_that_made_it():
+    configs = [json.loads(path.read_text()) for path in EMOJI_CHECKPOINT.rglob("config.json")]
+    names = [config["_name_or_path"] for config in configs if "_name_or_path" in config]
+    assert len(configs) == 4 and names == ["emoji"] * 3
 
 
 @pytest.mark.slow

@@ -51,8 +51,7 @@ class PartialImageTrainer(VPiTTrainer):
         queries = chances.topk(self.num_tokens - 1).indices.sort(1).values
         predicted = F.pad(queries + 1, (1, 0))
         targets = targets.gather(1, predicted[..., None].expand(-1, -1, targets.shape[2]))
-        positions = F.pad(mask.cumsum(1) - 1, (0, queries.shape[1]), value=0).clamp(min=0)
-        positions[:, ids.shape[1] :] = mask.sum(1, keepdim=True) + queries
+        positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), mask.sum(1, keepdim=True) + queries], dim=1)
         hidden_states = language_model(
             inputs_embeds=torch.cat([model.get_input_embeddings()(ids), model.model.visual_queries(queries)], dim=1),
             attention_mask=F.pad(mask, (0, queries.shape[1]), value=1),

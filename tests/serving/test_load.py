@@ -36,7 +36,7 @@ def build_jobs() -> list[dict]:
         show = [{"role": "user", "content": f"Show me {caption}."}]
         ask = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
         jobs.append({"kind": "image", "prompt": caption, "seed": seed})
-        jobs.append({"kind": "image", "prompt": caption, "seed": seed, "num_inference_steps": 4})
+        jobs.append({"kind": "image", "prompt": caption, "seed": seed, "num_inference_steps": 8})
         jobs.append({"kind": "chat", "messages": show, "seed": seed, "stream": seed % 2 == 0})
         jobs.append({"kind": "chat", "messages": ask, "seed": seed, "stream": seed % 2 == 1, "guidance_scale": 1.5})
         jobs.append({"kind": "edit", "prompt": "make it blue", "seed": seed})
