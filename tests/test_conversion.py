@@ -563,9 +563,11 @@ found = pipeline.decode_visual_tokens(
 
     def test_processor_of_another_model(self, golden, source, diffusion_base, tmp_path, monkeypatch):
         model = Path(shutil.copytree(golden.converted, tmp_path / "model"))
-        AutoProcessor.from_pretrained(
+        processor = AutoProcessor.from_pretrained(
             Path(__file__).parents[1] / "examples/emoji/checkpoint/processor"
-        ).save_pretrained(model)
+        )
+        processor.num_image_tokens = 16
+        processor.save_pretrained(model)
         arguments = (source, tmp_path / "ours", "--base", diffusion_base, "--model", model)
         with pytest.raises(ValueError, match="model's image_token_id is 224, but the processor's is"):
             command(monkeypatch, convert_visualizer, *arguments)
