@@ -25,7 +25,7 @@ from common import EMOJI_CHECKPOINT
 from diffusers import DDIMScheduler
 from emoji.images import DEVICE, IMAGE_SIZE, encode_images, load_images, load_rows, normalize
 from emoji.language import train_language_model
-from emoji.optimizer import MuonAdamW
+from emoji.optimizer import choose_muon
 from emoji.partial_images import PartialImageTrainer
 from emoji.siglip import ATTENTION, TRAINING, augment, train_siglip
 from emoji.tasks import MIXTURE, REQUESTS, UNDERSTANDING, EmojiTasks, corpus, training_stream
@@ -199,8 +199,6 @@ def train_stage(
         conversations = stream(UNDERSTANDING, steps * batch, batch, num_views=2**31)
         trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=conversations)
     else:
-        betas = (args.adam_beta1, args.adam_beta2)
-        options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": betas}
         num_requests = 3 * batch
         trainer = PartialImageTrainer(
             model,
@@ -210,7 +208,7 @@ def train_stage(
             requests=stream(REQUESTS, steps * num_requests, num_requests),
             num_requests=num_requests,
             num_tokens=NUM_PARTIAL_TOKENS,
-            optimizer_cls_and_kwargs=(lambda: MuonAdamW, options),  # `Trainer` calls the first for the class
+            optimizer_cls_and_kwargs=choose_muon(args),
         )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(out))
     model.config.use_cache = model.config.text_config.use_cache = True  # `Trainer` has turned it off
@@ -281,7 +279,9 @@ def main() -> None:
         train_siglip(tasks, pixels, processor.tokenizer, work / "siglip", steps["siglip"], args.quick)
     if not (work / "language" / "config.json").is_file():
         print("2/7 Language model")
-        train_language_model(tasks.words, processor.tokenizer, work / "language", steps["language"], args.quick)
+        train_language_model(
+            tasks.words.sentences, processor.tokenizer, work / "language", steps["language"], args.quick
+        )
     tower = SiglipModel.from_pretrained(work / "siglip").vision_model
     language_model = LlamaForCausalLM.from_pretrained(work / "language")
     model = build_model(processor, tower, language_model).to(DEVICE)

@@ -563,9 +563,7 @@ found = pipeline.decode_visual_tokens(
 
     def test_processor_of_another_model(self, golden, source, diffusion_base, tmp_path, monkeypatch):
         model = Path(shutil.copytree(golden.converted, tmp_path / "model"))
-        processor = AutoProcessor.from_pretrained(
-            Path(__file__).parents[1] / "examples/emoji/checkpoint/processor"
-        )
+        processor = AutoProcessor.from_pretrained(Path(__file__).parents[1] / "examples/emoji/checkpoint/processor")
         processor.num_image_tokens = 16
         processor.save_pretrained(model)
         arguments = (source, tmp_path / "ours", "--base", diffusion_base, "--model", model)

@@ -4,7 +4,7 @@ import json
 import math
 import random
 import re
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 
 import pytest
@@ -35,7 +35,7 @@ def tasks(rows):
 
 
 def cell(**fields):
-    return {"seed": 0, "say_first": False, **fields}
+    return {"seed": 0, "say_first": False, "shown": None, **fields}
 
 
 def texts(record, role=None):
@@ -60,9 +60,11 @@ class TestGrid:
             assert {cell["seed"] for cell in by_experiment[name]} == {0, 1, 2}
         sizes = {(c["data"]["generation"], "understanding" in c["data"]) for c in by_experiment["unlocking"]}
         assert {(250, False), (250, True), (16000, False), (16000, True)} <= sizes
-        for steps in ("once", 400):
+        for steps in ("once", 250):
             grid = {tuple(c["data"].items()) for c in by_experiment["abilities"] if c["steps"] == steps}
             assert len(grid) == 9
+        for c in cells:
+            assert not c["shown"] or c["shown"] % c["data"]["generation"] == 0
         others = {kind for cell in by_experiment["kinds"] for kind in cell["data"]}
         assert others == run.KINDS.keys()
         for cell in by_experiment["knowledge"] + by_experiment["real_llm"]:
@@ -73,6 +75,12 @@ class TestGrid:
         quick = run.expand_grid(GRID["quick"])
         assert {cell["experiment"] for cell in quick} == GRID["experiments"].keys() == plot.FIGURES.keys()
         assert {kind for cell in quick for kind in cell["data"]} == {*run.KINDS, *knowledge.TASKS}
+
+    def test_parts(self):
+        assert run.parse_part("1/2") == (1, 2) and run.parse_part("3/3") == (3, 3)
+        for text in ("0/2", "3/2", "2", "1/x", "-1/2"):
+            with pytest.raises(ArgumentTypeError, match=f"'{text}' is not a part: write 1/2 and 2/2"):
+                run.parse_part(text)
 
 
 class TestResults:
@@ -125,6 +133,12 @@ class TestConversations:
         )
         assert few == [record for record in many if record["task"] == "text_to_image"][:10]
         assert few != run.sample_conversations({**cell(data={"generation": 10}), "seed": 1}, tasks, facts)
+
+    def test_requests_shown_several_times(self, tasks, facts):
+        records = run.sample_conversations(cell(data={"generation": 5, "text": 3}, shown=20), tasks, facts)
+        once = run.sample_conversations(cell(data={"generation": 5}), tasks, facts)
+        requests = [record for record in records if record["task"] == "text_to_image"]
+        assert requests == once * 4 and len(records) == 20 + 3
 
     def test_unknown_kind(self, tasks, facts):
         with pytest.raises(ValueError, match="data has 'video', but must have some of generation, understanding"):
@@ -261,8 +275,10 @@ class TestRun:
         assert not [*(tmp_path / "work" / "cells").iterdir()], "no checkpoint of a finished cell is left"
         assert all("fid" in result or "left_out" in result for result in results if "generation" in result["data"])
 
-        done = run_example("findings/run.py", *options, cwd=tmp_path)
-        assert f"{len(cells)} of {len(cells)} cells are finished." in done.stdout
+        for part in (1, 2):
+            done = run_example("findings/run.py", *options, "--part", f"{part}/2", cwd=tmp_path)
+            count = len(cells[part - 1 :: 2])
+            assert f"{count} of {count} cells are finished." in done.stdout
         drawn = run_example("findings/plot.py", file, "--out", "figures", cwd=tmp_path)
         assert drawn.returncode == 0, drawn.stderr
         assert {path.stem for path in (tmp_path / "figures").iterdir()} == GRID["experiments"].keys()

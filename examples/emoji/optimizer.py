@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import TrainingArguments
 
 
 class MuonAdamW(Optimizer):
@@ -53,3 +54,10 @@ class MuonAdamW(Optimizer):
             optimizer.load_state_dict(state)
         # A learning rate schedule changes these groups, which must be those of the optimizers.
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def choose_muon(args: TrainingArguments) -> tuple[Callable[[], type[Optimizer]], dict]:
+    """Return `Trainer`'s `optimizer_cls_and_kwargs` for [`MuonAdamW`] with the settings of `args`."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "betas": betas}
+    return lambda: MuonAdamW, options  # `Trainer` calls the first for the class

@@ -86,11 +86,23 @@ class Knowledge:
 
     def sentences(self, rng: random.Random) -> Iterator[str]:
         """Yield all sentences of `EmojiWords` and of the capitals, in random order: text for the language model."""
-        sentences = [*self.words.sentences(rng)]
-        for country, capital in self.capitals.items():
-            sentences += [sentence.format(country=country, capital=capital) for sentence in SENTENCES]
+        sentences = [*self.words.sentences(rng), *self._state_capitals()]
         rng.shuffle(sentences)
         yield from sentences
+
+    def repeat_facts(self, rng: random.Random) -> Iterator[str]:
+        """Yield all facts in all wordings and as many other sentences, in random order."""
+        sentences = self._state_capitals()
+        for fact in self.choose("definitions", True) + self.choose("definitions", False):
+            name, gloss = fact.name, fact.description
+            sentences += [f"{name}: {gloss}.", f"{name} is {gloss}.", f"{gloss} is called {name}."]
+        sentences += rng.sample([*self.words.sentences(rng)], len(sentences))
+        rng.shuffle(sentences)
+        yield from sentences
+
+    def _state_capitals(self) -> list[str]:
+        capitals = self.capitals.items()
+        return [text.format(country=country, capital=capital) for country, capital in capitals for text in SENTENCES]
 
     def sample(self, task: str, rng: random.Random, say_first: bool) -> dict:
         """Sample a conversation of a task in `TASKS`.

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 FOLDER = Path(__file__).parent
 Z = 1.959964  # of a 95 % interval
 MEASURES = ("_top1", "_top5", "_answered", "_said", "fid", "name_google", "category_twitter_held_out")
-LANGUAGES = {"text": "with text pretraining", "random": "without", "smollm2": "SmolLM2", "tiny": "tiny"}
+LANGUAGES = {"facts": "with text pretraining", "random": "without", "smollm2": "SmolLM2", "tiny": "tiny"}
 LANGUAGES |= {"random_smollm2": "random weights", "random_tiny": "random weights"}
 
 
@@ -71,6 +71,8 @@ def describe(row: dict, field: str):
     if field == "way":
         return ("say, then draw" if row["say_first"] else "draw at once") + ", recalls" * ("recalls" in row["data"])
     if field == "schedule":
+        if row.get("shown"):
+            return f"requests shown {row['shown']:,} times"
         return "each conversation once" if row["steps"] == "once" else f"{row['steps']} steps"
     if field == "other":
         return " + ".join(kind for kind in row["data"] if kind != "generation") or f"nothing ({row['steps']} steps)"

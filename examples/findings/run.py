@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset
+from filelock import FileLock
 from peft import LoraConfig
 from transformers import LlamaForCausalLM, PreTrainedModel, SiglipImageProcessorPil, SiglipModel, set_seed
 
@@ -39,6 +40,7 @@ if str(EXAMPLES) not in sys.path:
 from common import EMOJI_CHECKPOINT, exit_with_sentence, load_pipeline  # noqa: E402
 from emoji.images import DEVICE, draw_images, load_rows  # noqa: E402
 from emoji.language import build_language_model, train_language_model  # noqa: E402
+from emoji.optimizer import choose_muon  # noqa: E402
 from emoji.scenes import MEANINGS, THINGS  # noqa: E402
 from emoji.siglip import ATTENTION, TRAINING  # noqa: E402
 from emoji.tasks import CYCLES, UNDERSTANDING, EmojiTasks, corpus  # noqa: E402
@@ -69,6 +71,7 @@ KINDS = {  # of conversations, as mixtures of the emoji tasks; those about facts
 }
 TOWER = (64, 128)  # visual tokens and pixels that the grid is for
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # layers with adapters
+COMPILED_STEPS = 100  # from so many on, compiling the language model takes less time than it saves
 MAX_WORDS = 32  # tokens of an answer's text
 CONVERSION = EXAMPLES.parent / "conversion" / "init_from_pretrained.py"
 
@@ -81,7 +84,8 @@ def expand_grid(grid: dict) -> list[dict]:
     cells = []
     for experiment, blocks in grid["experiments"].items():
         for block in blocks if isinstance(blocks, list) else [blocks]:
-            fields = {"experiment": experiment, "say_first": False, "facts": None, **grid["settings"], **block}
+            defaults = {"experiment": experiment, "say_first": False, "facts": None, "shown": None}
+            fields = {**defaults, **grid["settings"], **block}
             choices = [value if isinstance(value, list) else [value] for value in fields.values()]
             cells += [dict(zip(fields, values)) for values in product(*choices)]
     return sorted(cells, key=lambda cell: ("lora" in cell, cell["seed"]))
@@ -119,12 +123,14 @@ def sample_conversations(cell: dict, tasks: EmojiTasks, knowledge: Knowledge) ->
     for kind, count in cell["data"].items():
         rng = random.Random(f"{kind} {cell['seed']}")
         if kind in TASKS:
-            records += [knowledge.sample(kind, rng, cell["say_first"]) for _ in range(count)]
+            sampled = [knowledge.sample(kind, rng, cell["say_first"]) for _ in range(count)]
         elif kind in KINDS:
             names, weights = zip(*KINDS[kind].items())
-            records += [tasks.sample(rng.choices(names, weights)[0], rng) for _ in range(count)]
+            sampled = [tasks.sample(rng.choices(names, weights)[0], rng) for _ in range(count)]
         else:
             raise ValueError(f"data has {kind!r}, but must have some of {', '.join([*KINDS, *TASKS])}.")
+        is_repeated = kind == "generation" and cell["shown"]
+        records += sampled * (cell["shown"] // count if is_repeated else 1)
     return records
 
 
@@ -183,10 +189,15 @@ class Workshop:
         self.everything = EmojiTasks(self.rows)
         self.tasks = EmojiTasks(choose_rows(self.rows, settings["every"]), settings["scenes"])
         self.tokens = {self.tasks: {}, self.everything: {}}
-        self.processor = self._make_processor()
+        with self._lock("processor"):
+            self.processor = self._make_processor()
         llm = build_language_model(self.processor.tokenizer, quick=True)
         model = build_model(self.processor, self.tower, llm).eval()
         self.encoder = SimpleNamespace(model=model, processor=self.processor)  # all that evaluate_emoji.encode reads
+
+    def _lock(self, part: str) -> FileLock:
+        """Return a lock for a part that another process may make at the same time."""
+        return FileLock(self.args.work / f"{part}.lock")
 
     def _make_processor(self) -> MetaMorphProcessor:
         folder, size = self.args.work / "processor", self.tower.config.image_size
@@ -213,15 +224,17 @@ class Workshop:
         """Join the tower and the cell's language model by a new projector, visual queries and vision head."""
         language, seed = cell["language"], cell["seed"]
         set_seed(seed)
-        if language in ("text", "random"):
-            llm = build_language_model(self.processor.tokenizer, self.args.quick)
-            if language == "text":
-                llm = LlamaForCausalLM.from_pretrained(self._pretrain())
+        if language in ("text", "facts", "random"):
+            if language == "random":
+                llm = build_language_model(self.processor.tokenizer, self.args.quick)
+            else:
+                llm = LlamaForCausalLM.from_pretrained(self._pretrain(language))
             return build_model(self.processor, self.tower, llm, seed=seed), self.processor
         name = language.removeprefix("random_")
         if name not in ("smollm2", "tiny"):
-            raise ValueError(f"language is {language!r}, expected text, random, smollm2 or random_smollm2.")
-        folder = self._convert(name)
+            raise ValueError(f"language is {language!r}, expected text, facts, random, smollm2 or random_smollm2.")
+        with self._lock(name):
+            folder = self._convert(name)
         model = MetaMorphForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         if language != name:
             tower = model.model.vision_tower.state_dict()
@@ -229,12 +242,17 @@ class Workshop:
             model.model.vision_tower.load_state_dict(tower)
         return model, MetaMorphProcessor.from_pretrained(folder)
 
-    def _pretrain(self) -> Path:
-        """Return the folder of the language model that has read all sentences; train it if there is none."""
-        folder = self.args.language or self.args.work / "language"
-        if self.args.language is None and not (folder / "config.json").is_file():
-            text, steps = Knowledge(self.rows, self.everything.words), self.settings["language_steps"]
-            train_language_model(text, self.processor.tokenizer, folder, steps, self.args.quick)
+    def _pretrain(self, language: str) -> Path:
+        """Return the folder of the language model that has read all sentences, or then the facts again and again."""
+        if language == "text" and self.args.language:
+            return self.args.language
+        folder, knowledge = self.args.work / language, Knowledge(self.rows, self.everything.words)
+        sentences, steps, start = knowledge.sentences, self.settings["language_steps"], None
+        if language == "facts":
+            sentences, steps, start = knowledge.repeat_facts, self.settings["fact_steps"], self._pretrain("text")
+        with self._lock(language):
+            if not (folder / "config.json").is_file():
+                train_language_model(sentences, self.processor.tokenizer, folder, steps, self.args.quick, start)
         return folder
 
     def _convert(self, name: str) -> Path:
@@ -275,7 +293,14 @@ class Workshop:
 # ---- Training and measuring ----
 
 
-def train(cell: dict, model, processor: MetaMorphProcessor, records: list[dict], tokens: dict, folder: Path):
+def train(
+    cell: dict,
+    model: MetaMorphForConditionalGeneration,
+    processor: MetaMorphProcessor,
+    records: list[dict],
+    tokens: dict[int, torch.Tensor],
+    folder: Path,
+) -> MetaMorphForConditionalGeneration:
     """Train on the records, or continue from a checkpoint in `folder`; return the model without adapters."""
     batch = cell["batch_size"]
     steps = math.ceil(len(records) / batch) if cell["steps"] == "once" else cell["steps"]
@@ -301,6 +326,8 @@ def train(cell: dict, model, processor: MetaMorphProcessor, records: list[dict],
         layers = [*range(depth - cell["lora"]["layers"], depth)]
         rank = cell["lora"]["r"]
         adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR, layers_to_transform=layers)
+    elif steps >= COMPILED_STEPS:
+        model.model.language_model.compile(dynamic=True)
 
     def read(columns: dict) -> dict:
         chosen = [records[index] for index in columns["index"]]
@@ -308,7 +335,14 @@ def train(cell: dict, model, processor: MetaMorphProcessor, records: list[dict],
         return {"messages": [record["messages"] for record in chosen], "visual_tokens": images}
 
     dataset = Dataset.from_dict({"index": order}).with_transform(read)
-    trainer = VPiTTrainer(model, args, processing_class=processor, train_dataset=dataset, peft_config=adapter)
+    trainer = VPiTTrainer(
+        model,
+        args,
+        processing_class=processor,
+        train_dataset=dataset,
+        peft_config=adapter,
+        optimizer_cls_and_kwargs=None if adapter else choose_muon(args),
+    )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     return trainer.model.merge_and_unload() if adapter else trainer.model
 
@@ -359,7 +393,7 @@ def measure_abilities(cell: dict, shop: Workshop, model, processor: MetaMorphPro
     results = {
         **count_hits("generated", ranks),
         "median_rank": ranks.float().median().item(),
-        "candidates": len(tokens),
+        "candidates": len(references),
     }
     if count := min(cell["decoded"], len(records)):
         results |= measure_decoded(cell, shop, generated[:count], references, targets[:count])
@@ -402,13 +436,21 @@ def run_cell(cell: dict, shop: Workshop) -> dict:
     model, processor = shop.make_model(cell)
     model = train(cell, model.to(DEVICE), processor, records, tokens, folder)
     trained = time.monotonic()
-    if is_knowledge:
-        results = measure_knowledge(cell, shop, model, processor, knowledge)
-    else:
-        results = measure_abilities(cell, shop, model, processor)
+    with torch.compiler.set_stance("force_eager"):  # each new length of a prompt would be compiled anew
+        if is_knowledge:
+            results = measure_knowledge(cell, shop, model, processor, knowledge)
+        else:
+            results = measure_abilities(cell, shop, model, processor)
     seconds = {"training_seconds": round(trained - start), "seconds": round(time.monotonic() - start)}
     shutil.rmtree(folder)
     return {**cell, **results, **seconds, "device": DEVICE.type}
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part: write 1/2 and 2/2 for two processes.")
+    return int(part), int(parts)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -417,6 +459,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--grid", type=Path, default=FOLDER / "grid.yaml", help="YAML file with the cells")
     add("--quick", action="store_true", help="the tiny cells of the grid's `quick`")
     add("--only", nargs="+", metavar="EXPERIMENT", help="experiments to run (default: all)")
+    add(
+        "--part",
+        type=parse_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="the I-th of N parts of the cells, for a process of its own",
+    )
     add("--tower", type=Path, default=EMOJI_CHECKPOINT, help="MetaMorphPipeline or SigLIP folder of the vision tower")
     add("--visualizer", type=Path, default=EMOJI_CHECKPOINT, help="MetaMorphPipeline folder that decodes images")
     add("--language", type=Path, help="language model that has read the sentences (default: it is trained in --work)")
@@ -438,6 +487,8 @@ def main() -> None:
         )
     results = read_results(args.results)
     cells = [cell for cell in expand_grid(grid) if args.only is None or cell["experiment"] in args.only]
+    part, parts = args.part
+    cells = cells[part - 1 :: parts]
     left = [cell for cell in cells if not is_finished(cell, results)]
     print(f"{len(cells) - len(left)} of {len(cells)} cells are finished.", flush=True)
     if not left:

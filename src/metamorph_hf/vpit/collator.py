@@ -102,6 +102,7 @@ class DataCollatorForVPiT:
             raise ValueError("The tokenizer has neither a pad_token nor an eos_token: set its pad_token.")
         image = tokenizer(processor.replace_image_token(), add_special_tokens=False)
         self._image_ids = np.array(image.input_ids)
+        self._stray_ids, self._eos_id = {*image.input_ids} - {processor.image_token_id}, tokenizer.eos_token_id
         self._options = {"chat_template": self._template, "return_assistant_tokens_mask": True}
         self._options |= tokenizer.special_tokens_map
         messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
@@ -260,13 +261,13 @@ class DataCollatorForVPiT:
             for first, last in conversation.answers:
                 learned |= (starts < last) & (ends > first)
         is_image, expected = ids == image_id, count_images(conversation.messages)
-        count, stray = int(is_image.sum()), {*ids.tolist()} & ({*self._image_ids.tolist()} - {image_id})
+        count, stray = int(is_image.sum()), self._stray_ids.intersection(ids.tolist())
         if stray or count > expected:
             word = tokenizer.convert_ids_to_tokens(min(stray, default=image_id))
             raise BadSample(f'has {word} in a text: images are parts of their own, {{"type": "image"}}.')
         if count < expected:
             raise BadSample(f"has {expected} images, but the chat template writes {count}.")
-        is_eos = ids == tokenizer.eos_token_id
+        is_eos = ids == self._eos_id
         learned[1:] |= learned[:-1] & is_eos[1:] & ~is_eos[:-1]
         repeats = np.where(is_image, len(self._image_ids), 1)
         conversation.input_ids = ids.repeat(repeats)
