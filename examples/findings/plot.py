@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 FOLDER = Path(__file__).parent
 Z = 1.959964  # of a 95 % interval
 MEASURES = ("_top1", "_top5", "_answered", "_said", "fid", "name_google", "category_twitter_held_out")
-LANGUAGES = {"facts": "with text pretraining", "random": "without", "smollm2": "SmolLM2", "tiny": "tiny"}
+LANGUAGES = {"facts": "text-pretrained", "random": "random weights", "smollm2": "SmolLM2", "tiny": "tiny"}
 LANGUAGES |= {"random_smollm2": "random weights", "random_tiny": "random weights"}
 
 
@@ -72,7 +72,7 @@ def describe(row: dict, field: str):
         return ("say, then draw" if row["say_first"] else "draw at once") + ", recalls" * ("recalls" in row["data"])
     if field == "schedule":
         if row.get("shown"):
-            return f"requests shown {row['shown']:,} times"
+            return f"{row['shown']:,} requests shown"
         return "each conversation once" if row["steps"] == "once" else f"{row['steps']} steps"
     if field == "other":
         return " + ".join(kind for kind in row["data"] if kind != "generation") or f"nothing ({row['steps']} steps)"
@@ -101,7 +101,7 @@ def plot_unlocking(rows: list[dict]):
             points = sorted(group(line, "data.generation").items())
             y, errors = split_errors(summarize(cells, name) for _, cells in points)
             axis.errorbar([size for (size,), _ in points], y, yerr=errors, marker="o", capsize=3, label=label)
-        axis.set(xscale="log", xlabel="requests for images in training", ylabel=titles[name])
+        axis.set(xscale="log", xlabel="different requests for images in training", ylabel=titles[name])
     axes[0][0].legend(fontsize=7)
     return figure
 
@@ -143,17 +143,18 @@ def plot_kinds(rows: list[dict]):
 
 def plot_knowledge(rows: list[dict]):
     """Held-out facts: images drawn at once and after words, and the answers in words."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    ways = dict(sorted(group(rows, "way", "language").items(), reverse=True))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.6 * len(ways)), sharey=True)
     for axis, kind in zip(axes, ("capitals", "definitions")):
-        ways = group(rows, "language", "way")
-        measures = {"top1": "image, top-1", "top5": "image, top-5", "answered": "answer in words"}
+        measures = {"answered": "answer in words", "top5": "image, top-5", "top1": "image, top-1"}
         for number, (measure, label) in enumerate(measures.items()):
             middle, errors = split_errors(pool(cells, f"{kind}_held_out_{measure}") for cells in ways.values())
-            axis.bar([x + 0.27 * number for x in range(len(ways))], middle, 0.25, yerr=errors, capsize=3, label=label)
-        names = [f"{LANGUAGES[language]},\n{way}" for language, way in ways]
-        axis.set_xticks([x + 0.27 for x in range(len(ways))], names, fontsize=8)
-        axis.set(title=f"held-out {kind}", ylabel="right, in %")
-    axes[0].legend()
+            y = [line + 0.27 * number for line in range(len(ways))]
+            axis.barh(y, middle, 0.25, xerr=errors, capsize=3, label=label)
+        names = [f"{way}, {LANGUAGES[language]}" for way, language in ways]
+        axis.set_yticks([line + 0.27 for line in range(len(ways))], names)
+        axis.set(title=f"held-out {kind}", xlabel="right, in %", xlim=(0, 100))
+    axes[1].legend(*(reversed(part) for part in axes[1].get_legend_handles_labels()))
     return figure
 
 
@@ -177,7 +178,8 @@ def tabulate(rows: list[dict]) -> str:
             measures = [name for name in seeds[0] if name.endswith(MEASURES)]
             for name in measures:
                 middle, low, high = (pool if is_knowledge else summarize)(seeds, name)
-                value = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+                digits = 3 if name == "fid" else 1
+                value = f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
                 lines.append(f"| {experiment} | {text} | {len(seeds)} | {name} | {value} |")
     return "\n".join(lines)
 
