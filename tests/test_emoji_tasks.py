@@ -23,7 +23,7 @@ emoji_images, emoji_scenes, emoji_tasks, emoji_words = (
 )
 CYCLES, TONES = emoji_tasks.CYCLES, emoji_tasks.TONES
 HELD_OUT_PHRASINGS, MIXTURE = emoji_tasks.HELD_OUT_PHRASINGS, emoji_tasks.MIXTURE
-UNDERSTANDING, MuonAdamW = emoji_tasks.UNDERSTANDING, train.MuonAdamW
+UNDERSTANDING, MuonAdamW = emoji_tasks.UNDERSTANDING, import_example("emoji.optimizer").MuonAdamW
 PartialImageTrainer = train.PartialImageTrainer
 SHOWING_AN_IMAGE = ("name", "category", "yes_no", "thinking", "reconstruction", "edit_tone", "edit_style")
 ASKING_FOR_AN_IMAGE = ("text_to_image", "style", "scene")
