@@ -65,13 +65,8 @@ def convert_config(source: dict, vision_tower: str | None) -> MetaMorphConfig:
     vocab_size = require_value(source, "vocab_size", int, file)
     normalized = require_value(source, "normalize_vision", bool, file)
     head = source.get("vision_head_type")
-    try:
-        text_config = LlamaConfig(**text, name_or_path=source.get("_name_or_path", ""))
-    except (AttributeError, LookupError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        # The class calculates before it validates.
-        raise ConversionError(f"{file} has a value of a wrong kind for a Llama configuration: {error}") from error
     return MetaMorphConfig(
-        text_config=text_config,
+        text_config={"model_type": "llama", **text, "name_or_path": source.get("_name_or_path", "")},
         vision_config=tower,
         # The released code appends its two image tokens last and marks images by -200, which becomes one more id.
         image_start_token_id=vocab_size - 2,
@@ -105,7 +100,8 @@ def load_model(
         raise ConversionError("config.json says tie_word_embeddings, but lm_head.weight differs from the embeddings.")
     model.resize_token_embeddings(config.image_token_id + 1, mean_resizing=False)
     for module in (model.lm_head, model.get_input_embeddings()):
-        torch.nn.init.zeros_(module.weight[-1:])  # The row of <image> is never read.
+        # The row of <image> is never read, but tells images from padding in `inputs_embeds`, which is often zero.
+        module.weight.data[-1] = module.weight[:-1].mean(0)
     return model, dead
 
 

@@ -114,6 +114,17 @@ class TestReleasedCheckpoint:
         assert again.keys() == expected.keys()
         assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
+    def test_padding_of_zeros_in_embeddings(self, golden):
+        """Images in `inputs_embeds` are found by the row of <image>, which must not be zero, too."""
+        model = AutoModel.from_pretrained(golden.converted)
+        config = model.config
+        ids = torch.tensor([[40, config.image_start_token_id, *[config.image_token_id] * 16, 223, 41]])
+        embeds = torch.nn.functional.pad(model.get_input_embeddings()(ids), (0, 0, 3, 0))
+        tokens, mask = torch.randn(1, 16, config.visual_token_dim), torch.ones(1, embeds.shape[1])
+        mask[:, :3] = 0
+        padded = model(inputs_embeds=embeds, attention_mask=mask, visual_tokens=tokens).logits[:, 3:]
+        torch.testing.assert_close(padded, model(ids, visual_tokens=tokens).logits, rtol=0, atol=1e-4)
+
     def test_configuration(self, golden):
         config = MetaMorphConfig.from_pretrained(golden.converted)
         assert (config.image_start_token_id, config.image_end_token_id, config.image_token_id) == (222, 223, 224)

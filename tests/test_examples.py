@@ -86,8 +86,8 @@ class TestCommon:
         parts = (str(CHECKPOINT / "model"), str(CHECKPOINT / "processor"))
         assert common.resolve_model(CHECKPOINT) == parts
         assert common.resolve_model(CHECKPOINT / "model") == parts
-        assert common.resolve_model(tmp_path) == (str(tmp_path), str(tmp_path))
-        assert common.resolve_model("user/repo") == ("user/repo", "user/repo")
+        for other in (tmp_path, CHECKPOINT / "modle", "user/repo"):
+            assert common.resolve_model(other) == (str(other), str(other))
 
     def test_class_that_the_index_names(self, components, tmp_path):
         common = import_example("common.py")

@@ -1,4 +1,5 @@
 import copy
+import math
 from threading import Thread
 from types import SimpleNamespace
 
@@ -17,11 +18,12 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 from transformers.utils import is_torchvision_available
 
-from metamorph_hf import MetaMorphStreamer
+from metamorph_hf import MetaMorphGenerationConfig, MetaMorphStreamer
 
 
 N = 16
@@ -323,6 +325,15 @@ class TestDecoding:
         assert_same(continued, generate(golden_model, everything, max_new_tokens=N + 3))
         assert len(continued.visual_tokens[0]) == 1
 
+    def test_old_name_of_the_cache(self, golden_model):
+        prompt, cache = {"input_ids": torch.tensor([[208, 92, IMAGE_START]])}, DynamicCache()
+        first = generate(golden_model, prompt, cache=cache, max_new_tokens=N + 2)
+        question = {"input_ids": torch.cat([first.sequences, torch.tensor([[92, 151]])], dim=1)}
+        expected = generate(golden_model, question, cache=copy.deepcopy(cache), max_new_tokens=3)
+        with pytest.warns(FutureWarning, match="past_key_values"):
+            continued = generate(golden_model, question, past_key_values=cache, max_new_tokens=3)
+        assert_same(continued, expected)
+
     def test_second_turn_after_a_stop_at_a_visual_token(self, golden_model):
         """The cache has not read that token, and its id alone does not say what it was."""
         prompt, cache = {"input_ids": torch.tensor([[208, 92, IMAGE_START]])}, DynamicCache()
@@ -362,6 +373,14 @@ class TestLimits:
         if max_new_tokens < N + 2:
             with pytest.raises(ValueError, match=f"takes {N + 2} more tokens.*pass max_new_tokens={N + 2} or more"):
                 generate(golden_model, inputs, max_new_tokens=max_new_tokens, force_image=True)
+
+    @pytest.mark.parametrize("force_image", [True, False])
+    def test_room_for_an_image_that_the_prompt_begins(self, golden_model, force_image):
+        inputs = {"input_ids": torch.tensor([[208, 92, IMAGE_START]])}
+        outputs = generate(golden_model, inputs, force_image=force_image, max_new_tokens=N + 1)
+        assert outputs.sequences[0, 3:].tolist() == [IMAGE] * N + [IMAGE_END]
+        with pytest.raises(ValueError, match=f"takes {N + 1} more tokens, but only {N} fit"):
+            generate(golden_model, inputs, force_image=force_image, max_new_tokens=N)
 
     @pytest.mark.parametrize("where", ["context", "context, embeddings", "static cache"])
     @pytest.mark.parametrize("fits", [True, False])
@@ -627,6 +646,22 @@ class TestGenerateFeatures:
         outputs = generate(model, prompt("one_image"), force_image=True, max_new_tokens=N + 2)
         assert len(outputs.visual_tokens[0]) == 1
 
+    def test_a_stored_image_is_forced_whatever_config_is_passed(self, golden, prompt):
+        model = golden.build_model()
+        model.generation_config.force_image = True
+        for config in (None, GenerationConfig(), MetaMorphGenerationConfig()):
+            outputs = generate(
+                model, prompt("text_after_image_prompt"), generation_config=config, max_new_tokens=N + 2
+            )
+            assert outputs.sequences[0, -N - 2] == IMAGE_START
+
+    @pytest.mark.parametrize(
+        "name, value", [("max_time", math.nan), ("use_cache", "no"), ("num_return_sequences", True)]
+    )
+    def test_options_beside_a_generation_config(self, golden_model, prompt, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` is "):
+            generate(golden_model, prompt("one_image"), generation_config=GenerationConfig(), **{name: value})
+
     @pytest.mark.parametrize(
         "kwargs, sentence",
         [
@@ -696,6 +731,13 @@ class TestGenerateFeatures:
             outputs = generate(golden_model, inputs, stopping_criteria=[criterion])
             assert outputs.visual_tokens[0].shape == (1, N, 32)
             assert not outputs.unfinished_images.any() and not caplog.text
+
+    def test_a_loop_of_the_caller_cannot_generate_images(self, golden_model, prompt):
+        loop = {"custom_generate": GenerationMixin._sample, "max_new_tokens": 3}
+        with pytest.raises(ValueError, match="custom_generate cannot generate images.*max_images=0"):
+            generate(golden_model, prompt("one_image"), **loop)
+        text = generate(golden_model, prompt("one_image"), max_images=0, max_new_tokens=3)
+        assert torch.equal(generate(golden_model, prompt("one_image"), max_images=0, **loop).sequences, text.sequences)
 
     @pytest.mark.parametrize(
         "kwargs", [{"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}]

@@ -75,6 +75,7 @@ class TestPlacement:
             disk_offload(model, tmp_path, execution_device="cpu")
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
         assert_same_answer(model, expected, inputs)
+        assert_same_answer(model, expected, {"input_ids": inputs["input_ids"], "visual_tokens": tokens})
         assert torch.equal(model.get_visual_tokens(inputs["pixel_values"]), tokens)
         assert model(**inputs, labels=inputs["input_ids"]).loss == loss
 

@@ -6,6 +6,7 @@ import torch
 from common import rename_key
 from convert_metamorph_to_hf import KEY_TABLE
 from helpers import PLACEHOLDER
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -700,5 +701,11 @@ class TestConfig:
 
     @pytest.mark.parametrize("name", ["token_reduction", "projector_type", "vision_head_type", "visual_loss_type"])
     def test_unknown_choice(self, tiny_config, name):
-        with pytest.raises(Exception, match=name):
+        with pytest.raises(StrictDataclassError, match=name):
             tiny_config(**{name: "poem"})
+
+    @pytest.mark.parametrize("name", ["visual_loss_weight", "visual_token_noise"])
+    def test_whole_numbers(self, tiny_config, name):
+        assert getattr(tiny_config(**{name: 1}), name) == 1
+        with pytest.raises(StrictDataclassError, match=name):
+            tiny_config(**{name: True})

@@ -50,6 +50,7 @@ SIGNATURES = {
     "transformers GenerationMixin._validate_generation_mode": (
         "self generation_mode generation_config generation_mode_kwargs"
     ),
+    "transformers ProcessorMixin._check_special_mm_tokens": ("self text text_inputs modalities"),
     "transformers Trainer._save_rng_state": ("self output_dir"),
 }
 

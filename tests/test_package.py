@@ -8,7 +8,7 @@ import pytest
 from helpers import EMOJI_CHECKPOINT
 
 import metamorph_hf
-from metamorph_hf import _moved_modules
+from metamorph_hf import _moved_modules, cli
 
 
 SNAPSHOT = """
@@ -112,6 +112,18 @@ def test_old_import_paths(old, name, new):
         found = getattr(module, name)
     assert found is getattr(importlib.import_module(f"metamorph_hf.{new}"), name)
     assert old in _moved_modules.MOVED
+
+
+def test_old_import_path_as_an_attribute():
+    module = importlib.import_module("metamorph_hf.vpit_config")
+    assert sys.modules["metamorph_hf"].vpit_config is module
+
+
+def test_a_module_that_is_missing_without_an_extra(monkeypatch):
+    """No extra has the name of this command."""
+    monkeypatch.setitem(cli.COMMANDS, "generate", ("no_such_module", "fails"))
+    with pytest.raises(SystemExit, match="^No module named 'no_such_module'$"):
+        cli.main(["generate", "a cat"])
 
 
 def test_old_import_path_without_such_a_name():

@@ -378,6 +378,8 @@ def test_autoregressive_model_becomes_parallel(tiny_model, tmp_path):
     assert torch.equal(loaded(**inputs).logits, expected(**inputs).logits)
     prompt = {"input_ids": torch.tensor([[40]]), "force_image": True, "max_new_tokens": 6}
     assert torch.equal(loaded.generate(**prompt), model.generate(**prompt))
+    with pytest.raises(ValueError, match="parallel.* already: its visual queries would be lost"):
+        model.enable_parallel_decoding(visual_tokens)
 
 
 def test_command(tiny_model, tiny_processor, tiny_images, tmp_path, monkeypatch):

@@ -205,6 +205,13 @@ class TestAnswers:
         (record,) = warnings_of_pipeline.records
         assert record.getMessage() == f"Prompt 0 was answered without an image: {output.text[0]!r}"
 
+    def test_no_image_in_several_answers(self, components, warnings_of_pipeline):
+        kwargs = {"suppress_tokens": [components["model"].config.image_start_token_id]}
+        kwargs |= {"num_return_sequences": 2, "do_sample": True}
+        build(components)(["a dog", "a cat"], max_new_tokens=3, generation_kwargs=kwargs)
+        prompts = [record.getMessage().split(" was")[0] for record in warnings_of_pipeline.records]
+        assert prompts == ["Prompt 0", "Prompt 0", "Prompt 1", "Prompt 1"]
+
     def test_no_image_with_options_of_decoding(self, components):
         """Options for images do not cost the text of an answer without images."""
         start = components["model"].config.image_start_token_id
@@ -561,6 +568,15 @@ class TestDecoding:
         pipe.to(torch.float16)
         assert np.isfinite(pipe("a dog", output_type="np").images).all()
 
+    def test_pixels_keep_their_precision_for_a_tower_in_float32(self, components, tiny_images, tmp_path):
+        build(components).save_pretrained(tmp_path)
+        pipe, seen = MetaMorphPipeline.from_pretrained(tmp_path, dtype=torch.float16), []
+        tower = pipe.model.model.vision_tower
+        tower.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        pipe("a dog", image=tiny_images[0])
+        pipe.get_visual_tokens(tiny_images[0])
+        assert seen[0].dtype == torch.float32 and torch.equal(*seen)
+
     def test_lora(self, pipe, tmp_path):
         """A LoRA of Stable Diffusion, whose layers of the text encoder are ignored."""
         tokens, options = torch.randn(1, 4, 16), {"output_type": "pt"}
@@ -586,6 +602,10 @@ class TestDecoding:
         for merged in (pipe, again):  # the pipeline in hand keeps its LoRA apart
             torch.testing.assert_close(merged.decode_visual_tokens(tokens, generator=seeded(), **options), with_lora)
         torch.testing.assert_close(pipe.decode_visual_tokens(tokens, generator=seeded(), **off), plain)
+        pipe.unet.disable_adapters()
+        pipe.save_pretrained(tmp_path / "disabled")
+        without = MetaMorphPipeline.from_pretrained(tmp_path / "disabled")
+        torch.testing.assert_close(without.decode_visual_tokens(tokens, generator=seeded(), **options), plain)
         inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.model)
         with pytest.raises(ValueError, match="The model has adapters, .*: merge them first"):
             pipe.save_pretrained(tmp_path / "other")
@@ -686,10 +706,10 @@ class TestErrors:
         assert all(part is pipe.components[name] for name, part in made.components.items())
         assert (made.config.default_num_inference_steps, made.config.default_guidance_scale) == (2, 3.0)
 
-    def test_from_a_stable_diffusion_pipeline(self, components, pipe):
-        """A MetaMorph model replaces the text encoder, and the other components are taken over."""
+    @pytest.fixture
+    def stable(self, components) -> StableDiffusionPipeline:
         names = ("unet", "vae", "scheduler")
-        stable = StableDiffusionPipeline(
+        return StableDiffusionPipeline(
             **{name: components[name] for name in names},
             text_encoder=None,
             tokenizer=None,
@@ -697,10 +717,15 @@ class TestErrors:
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+    def test_from_a_stable_diffusion_pipeline(self, components, stable):
+        """A MetaMorph model replaces the text encoder, and the other components are taken over."""
         ours = {name: components[name] for name in ("model", "processor", "projector")}
         made = MetaMorphPipeline.from_pipe(stable, **ours, default_num_inference_steps=2)
         assert made.unet is components["unet"] and made.config.default_num_inference_steps == 2
         assert made("a cat").image_counts == [1]
+        stable.register_to_config(_name_or_path="a/stable-diffusion")  # whose card is not that of the new pipeline
+        assert MetaMorphPipeline.from_pipe(stable, **ours).config._name_or_path is None
 
     def test_template_without_braces(self, components):
         with pytest.raises(ValueError, match="needs a {} for the caption"):

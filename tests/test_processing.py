@@ -100,10 +100,14 @@ class TestExpansion:
                 images=[tiny_images[:2], []], text=["<image>", "<image>"], return_tensors="pt", padding=True
             )
 
-    @pytest.mark.parametrize("max_length", [1, 2, 5])
-    def test_truncation_through_an_image(self, tiny_processor, tiny_images, max_length):
-        with pytest.raises(ValueError, match="Mismatch in `image` token count"):
-            tiny_processor(images=tiny_images[:1], text="a<image>bc", truncation=True, max_length=max_length)
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("max_length", [1, 2, 5, 6])
+    def test_truncation_through_an_image(self, tiny_processor, tiny_images, max_length, side):
+        processor = copy.deepcopy(tiny_processor)
+        processor.tokenizer.truncation_side = side
+        text, parts = ("a<image>bc", "image_end") if side == "right" else ("bc<image>a", "image_start")
+        with pytest.raises(ValueError, match=f"Mismatch in `{'image' if max_length < 6 else parts}` token count"):
+            processor(images=tiny_images[:1], text=text, truncation=True, max_length=max_length)
 
     def test_truncation_of_text(self, tiny_processor, tiny_images, ids):
         inputs = tiny_processor(images=tiny_images[:1], text="a<image>bc", truncation=True, max_length=8)
@@ -287,5 +291,10 @@ class TestSaving:
         assert inputs.input_ids == [[ASSISTANT, USER, IMAGE]]
 
     def test_tokenizer_without_image_tokens(self, tiny_tokenizer):
-        with pytest.raises(ValueError, match="has no token <picture>. Add it by tokenizer.add_special_tokens"):
+        with pytest.raises(
+            ValueError, match="has no token <picture>. Add it by tokenizer.add_special_tokens"
+        ) as error:
             MetaMorphProcessor(SiglipImageProcessorPil(), tiny_tokenizer, image_token="<picture>")
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        exec(str(error.value).partition("Add it by ")[2].removesuffix("."), {"tokenizer": tokenizer})
+        assert {*tokenizer.all_special_tokens} == {*tiny_tokenizer.all_special_tokens, "<picture>"}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 from metamorph_hf import GridUNet2DConditionModel, PatchAutoencoder
 
@@ -87,6 +88,20 @@ class TestPatchAutoencoder:
         torch.testing.assert_close(autoencoder.decode(latents.mode()[7:8]).sample, decoded[7:8], rtol=1e-4, atol=1e-5)
         half = autoencoder.to(torch.bfloat16)
         assert half.decode(half.encode(images.bfloat16()).latent_dist.mode()).sample.dtype == torch.bfloat16
+
+    @torch.no_grad()
+    def test_moves_in_before_it_runs(self, autoencoder, images):
+        """As pipelines with offloading expect of an autoencoder, whose `forward` they do not call."""
+        calls = []
+
+        class Hook(ModelHook):
+            def pre_forward(self, module, *args, **kwargs):
+                calls.append(module)
+                return args, kwargs
+
+        add_hook_to_module(autoencoder, Hook())
+        autoencoder.decode(autoencoder.encode(images).latent_dist.mode())
+        assert len(calls) == 2
 
     @torch.no_grad()
     def test_save_and_load(self, autoencoder, images, tmp_path):

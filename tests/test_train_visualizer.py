@@ -47,6 +47,13 @@ class TestDiffusionLoss:
         loss = diffusion_loss(predict, scheduler, clean, torch.Generator().manual_seed(0), snr_gamma=snr_gamma)
         assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
+    def test_timesteps_stay_below_their_number(self):
+        """With this seed, the largest sum of the 256 rounds up to 1."""
+        generator, seen = torch.Generator().manual_seed(30661), []
+        predict = lambda noisy, timesteps: seen.append(timesteps) or noisy  # noqa: E731
+        diffusion_loss(predict, DDPMScheduler(), torch.zeros(256, 1, 1, 1), generator)
+        assert seen[0].max() == 999
+
     def test_min_snr_weights_are_those_of_the_paper(self):
         """For epsilon, the weight of an image is min(SNR, gamma) / SNR."""
         scheduler, seen = DDPMScheduler(), []

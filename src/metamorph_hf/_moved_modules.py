@@ -33,4 +33,5 @@ class MovedModule(ModuleType):
 
 
 for _old in MOVED:
-    sys.modules.setdefault(f"{__package__}.{_old}", MovedModule(f"{__package__}.{_old}"))
+    _module = sys.modules.setdefault(f"{__package__}.{_old}", MovedModule(f"{__package__}.{_old}"))
+    setattr(sys.modules[__package__], _old, _module)

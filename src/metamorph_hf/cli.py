@@ -1,6 +1,7 @@
 """The command `metamorph-hf`, and functions that it shares with the scripts in `examples/`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,10 @@ def exit_with_sentence() -> Iterator[None]:
 def find_pipeline(path_or_repo: str | Path) -> Path | None:
     """Return the pipeline folder that this folder is or belongs to, as `pipeline/model` does; None without one."""
     folder = Path(path_or_repo)
-    return next((path for path in (folder, folder.parent) if (path / "model_index.json").is_file()), None)
+    if (folder / "model_index.json").is_file():
+        return folder
+    index = folder.parent / "model_index.json"
+    return folder.parent if index.is_file() and folder.name in json.loads(index.read_text("utf-8")) else None
 
 
 def find_pipeline_class(path_or_repo: str | Path) -> type[DiffusionPipeline]:
@@ -113,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
             args = parser.parse_args(argv)
             used.run(args)
         except ModuleNotFoundError as error:
+            if argv[0] not in ("serve", "app"):  # the commands that need an extra
+                raise
             raise ModuleNotFoundError(
                 f"metamorph-hf {argv[0]} needs {error.name}, which is not installed: "
                 f'pip install "metamorph-hf[{argv[0]}]"'

@@ -41,7 +41,8 @@ class MetaMorphConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*): Share `lm_head` with the embeddings; defaults to `text_config`'s.
 
     Raises:
-        ValueError: if a value is none of these, or the three image token ids are not distinct.
+        ValueError: if a number is out of range, or the three image token ids are not distinct.
+        StrictDataclassError: if a value has another type, or is not one of the choices.
     """
 
     model_type = "metamorph"
@@ -96,8 +97,8 @@ class MetaMorphConfig(PreTrainedConfig):
     vision_head_type: Literal["linear", "mlp", "mlp2x_gelu"] = "mlp"
     normalize_visual_tokens: bool = True
     visual_loss_type: Literal["cosine", "l1", "mse"] = "cosine"
-    visual_loss_weight: float = 1.0
-    visual_token_noise: float = 0.0
+    visual_loss_weight: float | int = 1.0
+    visual_token_noise: float | int = 0.0
     visual_decoding: Literal["autoregressive", "parallel"] = "autoregressive"
     tie_word_embeddings: bool | None = None
 

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import ModelOutput, logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_metamorph import MetaMorphConfig
 from .generation_checks import check_options, join_visual_tokens
@@ -36,12 +37,12 @@ class MetaMorphGenerationConfig(GenerationConfig):
     Args:
         max_images (`int`, *optional*): Largest number of images in an answer. Only with 0 are beam search, assisted
             decoding and classifier-free guidance possible.
-        force_image (`bool`, *optional*, defaults to `False`): Begin the answer with an image.
+        force_image (`bool`, *optional*): Begin the answer with an image.
     """
 
     def __init__(self, **kwargs):
         self.max_images = kwargs.pop("max_images", None)
-        self.force_image = kwargs.pop("force_image", False)
+        self.force_image = kwargs.pop("force_image", None)
         super().__init__(**kwargs)
 
     @classmethod
@@ -170,6 +171,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
     `max_new_tokens`, the language model's context or a static cache.
     """
 
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     @torch.no_grad()
     def generate(
         self,
@@ -198,11 +200,13 @@ class MetaMorphGenerationMixin(GenerationMixin):
         """
         if generation_mode != "text":
             raise ValueError(f"generation_mode={generation_mode!r} is not supported: use MetaMorphPipeline instead.")
+        if kwargs.get("custom_generate") is not None and kwargs.get("max_images") != 0:
+            raise ValueError("custom_generate cannot generate images: leave it out, or set max_images=0.")
         for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs"):
             if kwargs.get(name, ...) is None:
                 del kwargs[name]  # transformers takes its default only where the name is missing
         given = {"inputs": inputs, "generation_config": generation_config, **kwargs}
-        check_options({**given, **getattr(generation_config, "__dict__", {})})
+        check_options({**getattr(generation_config, "__dict__", {}), **given})
         if not isinstance(self.generation_config, MetaMorphGenerationConfig):  # a plain one lacks our two fields
             self.generation_config = MetaMorphGenerationConfig(**self.generation_config.to_dict())
         # An option of the call outweighs a stored option that contradicts it.
@@ -213,7 +217,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if visual_tokens is not None:
             if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
                 raise ValueError("Images are given twice: as `visual_tokens`, and as pixels or `mm_encoder_outputs`.")
-            visual_tokens = join_visual_tokens(visual_tokens).to(self.device)
+            visual_tokens = join_visual_tokens(visual_tokens)
+            if self.device.type != "meta":  # offloaded modules fetch their inputs
+                visual_tokens = visual_tokens.to(self.device)
             features = self.get_image_features(None, visual_tokens, kwargs.pop("image_indices", None))
             kwargs["mm_encoder_outputs"] = {"image": features}
         ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -398,9 +404,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
 
     def _check_room(self, input_ids, generation_config, max_length: float) -> None:
         """Raise a ValueError if an image that is asked for does not fit, and warn if none can."""
-        is_begun = (input_ids[:, -1:] == self.config.image_start_token_id).any().item()
-        force_image = generation_config.force_image
-        num_needed = self.config.num_image_tokens + (1 if is_begun and not force_image else 2)
+        begun = (input_ids[:, -1:] == self.config.image_start_token_id).any(-1)
+        is_begun, force_image = begun.any().item(), generation_config.force_image
+        num_needed = self.config.num_image_tokens + (1 if begun.all() or (is_begun and not force_image) else 2)
         num_left = max_length - input_ids.shape[1]
         if num_left >= num_needed:
             return

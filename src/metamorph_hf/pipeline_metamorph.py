@@ -216,7 +216,10 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         # diffusers only takes over the classes that `__init__` names, and does not explain that Flux has no U-Net.
         is_own = isinstance(pipeline, MetaMorphPipeline)
         taken = pipeline.components if is_own else {"unet": pipeline.components.get("unet")}
-        return super().from_pipe(pipeline, **{**taken, **kwargs})
+        created = super().from_pipe(pipeline, **{**taken, **kwargs})
+        if not is_own:  # `push_to_hub` would take over the card of the other pipeline's folder
+            created.register_to_config(_name_or_path=None)
+        return created
 
     def _require_model(self) -> None:
         if self.model is None or self.processor is None:
@@ -259,7 +262,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         check_types({"max_new_tokens": max_new_tokens, "generation_kwargs": generation_kwargs}, OPTION_TYPES)
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
-        inputs = inputs.to(self._execution_device, dtype=self.model.dtype)
+        inputs = inputs.to(self._execution_device)
         options = dict(generation_kwargs or {})
         config = options.get("generation_config")
         if isinstance(config, GenerationConfig) and (config.max_new_tokens or config.max_length):
@@ -452,9 +455,10 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         # 2. Answer with text and visual tokens
         text, visual_tokens = self.generate_visual_tokens(conversations, max_new_tokens, generation_kwargs)
         image_counts = [len(images) for images in visual_tokens]
+        answers_per_prompt = len(text) // len(conversations)
         for index, (answer, count) in enumerate(zip(text, image_counts)):
             if not count:
-                logger.warning("Prompt %d was answered without an image: %r", index, answer)
+                logger.warning("Prompt %d was answered without an image: %r", index // answers_per_prompt, answer)
         # 3. Encode, denoise and decode the visual tokens
         images = self._decode(call, torch.cat(visual_tokens), image_counts, len(conversations))
         image_counts = [count * call._options.num_images_per_prompt for count in image_counts]

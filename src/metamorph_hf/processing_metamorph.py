@@ -103,7 +103,8 @@ class MetaMorphProcessor(ProcessorMixin):
     ):
         tokens, vocabulary = [image_token, image_start_token, image_end_token], tokenizer.get_vocab()
         if unknown := [token for token in tokens if token not in vocabulary]:
-            call = f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}})"
+            call = f"tokenizer.add_special_tokens({{'additional_special_tokens': {unknown}}}, "
+            call += "replace_extra_special_tokens=False)"
             raise ValueError(f"The tokenizer has no token {', '.join(unknown)}. Add it by {call}.")
         self.num_image_tokens = num_image_tokens
         self.image_token, self.image_start_token, self.image_end_token = tokens
@@ -169,6 +170,10 @@ class MetaMorphProcessor(ProcessorMixin):
             if placeholders != counts:
                 given = f"{placeholders} {self.image_token} placeholders, but their lists of images hold {counts}"
                 raise ValueError(f"The texts have {given}: pass one image per placeholder, in a list per text.")
+
+    # Truncation must not cut off either end of an image; transformers counts its visual tokens alone.
+    def _check_special_mm_tokens(self, text, text_inputs, modalities) -> None:
+        super()._check_special_mm_tokens(text, text_inputs, [*modalities, "image_start", "image_end"])
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         if image_sizes is None:

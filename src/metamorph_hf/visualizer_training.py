@@ -54,7 +54,7 @@ def diffusion_loss(
     count, steps = len(clean), scheduler.config.num_train_timesteps
     # Timesteps are spread evenly over the batch, so that its loss depends less on which noise levels are drawn.
     spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    timesteps = (spread * steps).long().to(clean.device)
+    timesteps = (spread * steps).long().clamp(max=steps - 1).to(clean.device)  # the last sum may round up
     noise = torch.randn(clean.shape, generator=generator)
     if noise_offset:
         noise += noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)

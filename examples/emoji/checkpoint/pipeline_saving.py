@@ -119,8 +119,12 @@ class PipelineSavingMixin:
                 continue
             if name != "unet":
                 raise ValueError(f"The {name} has adapters, and could not be loaded again: merge them first.")
+            from peft.tuners.tuners_utils import BaseTunerLayer  # an extra, which adapters need anyway
+
             saved.unet = copy.deepcopy(component)
-            saved.unet.fuse_lora()
+            layers = [module for module in saved.unet.modules() if isinstance(module, BaseTunerLayer)]
+            if not any(layer.disable_adapters for layer in layers):
+                saved.unet.fuse_lora()
             saved.unet.unload_lora()
         super(PipelineSavingMixin, saved).save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
@@ -153,7 +157,7 @@ class PipelineSavingMixin:
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_kwargs)
-            source = Path(os.path.abspath(self.config.get("_name_or_path", folder)))
+            source = Path(os.path.abspath(self.config.get("_name_or_path") or folder))
             if subfolder is None and not file_exists(repo_id, "README.md", token=token):
                 if (source / "README.md").is_file():
                     _copy_model_card(source, Path(folder))

@@ -172,8 +172,7 @@ class MetaMorphModel(MetaMorphPreTrainedModel):
             resized = F.interpolate(grid.float(), size=(target, target), mode="bilinear", align_corners=False)
             grid = resized.to(patches.dtype)
         if is_concatenated:  # channels of a token: top-left, top-right, bottom-left, bottom-right
-            grid = grid.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (I, C, side, 2, side, 2)
-            grid = grid.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+            grid = F.pixel_unshuffle(grid, 2).unflatten(1, (channels, 4)).transpose(1, 2).flatten(1, 2)
         return grid.flatten(2).transpose(1, 2)
 
     def get_visual_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -411,6 +410,8 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         Switch an autoregressive model to `visual_decoding="parallel"`; it must be trained on to generate images again.
         The visual queries start as the mean of the projections of some `visual_tokens` (I, N, V).
         """
+        if self.model.visual_queries is not None:
+            raise ValueError('The model has visual_decoding="parallel" already: its visual queries would be lost.')
         queries = self.get_image_features(visual_tokens=visual_tokens, return_dict=True).pooler_output.mean(0)
         self.model.visual_queries = nn.Embedding(*queries.shape, _weight=queries.to(self.dtype))
         self.config.visual_decoding = "parallel"
@@ -485,8 +486,10 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         else:
             results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
             if outputs.router_logits:
-                aux_loss = self._compute_aux_loss(outputs.router_logits, attention_mask).to(hidden_states.device)
-                results["loss"] = results["loss"] + self.config.text_config.router_aux_loss_coef * aux_loss
+                config, num_experts = self.config.text_config, outputs.router_logits[0].shape[-1]
+                arguments = (outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)
+                aux_loss = load_balancing_loss_func(*arguments).to(hidden_states.device)
+                results["loss"] = results["loss"] + config.router_aux_loss_coef * aux_loss
                 results["aux_loss"] = aux_loss
         return MetaMorphCausalLMOutputWithPast(
             **results,
@@ -495,11 +498,6 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             attentions=outputs.attentions,
             image_outputs=outputs.image_outputs,
         )
-
-    def _compute_aux_loss(self, router_logits: tuple[torch.Tensor, ...], attention_mask) -> torch.Tensor:
-        """Compute the load-balancing loss of a mixture of experts."""
-        config, num_experts = self.config.text_config, router_logits[0].shape[-1]
-        return load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)
 
     def _find_visual_targets(self, input_ids: torch.LongTensor | None, labels: torch.LongTensor) -> torch.Tensor:
         """Return the mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""

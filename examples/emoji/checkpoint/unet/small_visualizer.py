@@ -6,6 +6,7 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
@@ -115,11 +116,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             nn.ConvTranspose2d(width, in_channels, **window),
         )
 
+    @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
         """Encode images (I, in_channels, height, width) in [-1, 1] into latents, all of whose mass is at the mode."""
         posterior = IdentityDistribution(self.encoder(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
         """Decode latents (I, latent_channels, height, width) into images."""
         images = self.decoder(z)
