@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from common import EMOJI_CHECKPOINT, load_pipeline
@@ -21,8 +20,8 @@ from emoji.images import load_rows
 from emoji.language import build_language_model
 from emoji.siglip import ATTENTION, TRAINING
 from emoji.tasks import EmojiTasks, corpus, training_stream
-from evaluate_emoji import answer_records, encode_images
-from evaluation import rank_references
+from evaluate_emoji import encode_images
+from evaluation import generate_answers, rank_references
 from train_emoji import build_model, build_tokenizer
 from transformers import set_seed
 
@@ -94,8 +93,8 @@ def measure(
     results = {}
     for kind in KINDS:
         records = tasks.evaluation(kind)[:limit]
-        pipe = SimpleNamespace(model=model.eval(), processor=processor)  # all that is read of a pipeline
-        _, generated = answer_records(pipe, records, tasks, progress=kind, force_image=True)
+        requests = [record["messages"] for record in records]
+        _, generated = generate_answers(model, processor, requests, kind, force_image=True)
         answers = torch.tensor([tasks.bases.index(record["answer"]) for record in records])
         results[kind] = 100 * (rank_references(generated, references, answers) == 0).float().mean().item()
     return results

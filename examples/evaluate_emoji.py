@@ -4,7 +4,7 @@
     python examples/evaluate_emoji.py --limit 100           # fewer questions of each kind
 
 Retrieval ranks an answer among the base images of all emoji (for edits, among Google's skin-tone variants) by the
-cosine of their flattened visual tokens. Images that are identical to the byte, as the flags of Norway and Svalbard,
+cosine of their flattened visual tokens. Byte-identical images, such as the flags of Norway and Svalbard,
 cannot be told apart and count as one. An answer without an image counts as wrong. Scenes are judged by `SceneJudge`,
 which is not the model; `judge_*` are the shares that it finds right in real scenes.
 """
@@ -194,7 +194,6 @@ class Evaluation:
         targets = torch.tensor([place[image] for right in answers for image in right])
         references = torch.stack([self.visual_tokens[image] for image in candidates])
         ranks = rank_references(generated[owners], references, targets)
-        ranks = ranks.where(generated[owners].flatten(1).any(1), len(candidates))
         best = torch.full((len(answers),), len(candidates))
         return best.scatter_reduce(0, torch.tensor(owners), ranks, "amin")
 

@@ -51,7 +51,8 @@ def rank_references(encoded: torch.Tensor, references: torch.Tensor, targets: to
     """Count the references that are nearer to an image than its own, by the cosine of their flattened visual tokens.
 
     References that are identical cannot be told apart and count as one. `encoded` (I, N, V) and `references` (R, N, V)
-    are visual tokens, `targets` (I,) the index of each image's own reference. Returns (I,) int64; 0 is best.
+    are visual tokens, `targets` (I,) the index of each image's own reference. Returns (I,) int64; 0 is best, and zeros
+    in the place of a missing image have rank R.
     """
 
     def flatten(visual_tokens: torch.Tensor) -> torch.Tensor:
@@ -60,7 +61,8 @@ def rank_references(encoded: torch.Tensor, references: torch.Tensor, targets: to
     encoded = flatten(encoded)
     similarity = torch.cat([encoded @ flatten(block).T for block in references.split(1024)], dim=1)
     # Identical images have identical tokens up to rounding.
-    return (similarity > similarity.gather(1, targets[:, None]) + 1e-5).sum(1)
+    ranks = (similarity > similarity.gather(1, targets[:, None]) + 1e-5).sum(1)
+    return ranks.where(encoded.any(1), len(references))
 
 
 def draw_contact_sheet(cells: list[tuple[str, Image.Image | None, Image.Image | None]], size: int) -> Image.Image:

@@ -1,8 +1,8 @@
 """Ask a MetaMorph pipeline for images or text.
 
-    python examples/generate.py "a red apple"                                   # text to image
-    python examples/generate.py "What is this?" --image photo.png               # a question about an image
-    python examples/generate.py "make the skin tone dark" --image hand.png      # an edit
+    python examples/generate.py "a red apple"                                      # text to image
+    python examples/generate.py "What is this?" --image examples/emoji/red_apple.png   # a question about an image
+    python examples/generate.py "make the skin tone dark" --image hand.png             # an edit of your image
 
 Without --model it uses the small emoji model in this repository, which knows emoji and nothing else. It runs on a CPU
 in seconds.

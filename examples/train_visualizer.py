@@ -11,7 +11,6 @@ On several devices: accelerate launch examples/train_visualizer.py ...
 import argparse
 import json
 import os
-import re
 import shutil
 import tempfile
 from functools import partial
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphProcessor, VisualTokenProjector
 from metamorph_hf.image_reading import read_image
 from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss, save_ema_with
+from metamorph_hf.vpit.checkpoints import find_checkpoints
 
 
 # Settings that do not change what is learned, so that a run may continue with others.
@@ -93,10 +93,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_checkpoints(output: Path) -> dict[int, Path]:
-    """Return the checkpoints' folders by their steps, in order, whether complete or not."""
-    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output.iterdir() if path.is_dir()]
-    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+def read_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def list_sizes(folder: Path) -> dict[str, int]:
@@ -135,7 +133,7 @@ def claim_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         if args.overwrite:
             (args.output / "model_index.json").unlink(missing_ok=True)
-            for folder in find_checkpoints(args.output).values():
+            for folder in find_checkpoints(args.output):
                 shutil.rmtree(folder)
         file.write_text(json.dumps(settings, indent=2))
     accelerator.wait_for_everyone()
@@ -384,11 +382,11 @@ class VisualizerTraining:
 
     def load_checkpoint(self) -> int:
         """Load the newest complete checkpoint, if any, and return its step."""
-        for step, folder in reversed(find_checkpoints(self.args.output).items()):
+        for folder in reversed(find_checkpoints(self.args.output)):
             if is_complete(folder):
                 self.accelerator.print(f"continuing from {folder}")
                 self.accelerator.load_state(str(folder))
-                return step
+                return read_step(folder)
             self.accelerator.print(f"{folder} is incomplete or damaged, and is skipped")
         return 0
 
@@ -401,7 +399,7 @@ class VisualizerTraining:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             (folder / "step.json").write_text(json.dumps({"step": step, "sizes": list_sizes(folder)}))
-            earlier = [path for number, path in find_checkpoints(self.args.output).items() if number < step]
+            earlier = [path for path in find_checkpoints(self.args.output) if read_step(path) < step]
             for old in earlier[:-1]:
                 shutil.rmtree(old)
 

@@ -102,6 +102,8 @@ class TestNumbers:
             expected.append(sum(cosine > cosines[target] + 1e-5 for cosine in cosines).item())
         assert rank_references(encoded, references, targets).tolist() == expected
         assert expected[1] == 0 and max(expected) > 0  # its twin does not count
+        encoded[1] = 0  # a missing image
+        assert rank_references(encoded, references, targets)[1] == 1100
 
     def test_fid_is_the_distance_of_two_gaussians(self):
         rng = np.random.default_rng(0)

@@ -86,7 +86,7 @@ def test_command_without_its_extra(name):
     """One sentence says what to install. The libraries are hidden, whether they are there or not."""
     hidden = "import sys; sys.modules |= {'ray': None, 'gradio': None}; from metamorph_hf import cli; cli.main()"
     done = subprocess.run([sys.executable, "-c", hidden, name, str(EMOJI_CHECKPOINT)], capture_output=True, text=True)
-    assert done.returncode == 1 and f'pip install "metamorph-hf[{name}]"' in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and f'pip install ".[{name}]"' in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

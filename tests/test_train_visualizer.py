@@ -156,7 +156,7 @@ class TestOutputFolder:
         for name in ("checkpoint-10", "checkpoint-9", "checkpoint-8.bak", "checkpoint-x"):
             (tmp_path / name).mkdir()
         (tmp_path / "checkpoint-11").touch()
-        assert list(script.find_checkpoints(tmp_path)) == [9, 10]
+        assert [*map(script.read_step, script.find_checkpoints(tmp_path))] == [9, 10]
 
 
 @pytest.mark.slow

@@ -86,6 +86,13 @@ class TestLogSamples:
         tracked = {path.resolve() for path in (tmp_path / "tracked").rglob("*.png")}
         assert [Image.open(path).size for path in tracked] == [pipe.default_size]
 
+    def test_visualizer_of_another_model(self, tiny_processor, model, tmp_path):
+        """Refused before the training, and not by the first image that is to be decoded."""
+        pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, model=None)
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path))
+        with pytest.raises(ValueError, match="num_image_tokens is|visual_token_dim is 16, .* 192: they do not fit"):
+            LogSamplesCallback(trainer, ["a cat"], 1, pipe)
+
     @pytest.mark.parametrize(("prompts", "every"), [([], 1), (["a cat"], 0)])
     def test_refused(self, tiny_processor, model, tmp_path, prompts, every):
         with pytest.raises(ValueError, match="at least one prompt"):

@@ -411,6 +411,11 @@ def corpus(tasks: EmojiTasks) -> Iterator[str]:
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
+def estimate_length(record: dict) -> int:
+    """Estimate the length of a conversation in letters: an image is 66 tokens, a token of text about 4 letters."""
+    return 4 * 66 * len(record["images"]) + len(str(record["messages"]))
+
+
 def training_stream(
     tasks: EmojiTasks, mixture: dict, size: int, group: int, column: str, look_up: Callable, num_views: int = 1
 ) -> Dataset:
@@ -434,8 +439,7 @@ def training_stream(
         for record in records:
             asked = sum(part["type"] == "image" for part in record["messages"][0]["content"])
             record["views"] = [rng.randrange(num_views) if i < asked else 0 for i in range(len(record["images"]))]
-        # Length in letters: an image is 66 tokens, a token of text about 4 letters.
-        records.sort(key=lambda record: 4 * 66 * len(record["images"]) + len(str(record["messages"])))
+        records.sort(key=estimate_length)
         groups = [records[start : start + group] for start in range(0, pool, group)]
         rng.shuffle(groups)
         return [record for records in groups for record in records]

@@ -43,7 +43,7 @@ from emoji.language import build_language_model, train_language_model  # noqa: E
 from emoji.optimizer import choose_muon  # noqa: E402
 from emoji.scenes import MEANINGS, THINGS  # noqa: E402
 from emoji.siglip import ATTENTION, TRAINING  # noqa: E402
-from emoji.tasks import CYCLES, UNDERSTANDING, EmojiTasks, corpus  # noqa: E402
+from emoji.tasks import CYCLES, UNDERSTANDING, EmojiTasks, corpus, estimate_length  # noqa: E402
 from evaluate_emoji import add_images, encode, encode_images  # noqa: E402
 from evaluate_generation import frechet_distance  # noqa: E402
 from evaluation import generate_answers, rank_references  # noqa: E402
@@ -118,7 +118,7 @@ def choose_rows(rows: list[dict], every: int) -> list[dict]:
 
 
 def sample_conversations(cell: dict, tasks: EmojiTasks, knowledge: Knowledge) -> list[dict]:
-    """Sample as many conversations of each kind as the cell says. A larger number of one kind begins with the same."""
+    """Sample as many conversations of each kind as the cell says. Larger samples start with the smaller ones."""
     records = []
     for kind, count in cell["data"].items():
         rng = random.Random(f"{kind} {cell['seed']}")
@@ -145,10 +145,9 @@ def order_conversations(records: list[dict], steps: int, batch: int, seed: int) 
     del order[steps * batch :]
     batches = []
     for start in range(0, len(order), 16 * batch):
-        # Length in letters: an image is 66 tokens, a token of text about 4 letters.
         pool = sorted(
             order[start : start + 16 * batch],
-            key=lambda i: 4 * 66 * len(records[i]["images"]) + len(str(records[i]["messages"])),
+            key=lambda i: estimate_length(records[i]),
         )
         groups = [pool[first : first + batch] for first in range(0, len(pool), batch)]
         batches += rng.sample(groups[:-1], len(groups) - 1) + groups[-1:]
@@ -353,12 +352,6 @@ def answer(model, processor: MetaMorphProcessor, conversations: list, **options)
     return [" ".join(text.replace(processor.image_token, " ").split()).lower() for text in texts], generated
 
 
-def rank(generated: torch.Tensor, references: torch.Tensor, targets: list[int]) -> torch.Tensor:
-    """Return the rank of each answer's right reference; the last one for an answer without an image."""
-    ranks = rank_references(generated, references, torch.tensor(targets))
-    return ranks.where(generated.flatten(1).any(1), len(references))
-
-
 def count_hits(name: str, ranks: torch.Tensor) -> dict[str, list[int]]:
     """Return the number of answers among the nearest and the five nearest, and the number of all answers."""
     return {f"{name}_top{top}": [(ranks < top).sum().item(), len(ranks)] for top in (1, 5)}
@@ -373,7 +366,7 @@ def measure_decoded(cell: dict, shop: Workshop, generated: torch.Tensor, referen
     images = torch.cat([shop.visualizer.decode_visual_tokens(part, **options) for part in generated.split(64)])
     again = encode(shop.encoder, (255 * images.cpu()).round().byte())
     fid = frechet_distance(references[targets].float().mean(1), again.mean(1))
-    return {**count_hits("decoded", rank(again, references, targets)), "fid": fid}
+    return {**count_hits("decoded", rank_references(again, references, targets)), "fid": fid}
 
 
 def measure_abilities(cell: dict, shop: Workshop, model, processor: MetaMorphProcessor) -> dict:
@@ -387,9 +380,9 @@ def measure_abilities(cell: dict, shop: Workshop, model, processor: MetaMorphPro
     records = choose("seen_phrasings")
     tokens = shop.encode(tasks, tasks.bases)
     references = torch.stack([tokens[image] for image in tasks.bases])
-    targets = [tasks.bases.index(record["answer"]) for record in records]
+    targets = torch.tensor([tasks.bases.index(record["answer"]) for record in records])
     _, generated = answer(model, processor, [record["messages"] for record in records], force_image=True, max_images=1)
-    ranks = rank(generated, references, targets)
+    ranks = rank_references(generated, references, targets)
     results = {
         **count_hits("generated", ranks),
         "median_rank": ranks.float().median().item(),
@@ -415,13 +408,14 @@ def measure_knowledge(cell: dict, shop: Workshop, model, processor: MetaMorphPro
         facts, name = knowledge.choose(kind, held_out), f"{kind}_{'held_out' if held_out else 'trained'}"
         said, generated = answer(model, processor, knowledge.ask(facts), **image_options)
         named, _ = answer(model, processor, knowledge.ask(facts, QUESTION), max_images=0)
-        ranks = rank(generated, references, [knowledge.images.index(fact.image) for fact in facts])
+        targets = torch.tensor([knowledge.images.index(fact.image) for fact in facts])
+        ranks = rank_references(generated, references, targets)
         results |= count_hits(name, ranks)
         for way, texts in {"answered": named, **({"said": said} if cell["say_first"] else {})}.items():
             hits = [text == fact.name.lower() for text, fact in zip(texts, facts)]
             results[f"{name}_{way}"] = [sum(hits), len(hits)]
     _, generated = answer(model, processor, knowledge.ask(knowledge.facts, by_name=True), **image_options)
-    return results | count_hits("names", rank(generated, references, [*range(len(references))]))
+    return results | count_hits("names", rank_references(generated, references, torch.arange(len(references))))
 
 
 def run_cell(cell: dict, shop: Workshop) -> dict:

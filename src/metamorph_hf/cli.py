@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             raise ModuleNotFoundError(
                 f"metamorph-hf {argv[0]} needs {error.name}, which is not installed: "
-                f'pip install "metamorph-hf[{argv[0]}]"'
+                f'pip install ".[{argv[0]}]" in the folder of metamorph_hf'
             ) from error
 
 

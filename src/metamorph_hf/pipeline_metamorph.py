@@ -101,7 +101,7 @@ class DecodingOptions:
     callback_on_step_end_tensor_inputs: list[str] | None = None
 
 
-def _check_fit(model, processor, projector, unet, vae, scheduler) -> None:
+def check_fit(model, processor, projector, unet, vae, scheduler) -> None:
     """Raise a `ValueError` if a component needs more than this pipeline gives it, or does not fit to another one."""
     if not isinstance(unet, UNet2DConditionModel):
         found = type(unet).__name__
@@ -180,7 +180,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
             raise ValueError(f"`instruction_template` is {instruction_template!r}, but needs a {{}} for the caption.")
         if model is not None:
             self._optional_components = []  # a saved folder may lack the model, but this pipeline needs it to answer
-        _check_fit(model, processor, projector, unet, vae, scheduler)
+        check_fit(model, processor, projector, unet, vae, scheduler)
         self.register_modules(
             model=model, processor=processor, projector=projector, unet=unet, vae=vae, scheduler=scheduler
         )
@@ -345,7 +345,8 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         call.scheduler = copy.deepcopy(self.scheduler)
         call._options, call._guidance_scale = options, options.guidance_scale
         schedule = (options.num_inference_steps, self._execution_device, options.timesteps, options.sigmas)
-        _, call.num_timesteps = retrieve_timesteps(call.scheduler, *schedule)
+        timesteps, _ = retrieve_timesteps(call.scheduler, *schedule)
+        call.num_timesteps = len(timesteps)  # some schedulers take several for a step
         return call
 
     def _decode(self, call, visual_tokens: torch.Tensor, image_counts: list[int], num_inputs: int) -> Images:

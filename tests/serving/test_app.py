@@ -355,7 +355,7 @@ class TestTabs:
             assert_same(user.fetch(images.nth(index)), expected)
         user.page.get_by_label("Guidance scales").fill("one")
         user.page.get_by_role("button", name="Generate").click()
-        user.page.get_by_text("could not convert string to float: 'one'").wait_for()
+        user.page.get_by_text("Guidance scales must be numbers with commas between them, but are 'one'.").wait_for()
 
     def test_reconstruct(self, visit, pipe):
         user = visit()
@@ -448,6 +448,9 @@ def test_card(tmp_path):
     examples, single_turn = read_card(str(tmp_path / "model"))
     assert single_turn and [example["text"] for example in examples] == ["one", "two", "three"]
     assert [example["files"] for example in examples] == [[str(tmp_path / "model" / "apple.png")], [], []]
+    widget = "- messages: [{role: user, content: hello}]\n- src: apple.png\n- text: one\n  src: null\n- two"
+    (tmp_path / "model" / "README.md").write_text(f"---\nwidget:\n{widget}\n---\n# Other forms of the Hub\n")
+    assert read_card(str(tmp_path / "model")) == ([{"text": "one", "files": []}], False)
 
 
 @pytest.mark.skipif("METAMORPH_SCREENSHOTS" not in os.environ, reason="METAMORPH_SCREENSHOTS names no folder")

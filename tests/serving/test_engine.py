@@ -2,7 +2,10 @@
 
 import asyncio
 import io
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -38,7 +41,9 @@ def answer(pipe):
 
     def run(*requests, before=lambda rows: None) -> list[list]:
         events = [[] for _ in requests]
-        rows = [answerer.prepare(request, own.append) for request, own in zip(requests, events)]
+        rows = [
+            answerer.prepare([request], lambda _, e, i=i: events[i].append(e))[0] for i, request in enumerate(requests)
+        ]
         before(rows)
         answerer.run_batch(rows)
         return events
@@ -183,8 +188,69 @@ def test_image_with_many_pixels():
     Image.new("1", (12000, 12000)).save(buffer, "png")
     start = time.monotonic()
     with pytest.raises(ValueError, match="more pixels than"):
-        engine.open_image(buffer.getvalue(), 2**24)
+        engine.open_images([buffer.getvalue()], 2**24)
     assert time.monotonic() - start < 0.2
+
+
+def test_pixels_of_all_images_count_together():
+    size = Image.open(io.BytesIO(APPLE)).size
+    assert len(engine.open_images([APPLE] * 3, 3 * size[0] * size[1])) == 3
+    with pytest.raises(ValueError, match="more pixels than"):
+        engine.open_images([APPLE] * 3, 3 * size[0] * size[1] - 1)
+
+
+def test_answers_of_a_request_share_its_images(pipe):
+    content = [{"type": "image", "image": APPLE}, {"type": "text", "text": "What is this?"}]
+    requests = [Request(messages=[{"role": "user", "content": content}], seed=seed) for seed in range(3)]
+    rows = engine.BatchAnswerer(pipe, Settings("emoji")).prepare(requests, lambda *_: None)
+    assert [row.request.seed for row in rows] == [0, 1, 2]
+    assert len({id(row.conversation[0]["content"][0]["image"]) for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    "num_image_tokens, max_tokens, length", [(64, 1024, 256), (256, 1024, 516), (729, 1024, 1024)]
+)
+def test_length_has_room_for_an_image(pipe, monkeypatch, num_image_tokens, max_tokens, length):
+    monkeypatch.setattr(pipe.processor, "num_image_tokens", num_image_tokens)
+    answerer = engine.BatchAnswerer(pipe, Settings("emoji", max_tokens=max_tokens))
+    (row,) = answerer.prepare([draw("a cat")], lambda *_: None)
+    assert row.request.max_new_tokens == length
+
+
+def test_new_requests_do_not_disturb_a_batch(pipe, answer, caplog):
+    """The tokenizer is one object in two threads, and whether it pads is one of its states."""
+    answerer, is_over = engine.BatchAnswerer(pipe, Settings("emoji")), threading.Event()
+
+    def prepare():
+        while not is_over.is_set():
+            answerer.prepare([draw("a red apple")], lambda *_: None)
+
+    calls, whole = [], answerer.generate
+    answerer.generate = lambda rows: calls.append(len(rows)) or whole(rows)
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(prepare) for _ in range(2)]
+        try:
+            for _ in range(20):
+                requests = [draw("a cat", max_new_tokens=1), draw("a very long caption of a dog", max_new_tokens=1)]
+                answerer.run_batch([answerer.prepare([request], lambda *_: None)[0] for request in requests])
+        finally:
+            is_over.set()
+        [future.result() for future in running]
+    assert calls == [2] * 20
+
+
+def test_process_that_is_out_of_order_says_so(monkeypatch):
+    """Every row ends, and Ray Serve, which asks for the health, replaces the process."""
+    process = object.__new__(engine.Engine)  # without a pipeline
+    process.worker, process.is_broken, process.is_free = ThreadPoolExecutor(1), False, asyncio.Event()
+    monkeypatch.setattr(engine.Engine, "run_batch", lambda *_: 1 / 0)
+    events = []
+    rows = [SimpleNamespace(fail=lambda status, sentence: events.append((status, sentence))) for _ in range(2)]
+    process.check_health()
+    asyncio.run(engine.Engine.answer_batch.__wrapped__(process, rows))
+    assert [status for status, _ in events] == [500, 500] and "ZeroDivisionError" in events[0][1]
+    with pytest.raises(RuntimeError, match="nothing to rely on"):
+        process.check_health()
 
 
 class Replica:
@@ -225,7 +291,8 @@ def post(replica: Replica, num_requests: int = 1, stream: bool = False, **settin
     body = {"model": "emoji", "messages": [{"role": "user", "content": "Hello!"}], "stream": stream}
 
     async def send():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(num_requests)))
 
     return asyncio.run(send())
@@ -236,6 +303,50 @@ def test_queue():
     assert sorted(response.status_code for response in responses) == [200, 200, 429, 429, 429]
     refused = next(response for response in responses if response.status_code == 429)
     assert refused.headers["retry-after"] == "5" and "2 requests are waiting" in refused.json()["error"]["message"]
+
+
+def test_routes_without_a_key_take_no_place(monkeypatch):
+    """Nobody without the key can fill the queue, not even by bodies that arrive slowly."""
+    app = api.Server(Replica([TEXT, DONE]), Settings("emoji", api_key="key", max_queue=1)).__serve_build_asgi_app__()
+    body = {"model": "emoji", "messages": [{"role": "user", "content": "Hello!"}]}
+
+    async def arrive_slowly():
+        yield b"{"
+        await asyncio.sleep(0.5)
+        yield b"}"
+
+    async def send() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            slow = [client.post(url, content=arrive_slowly()) for url in ("/v1/files/x", "/health")]
+            good = client.post("/v1/chat/completions", json=body, headers={"Authorization": "Bearer key"})
+            return await asyncio.gather(*slow, good)
+
+    assert [response.status_code for response in asyncio.run(send())] == [405, 405, 200]
+
+
+def test_body_that_arrives_slowly():
+    """The time is that of the whole body, not of each of its parts."""
+    app = api.Server(Replica(), Settings("emoji", timeout=0.3)).__serve_build_asgi_app__()
+
+    async def arrive_slowly():
+        for _ in range(20):
+            yield b" "
+            await asyncio.sleep(0.1)
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.post("/v1/chat/completions", content=arrive_slowly())
+
+    start, response = time.monotonic(), asyncio.run(send())
+    assert response.status_code == 408 and time.monotonic() - start < 1.5
+
+
+def test_error_that_nobody_expects(monkeypatch):
+    monkeypatch.setattr(api.Server, "read_messages", lambda *_: 1 / 0)
+    (response,) = post(Replica())
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "The server failed to answer this request."
 
 
 def test_time():

@@ -27,6 +27,11 @@ ADDRESSES = {
     "::ffff:127.0.0.1": False,
     "64:ff9b::7f00:1": False,
     "2002:7f00:1::": False,
+    "2001:0:7f00:1::": False,
+    "fec0::1": False,
+    "::127.0.0.1": False,
+    "64:ff9b:1::7f00:1": False,
+    "::ffff:0:127.0.0.1": False,
 }
 
 
@@ -101,6 +106,7 @@ def test_private_hosts(port, host):
         ("/to/http://127.0.0.1:{port}/image", "not on the public internet"),
         ("/to/file:///etc/passwd", "must begin with http"),
         ("/to//to//to//to//image", "redirects more than 3 times"),
+        ("/to/http://image.test:99999/image", "port 99999, but ports are 1 to 65535"),
         ("/missing", "status 404"),
         ("/slow", "not downloaded within"),
     ],

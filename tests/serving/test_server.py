@@ -1,11 +1,12 @@
 """The server, asked by the real `openai` client. Needs the extra `serve` and `openai`."""
 
+import argparse
 import base64
 import io
 import json
+import os
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -266,7 +267,7 @@ class TestRefused:
         )
 
     def test_model(self, client):
-        with pytest.raises(openai.NotFoundError, match="'emoji' is"):
+        with pytest.raises(openai.NotFoundError, match="serves 'emoji', not 'gpt'"):
             client.chat.completions.create(model="gpt", messages=TIGER)
 
     def test_fields_of_images(self, client):
@@ -298,6 +299,12 @@ class TestRefused:
         response = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
         assert response.status_code == 400 and response.json()["error"]["message"]
 
+    @pytest.mark.parametrize("content, content_type", [(b"[1]", "application/json"), (b'{"n": 1}', "text/plain")])
+    def test_body_that_is_no_json_object(self, server, content, content_type):
+        headers = authorization(server) | {"Content-Type": content_type}
+        response = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+        assert response.status_code == 400 and "must be a JSON object" in response.json()["error"]["message"]
+
     def test_unknown_route(self, server):
         response = httpx.get(f"{server.url}/v1/nothing", headers=authorization(server))
         assert response.status_code == 404 and response.json()["error"]["message"]
@@ -323,7 +330,7 @@ def wait_until_idle(server, seconds: float = 30) -> None:
 
 
 def test_client_that_leaves_frees_its_place(client, server):
-    body = {"model": "emoji", "messages": TIGER, "num_inference_steps": 200, "stream": True, "n": 8}
+    body = {"model": "emoji", "messages": TIGER, "num_inference_steps": 50, "stream": True, "n": 8}
     start = time.monotonic()
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=authorization(server)) as stream:
         next(stream.iter_lines())
@@ -331,7 +338,7 @@ def test_client_that_leaves_frees_its_place(client, server):
     chat(client, num_inference_steps=1)
     left = time.monotonic() - start
     start = time.monotonic()
-    chat(client, num_inference_steps=200, n=8)
+    chat(client, num_inference_steps=50, n=8)
     assert left < 0.6 * (time.monotonic() - start)
 
 
@@ -346,7 +353,6 @@ def test_documentation(server, tmp_path, monkeypatch):
     """The blocks of docs/serving.md that ask a server, with the address and the key of this one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(EMOJI_CHECKPOINT.parent.parent)
-    shutil.copy(APPLE, "hand.png")
     namespace, commands = {}, []
     for block in read_blocks("docs/serving.md"):
         code = block.code.replace("http://127.0.0.1:8000", server.url).replace(
@@ -360,6 +366,18 @@ def test_documentation(server, tmp_path, monkeypatch):
     (command,) = commands
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["data"][0]["b64_json"]
+
+
+def test_folder_of_another_pipeline(tmp_path, monkeypatch):
+    """Refused before Ray starts."""
+    from metamorph_hf.serving import server
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    parser = argparse.ArgumentParser()
+    server.add_arguments(parser)
+    with pytest.raises(ValueError, match="pipeline of another class than MetaMorphPipeline"):
+        server.run(parser.parse_args([str(tmp_path)]))
 
 
 def test_configuration_for_serve_deploy():

@@ -16,7 +16,9 @@ def open_video(video: Any):
     try:
         import av
     except ImportError as error:
-        raise ImportError('Reading videos needs PyAV: pip install "metamorph-hf[video]".') from error
+        raise ImportError(
+            'Reading videos needs PyAV: pip install ".[video]" in the folder of metamorph_hf.'
+        ) from error
     source = video
     if isinstance(video, Mapping):
         source = video.get("path") if video.get("bytes") is None else video["bytes"]

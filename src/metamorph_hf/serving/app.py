@@ -51,7 +51,7 @@ def describe_error(error: Exception) -> str:
     logger.exception("An answer failed.", exc_info=error)
     if isinstance(error, torch.OutOfMemoryError):
         return "The model ran out of memory. Try fewer or smaller images, or a shorter conversation."
-    return f"The model failed with {type(error).__name__}. The log of this page's program has the details."
+    return f"The model failed with {type(error).__name__}. See the log of `metamorph-hf app` for details."
 
 
 def to_parts(text: str, files: list[str]) -> list[dict]:
@@ -79,8 +79,9 @@ def to_messages(history: list[dict]) -> list[dict]:
 def end_unfinished(history: list[dict]) -> list[dict]:
     """Replace the progress that a stopped answer leaves in gradio's history."""
     stopped = {"content": [{"type": "text", "text": "You stopped this answer."}], "metadata": {"title": "Stopped"}}
-    is_pending = [(turn.get("metadata") or {}).get("status") == "pending" for turn in history]
-    return [{**turn, **stopped} if pending else turn for turn, pending in zip(history, is_pending)]
+    return [
+        {**turn, **stopped} if (turn.get("metadata") or {}).get("status") == "pending" else turn for turn in history
+    ]
 
 
 def find_last_image(history: list[dict]) -> str | None:
@@ -103,6 +104,13 @@ def read_options(*texts: str) -> Options:
     if not 0 <= values["seed"] < 2**32:
         raise ValueError(f"The setting 'Seed' must be between 0 and {2**32 - 1}, but is {values['seed']}.")
     return Options(**values)
+
+
+def read_scales(text: str) -> list[float]:
+    try:
+        return [float(scale) for scale in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"Guidance scales must be numbers with commas between them, but are {text!r}.") from None
 
 
 def save_image(image: PIL.Image.Image, seed: int) -> str:
@@ -149,7 +157,7 @@ class Handlers:
         """Yield the grid of images so far: a row for each caption, a column for each guidance scale."""
         try:
             captions = [line.strip() for line in prompts.splitlines() if line.strip()]
-            numbers = [float(scale) for scale in scales.replace(",", " ").split()]
+            numbers = read_scales(scales)
             total, images = len(captions) * len(numbers), []
             if not 1 <= total <= MAX_GRID_IMAGES:
                 raise ValueError(
@@ -298,7 +306,9 @@ def read_card(path_or_repo: str) -> tuple[list[dict], bool]:
         return [], False
     examples = []
     for entry in card.get("widget") or []:
-        file = folder / entry.get("src", "")
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            continue  # the Hub knows other forms, such as `messages`
+        file = folder / str(entry.get("src") or "")
         is_inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())
         examples.append({"text": entry["text"], "files": [str(file)] if is_inside else []})
     return examples, "single-turn" in (card.tags or [])
@@ -309,8 +319,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipeline", nargs="?", help="pipeline folder or Hub id")
     text = "address of a running server, instead of a pipeline; its key is in the variable METAMORPH_API_KEY"
     parser.add_argument("--url", help=text)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this computer alone)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen at (default: 7860)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this computer only)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     text = "message to try, beside those of the model's card; may be repeated"
     parser.add_argument("--example", action="append", default=[], help=text)
     text = "send each message alone, for models that were not trained on conversations"

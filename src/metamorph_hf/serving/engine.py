@@ -1,14 +1,14 @@
 """The processes that hold a pipeline: they answer requests in batches, and stream text, progress and images.
 
-Ray Serve forms the batches. `generate()` has one set of options per call, so that the rows of a batch are grouped by
-theirs; the images of a batch are decoded together. Each row has its own random generators, so that a request and its
+Ray Serve forms the batches. `generate()` has one set of options per call, so the rows of a batch are grouped by their
+options; the images of a batch are decoded together. Each row has its own random generators, so that a request and its
 seed give the same answer alone and in a batch.
 """
 
 import asyncio
-import copy
 import io
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -32,6 +32,7 @@ from .server import Settings
 
 logger = logging.getLogger("ray.serve")
 
+DEFAULT_LENGTH = 256
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows more, some of which run other programs
 
 
@@ -39,14 +40,15 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows more,
 class Request:
     """
     One answer that a client asks for: to `messages`, whose images are encoded bytes, or to a `prompt` with `images`,
-    as the pipeline takes them. `temperature` and `top_p` default to the model's; 0 is greedy. `decoding` has options
-    of [`DecodingOptions`]: steps, guidance scale, height and width.
+    as the pipeline takes them. `max_new_tokens` defaults to `DEFAULT_LENGTH`, or to two images if they are longer.
+    `temperature` and `top_p` default to the model's settings; a temperature of 0 means greedy decoding. `decoding` has
+    options of [`DecodingOptions`]: steps, guidance scale, height and width.
     """
 
     messages: list[dict] | None = None
     prompt: str | None = None
     images: list[bytes] = field(default_factory=list)
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     max_images: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -164,19 +166,21 @@ def group(items: Iterable, key: Callable) -> list[list]:
     return list(groups.values())
 
 
-def open_image(data: bytes, max_pixels: int) -> PIL.Image.Image:
-    """Read an image after a look at its size, or raise a `ValueError`: a small file may hold billions of pixels."""
-    try:
-        image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        size = image.size
-    except PIL.Image.DecompressionBombError:
-        size = (max_pixels, 2)
-    except Exception as error:  # decoders raise anything for broken headers
-        known = ", ".join(IMAGE_FORMATS)
-        raise ValueError(f"The image cannot be read: it is broken, or its format is none of {known}.") from error
-    if size[0] * size[1] > max_pixels:
-        raise ValueError(f"The image has more pixels than the {max_pixels} that this server takes.")
-    return read_image(image)
+def open_images(files: list[bytes], max_pixels: int) -> list[PIL.Image.Image]:
+    """Read images after a look at their sizes, or raise a `ValueError`: a small file may hold billions of pixels."""
+    num_pixels = 0
+    for data in files:
+        try:
+            image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            num_pixels += image.width * image.height
+        except PIL.Image.DecompressionBombError:
+            num_pixels = math.inf
+        except Exception as error:  # decoders raise anything for broken headers
+            known = ", ".join(IMAGE_FORMATS)
+            raise ValueError(f"An image cannot be read: it is broken, or its format is none of {known}.") from error
+    if num_pixels > max_pixels:
+        raise ValueError(f"The request's images have more pixels than the {max_pixels} that this server takes.")
+    return [read_image(PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)) for data in files]
 
 
 def encode_image(image: PIL.Image.Image, image_format: str) -> bytes:
@@ -193,29 +197,44 @@ class BatchAnswerer:
         pipe.set_progress_bar_config(disable=True)
         self.pipe, self.settings = pipe, settings
 
-    def prepare(self, request: Request, send: Callable[[Event], None]) -> Row:
-        """Read a request's images and check its options, or raise the `ValueError` of the pipeline."""
-        limit, max_pixels = self.settings.max_image_pixels, self.settings.max_output_pixels
+    def prepare(self, requests: list[Request], send: Callable[[int, Event], None]) -> list[Row]:
+        """
+        Read the images and check the options of requests that differ in their seeds alone, or raise the `ValueError`
+        of the pipeline. The rows share the images.
+        """
+        request, max_pixels = requests[0], self.settings.max_output_pixels
         if request.messages is None:
-            images = [open_image(image, limit) for image in request.images]
+            images = open_images(request.images, self.settings.max_image_pixels)
             (conversation,) = self.pipe.prepare_conversations(request.prompt, images or None)
         else:
-            conversation = copy.deepcopy(request.messages)  # several answers may share them
-            for part in (part for message in conversation for part in message["content"]):
-                if part["type"] == "image":
-                    part["image"] = open_image(part["image"], limit)
+            conversation = request.messages
+            parts = [part for message in conversation for part in message["content"] if part["type"] == "image"]
+            images = open_images([part["image"] for part in parts], self.settings.max_image_pixels)
+            for part, image in zip(parts, images, strict=True):
+                part["image"] = image
         options = self.pipe._start_call(1, request.decoding)._options
         if options.height * options.width > max(max_pixels, np.prod(self.pipe.default_size)):
             raise ValueError(
                 f"`size` is {options.width}x{options.height}, but this server allows at most {max_pixels} pixels."
             )
         names = ("num_inference_steps", "guidance_scale", "height", "width")
-        request.decoding = {name: getattr(options, name) for name in names}
-        inputs = self.pipe.processor.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        decoding = {name: getattr(options, name) for name in names}
+        # Padding is a state of the tokenizer, so it must be what the worker's thread asks of it at the same time.
+        template = {
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": "pt",
+            "processor_kwargs": {"padding": True},
+        }
+        inputs = self.pipe.processor.apply_chat_template(conversation, add_generation_prompt=True, **template)
         self.check_prompt(inputs["input_ids"])
-        return Row(request, conversation, inputs["input_ids"].shape[1], self.pipe, send)
+        two_images = 2 * (self.pipe.processor.num_image_tokens + 2)
+        default = min(max(DEFAULT_LENGTH, two_images), self.settings.max_tokens)
+        length, rows = inputs["input_ids"].shape[1], []
+        for choice, request in enumerate(requests):
+            request.decoding, request.max_new_tokens = decoding, request.max_new_tokens or default
+            rows.append(Row(request, conversation, length, self.pipe, partial(send, choice)))
+        return rows
 
     def check_prompt(self, input_ids: torch.LongTensor) -> None:
         """Raise the error that `generate` would raise for the whole batch."""
@@ -298,7 +317,7 @@ class BatchAnswerer:
             def report(call, step: int, timestep, tensors, chunk=chunk) -> None:
                 call._interrupt = all(row.is_abandoned for row, *_ in chunk)
                 for row, index, *_ in chunk:
-                    row.report_progress(index, 0.5 + 0.5 * (step + 1) / options["num_inference_steps"])
+                    row.report_progress(index, 0.5 + 0.5 * (step + 1) / call.num_timesteps)
 
             pixels = self.pipe.decode_visual_tokens(
                 torch.stack([image for _, _, image, _ in chunk]),
@@ -322,7 +341,7 @@ class Engine(BatchAnswerer):
 
     def __init__(self, settings: Settings):
         super().__init__(load_pipeline(settings.pipeline), settings)
-        self.worker = ThreadPoolExecutor(1)
+        self.worker, self.is_broken = ThreadPoolExecutor(1), False
         # While a batch runs, requests wait for this: the queue of `serve.batch` would form many small batches of them.
         self.is_free = asyncio.Event()
         self.is_free.set()
@@ -336,10 +355,7 @@ class Engine(BatchAnswerer):
             loop.call_soon_threadsafe(events.put_nowait, replace(event, choice=choice))
 
         try:
-            rows = [
-                await asyncio.to_thread(self.prepare, request, partial(send, choice))
-                for choice, request in enumerate(requests)
-            ]
+            rows = await asyncio.to_thread(self.prepare, requests, send)
         except ValueError as error:
             yield [Event("error", (400, str(error)))]
             return
@@ -371,6 +387,15 @@ class Engine(BatchAnswerer):
         self.is_free.clear()
         try:
             await asyncio.get_running_loop().run_in_executor(self.worker, self.run_batch, rows)
+        except Exception as error:  # of a failure's handling, as on a GPU that is out of order
+            self.is_broken = True
+            for row in rows:
+                row.fail(500, f"The batch with this request failed on the server ({type(error).__name__}). Try again.")
         finally:
             self.is_free.set()
         return [None] * len(rows)
+
+    def check_health(self) -> None:
+        """Let Ray Serve, which calls this regularly, replace this process if it cannot answer any more."""
+        if self.is_broken:
+            raise RuntimeError("A batch failed in a way that leaves nothing to rely on in this process.")

@@ -135,8 +135,12 @@ def describe_validation(error: RequestValidationError | pydantic.ValidationError
     for item in error.errors()[:5]:
         params.append(".".join(str(key) for key in item["loc"] if key != "body"))
         reason = reasons.get(item["type"], f"is not accepted: {item['msg']}")
-        is_json = item["type"] != "json_invalid"
-        sentences.append(f"`{params[-1]}` {reason}." if is_json else "The request is not valid JSON.")
+        if item["type"] == "json_invalid":
+            sentences.append("The request is not valid JSON.")
+        elif not params[-1]:
+            sentences.append("The body must be a JSON object that is sent with `Content-Type: application/json`.")
+        else:
+            sentences.append(f"`{params[-1]}` {reason}.")
     return ApiError(400, " ".join(sentences), params[0])
 
 
@@ -161,7 +165,7 @@ class FileStore:
 
     def get(self, key: str) -> tuple[bytes, str]:
         if key not in self.files:
-            raise ApiError(404, "There is no such file: it may have made room for newer ones.")
+            raise ApiError(404, "There is no such file. It may have been deleted to make room for newer ones.")
         return self.files[key]
 
 
@@ -188,11 +192,9 @@ class Server:
     def build_request(self, options: ImageOptions, **more) -> Request:
         """Check the fields that all requests share, and return the engine's request."""
         if options.model != (name := self.settings.model_name):
-            raise ApiError(404, f"The model {options.model!r} is not served here, but {name!r} is.", "model")
+            raise ApiError(404, f"This server serves {name!r}, not {options.model!r}.", "model")
         self.check_limit("num_inference_steps", options.num_inference_steps, self.settings.max_steps)
-        limit = min(Request.max_new_tokens, self.settings.max_tokens)
-        more["max_new_tokens"] = more.get("max_new_tokens") or limit
-        self.check_limit("max_tokens", more["max_new_tokens"], self.settings.max_tokens)
+        self.check_limit("max_tokens", more.get("max_new_tokens"), self.settings.max_tokens)
         width, height = (None, None) if options.size == "auto" else map(int, options.size.split("x"))
         steps, scale = options.num_inference_steps, options.guidance_scale
         decoding = {"num_inference_steps": steps, "guidance_scale": scale, "height": height, "width": width}
@@ -289,7 +291,8 @@ class Server:
     async def chat(self, chat: ChatRequest, http: HttpRequest) -> Response:
         if chat.max_tokens and chat.max_completion_tokens:
             raise ApiError(400, "Pass either `max_tokens` or `max_completion_tokens`.", "max_tokens")
-        self.check_limit("n", chat.n * chat.num_images_per_prompt, self.settings.max_n)
+        together = "n" if chat.num_images_per_prompt == 1 else "n` times `num_images_per_prompt"
+        self.check_limit(together, chat.n * chat.num_images_per_prompt, self.settings.max_n)
         self.check_limit("max_images", chat.max_images, self.settings.max_images)
         max_images = self.settings.max_images if chat.max_images is None else chat.max_images
         base_url = self.get_base_url(http)
@@ -409,9 +412,10 @@ class Server:
 
         @app.get("/health", response_model=None)
         async def report_health() -> Response:
-            applications = (await asyncio.to_thread(serve.status)).applications.values()
-            engines = [application.deployments.get("Engine") for application in applications]
-            count = sum(engine.replica_states.get("RUNNING", 0) for engine in engines if engine)
+            applications = (await asyncio.to_thread(serve.status)).applications
+            application = applications.get(serve.get_replica_context().app_name)
+            engine = application and application.deployments.get("Engine")
+            count = engine.replica_states.get("RUNNING", 0) if engine else 0
             return JSONResponse({"status": "ok" if count else "starting", "replicas": count}, 200 if count else 503)
 
         @app.get("/metrics", response_model=None)
@@ -422,6 +426,9 @@ class Server:
         app.exception_handler(ApiError)(lambda _, error: error.response())
         for kind in (RequestValidationError, pydantic.ValidationError):
             app.exception_handler(kind)(lambda _, error: describe_validation(error).response())
+        app.exception_handler(Exception)(
+            lambda *_: ApiError(500, "The server failed to answer this request.").response()
+        )
         app.exception_handler(HTTPException)(lambda _, error: ApiError(error.status_code, error.detail).response())
         return guard
 
@@ -453,7 +460,7 @@ class Guard:
             status = message.get("status", status)
             await send(message)
 
-        is_work = scope["method"] == "POST"
+        is_work = scope["method"] == "POST" and route not in OPEN_ROUTES
         self.num_waiting += is_work
         try:
             if route not in OPEN_ROUTES:
@@ -479,11 +486,12 @@ class Guard:
         """Read the body, up to its limit, and return a `receive` that gives it to the routes."""
         limit, body, has_more = int(self.settings.max_body_mb * 1e6), bytearray(), True
         length = dict(scope["headers"]).get(b"content-length", b"")
+        deadline = time.monotonic() + self.settings.timeout
         while has_more:
             if max(len(body), int(length) if length.isdigit() else 0) > limit:
                 raise ApiError(413, f"The request is larger than the {limit} bytes that this server takes.")
             try:
-                message = await asyncio.wait_for(receive(), self.settings.timeout)
+                message = await asyncio.wait_for(receive(), max(0, deadline - time.monotonic()))
             except asyncio.TimeoutError:
                 raise ApiError(408, "The request did not arrive in time.") from None
             body += message.get("body", b"")

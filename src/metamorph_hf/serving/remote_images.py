@@ -26,9 +26,8 @@ def decode_data_uri(uri: str) -> bytes:
 def is_public(address: str) -> bool:
     """Return whether an IP address is on the public internet, also if it is an IPv4 address within IPv6."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:
-        if ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip in ipaddress.ip_network("64:ff9b::/96"):
-            return False
+    if ip.version == 6 and (ip.sixtofour or ip.teredo or ip not in ipaddress.ip_network("2000::/3")):
+        return False  # all public addresses of IPv6 are in 2000::/3
     return ip.is_global and not ip.is_multicast
 
 
@@ -40,7 +39,7 @@ async def find_public_address(host: str, port: int) -> str:
         raise ValueError(f"The image's host {host} is not known.") from error
     addresses = [str(info[4][0]) for info in found]
     if not addresses or not all(is_public(address) for address in addresses):
-        raise ValueError(f"The image's host {host} is not on the public internet, and is not asked.")
+        raise ValueError(f"The image's host {host} is not on the public internet, so the server does not contact it.")
     return addresses[0]
 
 
@@ -69,6 +68,8 @@ async def follow(url: str, max_bytes: int) -> bytes:
             if target.scheme not in ("http", "https") or not target.host or target.userinfo:
                 raise ValueError("The image's address must begin with http:// or https://, without a user name.")
             port = target.port or {"http": 80, "https": 443}[target.scheme]
+            if not 0 < port < 65536:
+                raise ValueError(f"The image's address has the port {port}, but ports are 1 to 65535.")
             address = await find_public_address(target.host, port)
             request = client.build_request(
                 "GET",

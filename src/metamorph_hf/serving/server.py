@@ -6,7 +6,8 @@ import signal
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from ..cli import find_pipeline_class
+from ..cli import find_pipeline, find_pipeline_class
+from ..pipeline_metamorph import MetaMorphPipeline
 
 
 def setting(default, help: str):
@@ -27,7 +28,7 @@ class Settings:
     timeout: float = setting(300.0, "seconds until a request gets 504")
     max_body_mb: float = setting(20.0, "size of a request, images included")
     max_images: int = setting(8, "images in a request, and images in an answer")
-    max_image_pixels: int = setting(2**24, "pixels of an image in a request")
+    max_image_pixels: int = setting(2**25, "pixels of all images in a request")
     max_output_pixels: int = setting(2**20, "pixels of a generated image")
     max_tokens: int = setting(1024, "length of an answer, images included")
     max_n: int = setting(8, "answers, or decodings of an image, per request")
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             continue
         text, default = item.metadata["help"], item.default
         if default and "(default" not in text:
-            text += f" (default: {default:g})"
+            text += f" (default: {default})"
         kind = {"action": "store_true"} if item.type is bool else {"type": item.type}
         # A number of devices depends on the machine, so that `run` chooses it.
         kind |= {"default": None} if item.name in ("num_gpus", "num_cpus") else {"default": default}
@@ -97,7 +98,10 @@ def run(args: argparse.Namespace) -> None:
         values["num_gpus"] = int(torch.cuda.is_available())
     if values["num_cpus"] is None:
         values["num_cpus"] = 1 if values["num_gpus"] else max(1, os.cpu_count() // values["replicas"])
-    find_pipeline_class(values["pipeline"])  # raises an OSError without one, before replicas try in vain
+    # Without such a pipeline, replicas would try again and again.
+    values["pipeline"] = str(find_pipeline(values["pipeline"]) or values["pipeline"])
+    if find_pipeline_class(values["pipeline"]) is not MetaMorphPipeline:
+        raise ValueError(f"{values['pipeline']} is a pipeline of another class than MetaMorphPipeline.")
     if Path(values["pipeline"]).exists():  # replicas have another working directory
         values["pipeline"] = str(Path(values["pipeline"]).resolve())
 
@@ -105,10 +109,10 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    is_local = "RAY_ADDRESS" not in os.environ
     try:
         # Ray's dashboard runs any code that it is sent, and the API has metrics of its own.
-        local = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
-        ray.init(logging_level="warning", **local)
+        ray.init(logging_level="warning", **({"include_dashboard": False} if is_local else {}))
         serve.start(http_options={"host": args.host, "port": args.port})
         serve.run(build(values), name="metamorph")
         print(f"{Settings(**values).model_name} is served on http://{args.host}:{args.port}/v1", flush=True)
@@ -116,5 +120,6 @@ def run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("Stopping.")
     finally:
-        serve.shutdown()
+        if ray.is_initialized():
+            serve.shutdown() if is_local else serve.delete("metamorph")  # others' applications run on a cluster
         ray.shutdown()

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl.models import unwrap_model_for_generation
 
-from ..pipeline_metamorph import MetaMorphPipeline
+from ..pipeline_metamorph import MetaMorphPipeline, check_fit
 from .trainer import VPiTTrainer
 
 
@@ -34,7 +34,7 @@ class LogSamplesCallback(TrainerCallback):
         decode_kwargs (`dict`, *optional*): Further arguments of [`MetaMorphPipeline.decode_visual_tokens`].
 
     Raises:
-        ValueError: if there are no prompts or `every_steps` is below 1.
+        ValueError: if there are no prompts, `every_steps` is below 1, or the visualizer does not fit to the model.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class LogSamplesCallback(TrainerCallback):
             raise ValueError(
                 f"Got {len(prompts)} prompts and every_steps={every_steps}: pass at least one prompt and step."
             )
+        if visualizer is not None:
+            check_fit(**{**visualizer.components, "model": trainer.metamorph, "processor": trainer.processing_class})
         self.trainer, self.every_steps, self.visualizer = trainer, every_steps, visualizer
         self.conversations = [
             [{"role": "user", "content": [{"type": "text", "text": prompt}]}] if isinstance(prompt, str) else prompt
