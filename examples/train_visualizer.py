@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from common import exit_with_sentence, find_pipeline, resolve_model
 from datasets import Array2D, Dataset, Features, Image, load_dataset
+from datasets.fingerprint import Hasher
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -31,6 +32,7 @@ from peft import LoraConfig
 from PIL.ImageOps import fit
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
+from trl.trainer.utils import hash_module
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphProcessor, VisualTokenProjector
 from metamorph_hf.image_reading import read_image
@@ -289,7 +291,10 @@ class VisualizerTraining:
             return {"visual_tokens": list(tokens.cpu().numpy())}
 
         features = Features({**dataset.features, "visual_tokens": Array2D(shape, "float32")})
-        return dataset.map(encode, batched=True, batch_size=32, features=features, desc="Visual tokens")
+        # datasets cannot hash the model once it has run.
+        fingerprint = Hasher.hash([dataset._fingerprint, hash_module(self.model.base_model.vision_tower)])
+        options = {"batched": True, "batch_size": 32, "new_fingerprint": fingerprint, "desc": "Visual tokens"}
+        return dataset.map(encode, features=features, **options)
 
     def compute_loss(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         # The noise only depends on the index of the batch, so that resuming does not change it.

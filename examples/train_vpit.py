@@ -16,14 +16,14 @@ adapter merged in `merged`. A folder that already holds a run is refused: `--res
 import argparse
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from accelerate import PartialState
+from common import resolve_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from metamorph_hf import (
@@ -37,6 +37,7 @@ from metamorph_hf import (
 from metamorph_hf.data.mixture import Source, load_mixture, mixture_table
 from metamorph_hf.data.precompute import precompute_visual_tokens
 from metamorph_hf.vpit.checkpoints import find_checkpoints, last_complete_checkpoint
+from metamorph_hf.vpit.stages import load_adapter
 
 
 @dataclass
@@ -79,17 +80,19 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[ScriptArguments, VP
         if not isinstance(content, dict):
             parser.error(f"{path} holds {type(content).__name__}, expected a YAML mapping.")
         merged |= content
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(merged, file)
-        file.flush()
-        parsed = parser.parse_args_and_config(["--config", file.name, *flags])
+    if unknown := parser.set_defaults_with_config(**merged):
+        parser.error(f"unknown keys of the files: {' '.join(unknown)}")
+    parsed = parser.parse_args_into_dataclasses(flags)
     if parsed[2].model_name_or_path is None:
         parser.error("name a model to start from: --model_name_or_path, e.g. the output of init_from_pretrained.py")
     return parsed
 
 
-def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | None:
-    """Return the checkpoint to resume from, or None for a new run, for which nothing may be lost without a flag."""
+def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig, model: str) -> str | None:
+    """
+    Return the checkpoint to resume from, or None for a new run from `model`, for which nothing may be lost without a
+    flag.
+    """
     output_dir = Path(training_args.output_dir)
     if args.resume and args.overwrite_output_dir:
         sys.exit("--resume continues a run and --overwrite_output_dir discards it: pass one of the two.")
@@ -106,12 +109,18 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig) -> str | N
     checkpoints, state = find_checkpoints(output_dir), PartialState()
     if (checkpoints or has_model) and not args.overwrite_output_dir:
         sys.exit(f"{output_dir} already holds a run: pass --resume, --overwrite_output_dir or another --output_dir.")
+    if (checkpoints or has_model) and Path(model).resolve().is_relative_to(output_dir.resolve()):
+        sys.exit(
+            f"The model {model} is part of the run that --overwrite_output_dir discards: take another --output_dir."
+        )
     state.wait_for_everyone()  # until every process has looked
     if state.is_main_process:
         for path in checkpoints:
             shutil.rmtree(path)
-        for path in output_dir.glob("rejected_samples-*.jsonl"):
-            path.unlink()
+        for pattern in ("rejected_samples-*.jsonl", "*.safetensors*", "adapter_config.json"):  # of any kind of run
+            for path in output_dir.glob(pattern):
+                path.unlink()
+        shutil.rmtree(output_dir / "merged", ignore_errors=True)
     state.wait_for_everyone()
     return None
 
@@ -151,26 +160,27 @@ def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset
         dataset = load_mixture([source], training_args.seed)
     if not args.eval_samples:
         return dataset, None
-    return dataset.skip(args.eval_samples), dataset.take(args.eval_samples)
+    held_out = dataset.take(args.eval_samples)
+    if isinstance(dataset, IterableDataset) or (args.mixture is None and args.dataset is None):
+        return dataset.skip(args.eval_samples), held_out
+    # A mixture repeats rows of small sources: the held-out ones must not be trained on.
+    pairs = [tuple(pair.values()) for pair in dataset.with_format(None)]
+    held = set(pairs[: args.eval_samples])
+    return dataset.select([index for index, pair in enumerate(pairs) if pair not in held]), held_out
 
 
 def merge_adapter(folder: Path) -> None:
     """Save the base model with the adapter in `folder` merged as a plain checkpoint in `folder`/merged."""
-    config = PeftConfig.from_pretrained(folder)
-    base, revision = config.base_model_name_or_path, config.revision
-    model = MetaMorphForConditionalGeneration.from_pretrained(base, revision=revision or "main", dtype="auto")
-    PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(folder / "merged")
+    model = load_adapter(folder, dtype="auto", device_map=None)
+    model.merge_and_unload().save_pretrained(folder / "merged")
     MetaMorphProcessor.from_pretrained(folder).save_pretrained(folder / "merged")
     shutil.copy(folder / "README.md", folder / "merged")
 
 
 def main() -> None:
     args, training_args, model_args = parse_arguments()
-    base, revision = model_args.model_name_or_path, model_args.model_revision
-    checkpoint = find_checkpoint(args, training_args)
-    processor_dir = base
-    if (Path(base) / "model_index.json").is_file():  # a whole pipeline
-        base, processor_dir = f"{base}/model", f"{base}/processor"
+    (base, processor_dir), revision = resolve_model(model_args.model_name_or_path), model_args.model_revision
+    checkpoint = find_checkpoint(args, training_args, base)
     processor = MetaMorphProcessor.from_pretrained(processor_dir, revision=revision)
     training_args.model_init_kwargs = {
         "revision": revision,

@@ -1,11 +1,19 @@
 """Fixtures for every test: the released implementation's golden numbers, and tiny models of our own."""
 
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+
+
+if "HF_DATASETS_CACHE" not in os.environ:  # tests must not find what earlier ones, or users, have cached
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import av
 import numpy as np

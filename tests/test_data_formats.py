@@ -90,6 +90,22 @@ class TestFamilies:
         batch = DataCollatorForVPiT(llama3_processor)([record])
         assert self.answer(batch, llama3_processor) == self.words(llama3_processor, expected)
 
+    @pytest.mark.parametrize("seconds", [2, 4])
+    def test_short_videos_have_all_frames(self, tmp_path, seconds):
+        """The last of three frames is before the end, whatever the interval."""
+        with av.open(str(tmp_path / "short.mp4"), "w") as file:
+            stream = file.add_stream("mpeg4", rate=12)
+            stream.width = stream.height = 16
+            for _ in range(12 * seconds):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+            file.mux(stream.encode())
+        resolve = {"video": str(tmp_path / "short.mp4")}.get
+        for seed in range(60):
+            rng = random.Random(seed)
+            rng.uniform = lambda low, high, seed=seed: high - (high - low) * (seed % 3) / 50  # nearly the longest
+            record = FAMILIES["video_prediction"]({"video": "video"}, rng, resolve)
+            assert len(record["images"]) >= 2
+
     @pytest.mark.parametrize("kind", VIDEO_KINDS)
     @pytest.mark.parametrize("seed", range(3))
     def test_video_prediction(self, llama3_processor, row, kind, seed):

@@ -261,7 +261,7 @@ class TestMixture:
         ids=["uneven", "not divisible", "one shard"],
     )
     def test_uneven_shards_are_named(self, tiny_processor, tmp_path, monkeypatch, caplog, lengths, batches_of):
-        """Processes read whole shards: no sample is lost or seen twice, but one process finishes early."""
+        """Processes read whole shards: a pass loses no sample and sees none twice, but one process ends early."""
         monkeypatch.setenv("WORLD_SIZE", "2")
         files = [str(tmp_path / f"{shard}.parquet") for shard in range(len(lengths))]
         for file, length in zip(files, lengths):
@@ -281,7 +281,7 @@ class TestMixture:
             seen += [name.split()[1] for names in batches for name in names]
         assert len(seen) == len(set(seen)) == 16
         assert counts == batches_of
-        assert ("some processes finish early" in caplog.text) == (len(lengths) > 1)
+        assert ("some begin theirs again earlier" in caplog.text) == (len(lengths) > 1)
 
     def test_table(self, sources):
         with open(sources[0]["path"], "a") as file:
@@ -296,6 +296,10 @@ class TestMixture:
         [
             ([], "at least one source"),
             ([{"task": "poem", "path": "x"}], "task is 'poem', expected one of chat"),
+            (
+                [{"task": "chat", "path": "x.jsonl", "split": "test", "streaming": True}],
+                "x.jsonl is read line by line, without split, streaming: leave them out",
+            ),
             ([{"path": "x"}], "must be a dictionary with `task` and `path`, but is {'path': 'x'}"),
             (["x"], "must be a dictionary with `task` and `path`, but is 'x'"),
             ([{"task": "chat", "path": "x", "fraction": math.nan}], "fraction=nan, expected a number of more than 0"),

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from datasets import Image as ImageFeature
 from helpers import EXAMPLES, arguments, train
 from PIL import Image
 
+from metamorph_hf import MetaMorphForConditionalGeneration
 from metamorph_hf.data.formats import BadSample
 from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.data.precompute import precompute_visual_tokens
@@ -63,6 +65,44 @@ class TestPrecomputeVisualTokens:
         torch.testing.assert_close(tokens["visual_tokens"], expected)
         with pytest.raises(BadSample, match=r"row 3 of .* has a bad image. The image cannot be read \(.*3.png\)"):
             stop([record for record in encoded if (record["task"], record["id"]) == ("text_to_image", "row 3")])
+
+    def test_computed_once(self, tiny_processor, tiny_model, tmp_path, monkeypatch):
+        """Later calls, as of other processes and runs, read a file, unless data or weights have changed."""
+        counts, encode = [], MetaMorphForConditionalGeneration.get_visual_tokens
+
+        def count(model, pixels):
+            counts.append(len(pixels))
+            return encode(model, pixels)
+
+        monkeypatch.setattr(MetaMorphForConditionalGeneration, "get_visual_tokens", count)
+        paths = [tmp_path / f"{number}.png" for number in range(4)]
+        for path in paths:
+            Image.new("RGB", (20, 16), "red").save(path)
+        rows = [{"caption": path.stem, "image": str(path)} for path in paths]
+        file, model = tmp_path / "rows.jsonl", tiny_model()
+        table = Dataset.from_dict({"images": [[str(path)] for path in paths]})
+
+        def compute() -> list[list[str | None]]:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.utime(file, ns=(modified, modified))
+            mixture = load_mixture([{"task": "text_to_image", "path": str(file)}])
+            computed = [precompute_visual_tokens(data, model, tiny_processor) for data in (mixture, table)]
+            counts_of_call.append(sum(counts))
+            counts.clear()
+            return [[row["bad"] for row in data] for data in computed]
+
+        counts_of_call, modified = [], 10**18
+        assert compute() == compute() == [[None] * 4] * 2
+        modified += 1  # the mixture's file
+        compute()
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.data += 1.0
+        compute()
+        paths[3].write_bytes(b"broken")
+        modified += 1
+        assert sum(bad is not None for bad in compute()[0]) == 1
+        Image.new("RGB", (20, 16), "red").save(paths[3])  # an image that was mended is read
+        assert compute()[0] == [None] * 4
+        assert counts_of_call == [8, 0, 4, 8, 3, 4]
 
     def test_stream(self, tiny_processor, tiny_model):
         stream = Dataset.from_dict({"images": [[]]}).to_iterable_dataset()

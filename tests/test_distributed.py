@@ -54,7 +54,8 @@ CASES = {
     "fsdp_projector": {"max_steps": 3, "stage": "projector", "tied": True, "fsdp": True},
     "ddp_parallel": {"max_steps": 3, "gradient_accumulation_steps": 2, "parallel": True},
     "fsdp_parallel": {"max_steps": 3, "gradient_accumulation_steps": 2, "parallel": True, "fsdp": True},
-    "stream": {"max_steps": 3, "stream": True},
+    # The second pass begins within a step.
+    "stream": {"max_steps": 5, "stream": True, "gradient_accumulation_steps": 3},
     # Four rows.
     "packed": {"max_steps": 2, "packing": True, "max_length": 60},
     "packed_stream": {"max_steps": 2, "packing": True, "max_length": 60, "stream": True},

@@ -165,8 +165,11 @@ class TestGenerate:
         lm = load()
         whole = lm.generate_until(chat_requests())
         end = next(answer for answer in whole if len(answer) > 2)[1]
-        cut = lm.generate_until(chat_requests({**GREEDY, "until": [end]}))
-        assert cut == [answer.split(end)[0] for answer in whole] != whole
+        for until in ([end], end):
+            cut = lm.generate_until(chat_requests({**GREEDY, "until": until}))
+            assert cut == [answer.split(end)[0] for answer in whole] != whole
+        words = next(answer for answer in whole if len(answer) > 2)[:2][::-1] + "no answer has this"
+        assert lm.generate_until(chat_requests({**GREEDY, "until": words})) == whole
 
 
 class TestRounds:

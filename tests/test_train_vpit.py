@@ -129,10 +129,10 @@ class TestTraining:
 
 
 class TestOutputFolder:
-    def find_checkpoint(self, script, output_dir, *flags) -> str | None:
+    def find_checkpoint(self, script, output_dir, *flags, model="user/model") -> str | None:
         flags = [*flags, "--output_dir", str(output_dir), "--use_cpu", "--bf16", "false"]
         arguments, training_arguments = TrlParser((script.ScriptArguments, VPiTConfig)).parse_args_and_config(flags)
-        return script.find_checkpoint(arguments, training_arguments)
+        return script.find_checkpoint(arguments, training_arguments, model)
 
     @pytest.fixture
     def run(self, tmp_path, tiny_processor, tiny_model) -> Path:
@@ -162,6 +162,21 @@ class TestOutputFolder:
     def test_overwrite(self, script, run):
         assert self.find_checkpoint(script, run, "--overwrite_output_dir") is None
         assert not list(run.glob("checkpoint-*")) and not list(run.glob("rejected_samples-*"))
+
+    def test_overwriting_leaves_nothing_that_loads(self, script, run):
+        """An adapter beside a new model would be loaded with it."""
+        (run / "merged").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"):
+            (run / name).touch()
+        self.find_checkpoint(script, run, "--overwrite_output_dir")
+        assert not [path.name for path in run.iterdir() if "adapter" in path.name or "safetensors" in path.name]
+        assert not (run / "merged").exists()
+
+    @pytest.mark.parametrize("name", [".", "checkpoint-1"])
+    def test_model_in_the_run_that_is_discarded(self, script, run, name):
+        with pytest.raises(SystemExit, match="is part of the run that --overwrite_output_dir discards"):
+            self.find_checkpoint(script, run, "--overwrite_output_dir", model=str(run / name))
+        assert last_complete_checkpoint(run) == str(run / "checkpoint-2") and (run / "model.safetensors").exists()
 
     def test_copies_and_files_are_left_alone(self, script, run):
         (run / "checkpoint-9").write_text("mine")
@@ -213,6 +228,22 @@ class TestArguments:
         args = VPiTConfig(str(tmp_path), use_cpu=True, bf16=False)
         with pytest.raises(SystemExit, match=reason):
             script.load_data(script.ScriptArguments(**given), args)
+
+
+@pytest.mark.parametrize("eval_samples", [1, 12])
+def test_held_out_rows_are_not_trained_on(script, tmp_path, eval_samples):
+    """A mixture may have a row several times."""
+    for name, count in (("chats", 20), ("captions", 10)):
+        rows = [{"messages": [{"role": "user", "content": f"{name} {number}"}] * 2} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = [{"task": "chat", "path": str(tmp_path / "chats.jsonl")}]
+    mixture += [{"task": "chat", "path": str(tmp_path / "captions.jsonl"), "num_samples": 40}]
+    arguments = script.ScriptArguments(mixture=mixture, eval_samples=eval_samples)
+    trained, held_out = script.load_data(arguments, VPiTConfig(str(tmp_path), use_cpu=True, bf16=False))
+    names = [{(row["source"], row["id"]) for row in rows} for rows in (trained, held_out)]
+    assert len(held_out) == eval_samples and names[1] and not names[0] & names[1]
+    repeated = sum((row["source"], row["id"]) in names[1] for row in script.load_mixture(mixture))
+    assert len(trained) == 60 - repeated
 
 
 @pytest.mark.parametrize("config", sorted((EXAMPLES_FOLDER / "configs").glob("*.yaml")), ids=lambda path: path.stem)

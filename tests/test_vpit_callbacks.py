@@ -86,6 +86,26 @@ class TestLogSamples:
         tracked = {path.resolve() for path in (tmp_path / "tracked").rglob("*.png")}
         assert [Image.open(path).size for path in tracked] == [pipe.default_size]
 
+    def test_checkpointing_stays_as_it_was(self, tiny_processor, model, tmp_path):
+        options = {"every_n_layers": 2, "use_reentrant": True}
+        args = arguments(tmp_path, max_steps=1, activation_checkpointing=True, activation_checkpointing_kwargs=options)
+        trainer = build_trainer(model, tiny_processor, args)
+        trainer.add_callback(LogSamplesCallback(trainer, ["hello"], 1, max_new_tokens=2))
+        found = []
+
+        def look():
+            layers = model.model.language_model.layers
+            found.append([layer.gradient_checkpointing for layer in layers])
+            found[-1] += [
+                layer._gradient_checkpointing_func.keywords for layer in layers if layer.gradient_checkpointing
+            ]
+
+        training_step = trainer.training_step
+        trainer.training_step = lambda *args: look() or training_step(*args)
+        trainer.train()
+        look()
+        assert found[0] == found[1] and found[0][:2] == [False, True] and found[0][2]["use_reentrant"]
+
     def test_visualizer_of_another_model(self, tiny_processor, model, tmp_path):
         """Refused before the training, and not by the first image that is to be decoded."""
         pipe = MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, model=None)

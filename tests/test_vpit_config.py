@@ -53,6 +53,7 @@ class TestRefusedOptions:
             ("dataset_kwargs", {"skip_prepare_dataset": False}),
             ("dataset_num_proc", 2),
             ("truncation_mode", "keep_end"),
+            ("remove_unused_columns", True),
             ("use_liger_kernel", True),
         ],
     )

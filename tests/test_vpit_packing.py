@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 
 from metamorph_hf import VPiTTrainer, image_reading
 from metamorph_hf.data.formats import BadSample
+from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.packing import check_packable, pack_dataset, pack_lengths
 
@@ -79,10 +80,11 @@ class TestRows:
         rows = [{"messages": EXAMPLES[1]["messages"], "images": [str(pictures / "1.png")]}] * 4
         Dataset.from_list(rows).to_json(tmp_path / "data.jsonl")
         table = Dataset.from_json(str(tmp_path / "data.jsonl"), cache_dir=str(tmp_path / "cache"))
+        tables = [table, load_mixture([{"task": "chat", "path": str(tmp_path / "data.jsonl")}])]
         collate = DataCollatorForVPiT(tiny_processor, MAX_LENGTH)
-        expected = pack_dataset(table, collate)[:]
+        expected = [pack_dataset(each, collate)[:] for each in tables]
         monkeypatch.setattr(DataCollatorForVPiT, "measure", lambda *args: pytest.fail("lengths were measured again"))
-        assert pack_dataset(table, collate)[:] == expected
+        assert [pack_dataset(each, collate)[:] for each in tables] == expected
 
 
 class TestBatches:
@@ -112,6 +114,16 @@ class TestBatches:
             difference = (gradient - expected_gradients[name]).norm()
             # Biases of keys have no gradient but rounding errors.
             assert difference < 1e-5 * expected_gradients[name].norm() + 1e-7 * total, name
+
+    def test_load_balancing_loss_is_that_of_padded_batches(self, tiny_processor, tiny_model, mixtral_config):
+        """Padding of packed rows does not count either."""
+        model, collate = tiny_model(text_config=mixtral_config).eval(), DataCollatorForVPiT(tiny_processor, 200)
+        short, long = EXAMPLES[4], EXAMPLES[2]
+        packed = collate([{"conversations": [long, short, long]}, {"conversations": [short]}])
+        padded = collate([long, short, long, short])
+        options = {"output_router_logits": True, "use_cache": False}
+        found, expected = (model(**batch, **options).aux_loss for batch in (packed, padded))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("padding_free", [False, True])
     def test_conversations_do_not_see_each_other(self, tiny_processor, tiny_model, padding_free):

@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from metamorph_hf import (
     MetaMorphForConditionalGeneration,
 )
+from metamorph_hf.vpit import stages
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.stages import complete_peft_config, format_trainable_table
 
@@ -190,6 +192,21 @@ class TestPeft:
         completed = complete_peft_config(LoraConfig(**options), tiny_model(text_config=mixtral_config))
         assert completed.target_parameters is None
         assert "The experts are left out: PEFT cannot adapt them" in caplog.text
+
+    @pytest.mark.parametrize("kind, expected", [("NO", "auto"), ("MULTI_GPU", None), ("DEEPSPEED", None)])
+    def test_base_of_an_adapter_is_whole_on_each_device(self, tmp_path, monkeypatch, kind, expected):
+        LoraConfig(base_model_name_or_path="base").save_pretrained(tmp_path)
+        given = {}
+
+        def load(path, device_map="auto", **kwargs):  # TRL's default
+            given["device_map"] = device_map
+            raise InterruptedError
+
+        monkeypatch.setattr(stages, "create_model_from_path", load)
+        monkeypatch.setattr(stages, "PartialState", lambda: SimpleNamespace(distributed_type=kind))
+        with pytest.raises(InterruptedError):
+            stages.load_adapter(str(tmp_path))
+        assert given == {"device_map": expected}
 
     def test_load_adapter(self, tiny_processor, tiny_model, tmp_path):
         """`load_adapter` of transformers gives the same model as PEFT."""

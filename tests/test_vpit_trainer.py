@@ -446,6 +446,34 @@ class TestFaults:
         resumed.train(resume_from_checkpoint=True)
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
+    @pytest.mark.parametrize("accumulation", [1, 2])
+    def test_streams_begin_again(self, tiny_processor, tiny_model, tmp_path, accumulation):
+        """A step's batches may be of two passes, and a resumed run reads on, also after the first pass."""
+        examples = [{**example, "id": str(number)} for number, example in enumerate(EXAMPLES[:3])]
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+        args = self.arguments(tmp_path, **options, max_steps=6, save_steps=4, lr_scheduler_type="constant")
+
+        def run(**kwargs) -> tuple[VPiTTrainer, list[str]]:
+            stream, seen = IterableDataset.from_generator(lambda: iter(examples)), []
+            trainer = VPiTTrainer(tiny_model(), args, processing_class=tiny_processor, train_dataset=stream)
+            compute_loss = trainer.compute_loss
+
+            def record(model, inputs, **kwargs):
+                seen.extend(name.split()[-1] for name in inputs["sample_ids"])
+                return compute_loss(model, inputs, **kwargs)
+
+            trainer.compute_loss = record
+            trainer.train(**kwargs)
+            return trainer, seen
+
+        whole, seen = run()
+        assert seen == [str(number % 3) for number in range(6 * accumulation)]
+        shutil.rmtree(tmp_path / "checkpoint-6")
+        resumed, seen_again = run(resume_from_checkpoint=True)
+        assert seen_again == seen[4 * accumulation :]
+        for name, weight in whole.model.state_dict().items():
+            assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
     def test_bad_samples_are_skipped_and_listed(self, tiny_processor, tiny_model, tmp_path):
         """They are counted and listed by task, and the losses are those of the other samples."""
         options = {"max_steps": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}

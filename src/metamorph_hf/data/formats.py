@@ -7,6 +7,7 @@ read. A row that does not fit raises [`BadSample`].
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -236,7 +237,7 @@ def video_prediction(
         raise ValueError(f"kinds has {sorted(unknown)}, expected some of {', '.join(VIDEO_KINDS)}.")
     video = resolve(require_column(row, "video", "mp4", "webm"))
     name, length = describe_image(video), video_seconds(video)
-    longest = min(max_seconds, (length or 0) / 2)
+    longest = min(max_seconds, math.floor(5 * (length or 0) - 1e-6) / 10)  # the third frame is before the end
     if longest < min_seconds:
         raise BadSample(f"has a video of unknown length, or too short for two intervals of {min_seconds} s ({name}).")
     seconds = round(rng.uniform(min_seconds, longest), 1)

@@ -22,10 +22,13 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, Video, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.fingerprint import Hasher
 
+from .. import __version__
 from . import BadSample
 from .formats import FAMILIES, Record, Row, as_list, count_images, resolve_path
 
@@ -48,6 +51,7 @@ class JsonLines(Sequence):
                 start += len(line)
                 count = len(starts) if line.strip() else count
         self.starts = starts[:count]
+        self.modified = os.stat(self.path).st_mtime_ns  # part of what datasets hashes
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -103,6 +107,10 @@ class Source:
             if value is not None and not (isinstance(value, kind) and 0 < value < math.inf):
                 sentence = f"{self.path} has {name}={value!r}, expected {kinds} of more than 0"
                 raise ValueError(f"{sentence}: leave out unwanted sources.")
+        if self.path.endswith((".json", ".jsonl")):
+            names = ("name", "data_dir", "data_files", "split", "streaming")
+            if ignored := [name for name in names if getattr(self, name) != getattr(Source, name)]:
+                raise ValueError(f"{self.path} is read line by line, without {', '.join(ignored)}: leave them out.")
         if unknown := self.options.keys() - inspect.signature(FAMILIES[self.task]).parameters.keys():
             raise ValueError(
                 f"{self.path} has {', '.join(sorted(unknown))}, neither a key of sources nor an option of {self.task}."
@@ -211,6 +219,18 @@ def load_mixture(
     return Dataset.from_dict(columns).with_transform(partial(_read_rows, sources=sources, tables=tables, seed=seed))
 
 
+def cache_options(dataset: Dataset, name: str, *parts: Any) -> dict[str, str]:
+    """
+    Return options of `dataset.map` with which other processes and later runs find its result in the cache of datasets.
+    By itself datasets keeps the result for a mixture, which has no files, in memory, and cannot hash a model that has
+    run. `parts` are all that the result depends on beside the dataset.
+    """
+    fingerprint = Hasher.hash([dataset._fingerprint, name, __version__, *parts])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "metamorph_hf"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"new_fingerprint": fingerprint, "cache_file_name": str(folder / f"{name}-{fingerprint}.arrow")}
+
+
 def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: list, seed: int) -> dict[str, list]:
     pairs = zip(columns["source"], columns["row"])
     records = [sources[source].read(tables[source], row, seed) for source, row in pairs]
@@ -229,7 +249,7 @@ def _interleave_streams(sources: list[Source], tables: list, seed: int, size: in
     if 1 < processes <= mixture.num_shards:  # accelerate's prepare_data_loader gives each process whole shards then
         logger.warning(
             f"Each of the {processes} processes reads whole shards of the stream's {mixture.num_shards}, and if they "
-            "are uneven, some processes finish early. Write equal shards, as many as a multiple of the processes."
+            "are uneven, some begin theirs again earlier. Write equal shards, as many as a multiple of the processes."
         )
     return mixture if size is None else mixture.take(size)
 

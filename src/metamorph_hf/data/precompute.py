@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from datasets import Array3D, Dataset, Features, Value
+from trl.trainer.utils import hash_module
 
 from ..image_reading import ImageReadError, read_image
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
+from .mixture import cache_options
 
 
 def precompute_visual_tokens(
@@ -21,7 +24,7 @@ def precompute_visual_tokens(
     dtype: Literal["float32", "float16"] = "float32",
 ) -> Dataset:
     """
-    Replace the images of a dataset by their visual tokens.
+    Replace the images of a dataset by their visual tokens, which are kept in the cache of datasets.
 
     Args:
         dataset ([`~datasets.Dataset`]): A mixture, or a dataset with `images`, lists of what [`read_image`] accepts.
@@ -37,7 +40,7 @@ def precompute_visual_tokens(
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"{type(dataset).__name__} is not a stored dataset: load it without streaming.")
-    shape = (model.config.num_image_tokens, model.config.visual_token_dim)
+    shape, unreadable = (model.config.num_image_tokens, model.config.visual_token_dim), []
 
     @torch.no_grad()
     def encode(rows: dict[str, list]) -> dict[str, list]:
@@ -47,6 +50,7 @@ def precompute_visual_tokens(
                 read = [read_image(image) for image in row or []]
             except ImageReadError as error:
                 read, bad[index] = [], f"has a bad image. {error}"
+                unreadable.append(index)
             images += read
             counts.append(len(read))
         tokens = torch.zeros(0, *shape)
@@ -60,7 +64,16 @@ def precompute_visual_tokens(
     features = {name: feature for name, feature in dataset.features.items() if name not in removed}
     features |= {"visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}
     options = {"batched": True, "batch_size": batch_size, "remove_columns": list(removed), "desc": "Visual tokens"}
-    encoded = dataset.map(encode, features=Features(features), **options)
+    parts = (hash_module(model.base_model.vision_tower), model.config.to_dict(), processor.image_processor.to_dict())
+    options |= cache_options(dataset, "visual-tokens", *parts, dtype)
+    incomplete = Path(options["cache_file_name"]).with_suffix(
+        ".unreadable"
+    )  # the images may be mended until next time
+    encoded = dataset.map(encode, features=Features(features), load_from_cache_file=not incomplete.exists(), **options)
+    if unreadable:
+        incomplete.touch()
+    else:
+        incomplete.unlink(missing_ok=True)
     encoded = encoded.with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
     if transform is None:
         return encoded

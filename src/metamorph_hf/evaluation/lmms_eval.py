@@ -188,7 +188,8 @@ class MetaMorphChat(lmms):
         options = self.read_options(generation_kwargs, allows_images=self.pipe is not None)
         texts, visual_tokens = self.generate(conversations, options)
         # lmms-eval adds the empty line to tasks that name no end; it would cut answers of several paragraphs.
-        for end in set(generation_kwargs.get("until") or []) - {"\n\n"}:
+        ends = generation_kwargs.get("until") or []
+        for end in {*([ends] if isinstance(ends, str) else ends)} - {"\n\n"}:
             texts = [text.split(end)[0] if end else text for text in texts]
         if self.pipe is None:
             return texts

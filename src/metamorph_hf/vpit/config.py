@@ -24,6 +24,7 @@ UNSUPPORTED_OPTIONS = {
     "chat_template_path": ([None], "set the processor's chat_template before the trainer is made"),
     "eos_token": ([None], "set the eos_token of the processor's tokenizer before the trainer is made"),
     "pad_token": ([None], "set the pad_token of the processor's tokenizer before the trainer is made"),
+    "remove_unused_columns": ([False], "the collator needs all columns"),
     "dataset_text_field": (["text"], "conversations are in the column `messages`"),
     "dataset_kwargs": ([None, {"skip_prepare_dataset": True}], "TRL would tokenize the text without its images"),
     "dataset_num_proc": ([None], "conversations are tokenized in the data loader: set dataloader_num_workers"),

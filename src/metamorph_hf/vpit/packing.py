@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
-from ..data.mixture import disable_decoding
+from ..data.mixture import cache_options, disable_decoding
 from .collator import DataCollatorForVPiT
 
 
@@ -56,7 +56,7 @@ def pack_dataset(
     """
     Pack the conversations of a dataset, or of a stream, into rows of `collator.max_length` tokens.
 
-    The lengths of a dataset are measured once, without decoding images, and cached by `datasets`.
+    The lengths of a dataset are measured once, without decoding images, and kept in the cache of datasets.
 
     Returns:
         The packed dataset: each sample has `conversations`, a list of the samples in one row.
@@ -73,6 +73,7 @@ def pack_dataset(
         pack = partial(_pack_window, collator=collator, strategy=strategy)
         return undecoded.map(pack, remove_columns=columns, **options)
     options |= {"remove_columns": dataset.column_names, "desc": "Measuring conversations"}
+    options |= cache_options(undecoded, "lengths", collator)
     lengths = undecoded.map(partial(_measure, collator=collator), **options).with_format(None)["length"]
     rows = []
     for start in range(0, len(lengths), WINDOW):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
@@ -127,6 +128,8 @@ def complete_peft_config(
 def load_adapter(path: str, revision: str | None = None, **kwargs) -> PeftModel:
     """Load an adapter to train it further, on the base model that it names, which is loaded with `kwargs`."""
     config = PeftConfig.from_pretrained(path, revision=revision)
+    if PartialState().distributed_type in ("MULTI_GPU", "DEEPSPEED"):  # as SFTTrainer: "auto" would split the model
+        kwargs["device_map"] = None
     options = {"architecture": MetaMorphForConditionalGeneration, "revision": config.revision, **kwargs}
     base = create_model_from_path(config.base_model_name_or_path, **options)
     return PeftModel.from_pretrained(base, path, is_trainable=True, revision=revision)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -184,6 +185,9 @@ class VPiTTrainer(SFTTrainer):
         self._num_samples = len(self.train_dataset) if has_length(self.train_dataset) else None
         if packing or padding_free:
             self._pack()
+        if isinstance(self.train_dataset, datasets.IterableDataset):
+            # Trainer begins an exhausted stream anew in the middle of an accumulation, and miscounts it on resuming.
+            self.train_dataset = self.train_dataset.repeat(None)
         stages.set_trainable(self.model, args)
         if isinstance(self.model, PeftModel) and (base := Path(self.metamorph.config._name_or_path)).is_dir():
             # A relative path works from here only.
@@ -392,8 +396,10 @@ class VPiTTrainer(SFTTrainer):
                 for task, values in zip(tasks, [] if sums is None else sums.T.double().cpu().numpy()):
                     self._task_sums["train" if self.model.training else "eval"][task] += values
                 continue
+            step = self.state.global_step
+            where = f"Step {step + 1}" if self.model.training else f"Evaluation after step {step}"
             sentence = (
-                f"Step {self.state.global_step + 1}, process {self.accelerator.process_index}: text_loss is "
+                f"{where}, process {self.accelerator.process_index}: text_loss is "
                 f"{text_loss}, visual_loss is {visual_loss}. Samples of the batch: {', '.join(map(str, sample_ids))}."
             )
             if self.args.on_nonfinite_loss == "raise":
