@@ -100,7 +100,7 @@ def load_model(
         raise ConversionError("config.json says tie_word_embeddings, but lm_head.weight differs from the embeddings.")
     model.resize_token_embeddings(config.image_token_id + 1, mean_resizing=False)
     for module in (model.lm_head, model.get_input_embeddings()):
-        # The row of <image> is never read, but tells images from padding in `inputs_embeds`, which is often zero.
+        # In `inputs_embeds` without ids, images are found by this row, which must differ from padding with zeros.
         module.weight.data[-1] = module.weight[:-1].mean(0)
     return model, dead
 

@@ -22,8 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from common import exit_with_sentence, find_pipeline, resolve_model
-from datasets import Array2D, Dataset, Features, Image, load_dataset
-from datasets.fingerprint import Hasher
+from datasets import Array2D, Dataset, Features, Image, is_caching_enabled, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from trl.trainer.utils import hash_module
 
 from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphPipeline, MetaMorphProcessor, VisualTokenProjector
+from metamorph_hf.data.mixture import cache_options
 from metamorph_hf.image_reading import read_image
 from metamorph_hf.visualizer_training import ConditionedUNet, diffusion_loss, save_ema_with
 from metamorph_hf.vpit.checkpoints import find_checkpoints
@@ -291,10 +291,15 @@ class VisualizerTraining:
             return {"visual_tokens": list(tokens.cpu().numpy())}
 
         features = Features({**dataset.features, "visual_tokens": Array2D(shape, "float32")})
-        # datasets cannot hash the model once it has run.
-        fingerprint = Hasher.hash([dataset._fingerprint, hash_module(self.model.base_model.vision_tower)])
-        options = {"batched": True, "batch_size": 32, "new_fingerprint": fingerprint, "desc": "Visual tokens"}
-        return dataset.map(encode, features=features, **options)
+        tower, image_processor = self.model.base_model.vision_tower, self.collate.processor.image_processor
+        parts = (hash_module(tower), self.model.config.to_dict(), image_processor.to_dict())
+        options = {
+            "batched": True,
+            "batch_size": 32,
+            "desc": "Visual tokens",
+            "load_from_cache_file": is_caching_enabled(),
+        }
+        return dataset.map(encode, features=features, **options, **cache_options(dataset, "visualizer-tokens", *parts))
 
     def compute_loss(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:
         # The noise only depends on the index of the batch, so that resuming does not change it.

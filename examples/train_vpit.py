@@ -14,6 +14,7 @@ adapter merged in `merged`. A folder that already holds a run is refused: `--res
 """
 
 import argparse
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ from metamorph_hf.vpit.checkpoints import find_checkpoints, last_complete_checkp
 from metamorph_hf.vpit.stages import load_adapter
 
 
+# Files of a model or an adapter.
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
 @dataclass
 class ScriptArguments:
     """Arguments of this script: the data, sample answers, and the output folder."""
@@ -62,7 +67,7 @@ class ScriptArguments:
     sample_force_image: bool = field(default=False, metadata={"help": "Begin each sample answer with an image."})
     visualizer: str | None = field(default=None, metadata={"help": "MetaMorphPipeline that decodes sample answers."})
     resume: bool = field(default=False, metadata={"help": "Continue from output_dir's last complete checkpoint."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run's checkpoints first."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete an earlier run in output_dir first."})
     merge: bool = field(default=False, metadata={"help": "Also save model and adapter merged, in output_dir/merged."})
 
 
@@ -80,6 +85,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[ScriptArguments, VP
         if not isinstance(content, dict):
             parser.error(f"{path} holds {type(content).__name__}, expected a YAML mapping.")
         merged |= content
+    os.environ.update({name: str(value) for name, value in merged.pop("env", {}).items()})  # as TrlParser does
     if unknown := parser.set_defaults_with_config(**merged):
         parser.error(f"unknown keys of the files: {' '.join(unknown)}")
     parsed = parser.parse_args_into_dataclasses(flags)
@@ -98,7 +104,7 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig, model: str
         sys.exit("--resume continues a run and --overwrite_output_dir discards it: pass one of the two.")
     if training_args.resume_from_checkpoint:
         return training_args.resume_from_checkpoint
-    has_model = any(output_dir.glob("*.safetensors"))
+    has_model = any(any(output_dir.glob(pattern)) for pattern in WEIGHTS)
     if args.resume:
         checkpoint = last_complete_checkpoint(output_dir)
         if checkpoint is None and has_model:
@@ -106,21 +112,18 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig, model: str
                 f"{output_dir} holds a model, but no complete checkpoint: pass --overwrite_output_dir to start anew."
             )
         return checkpoint
-    checkpoints, state = find_checkpoints(output_dir), PartialState()
-    if (checkpoints or has_model) and not args.overwrite_output_dir:
+    state, run = PartialState(), find_checkpoints(output_dir)
+    for pattern in (*WEIGHTS, "adapter_config.json", "rejected_samples-*.jsonl", "merged"):
+        run += output_dir.glob(pattern)
+    if run and not args.overwrite_output_dir:
         sys.exit(f"{output_dir} already holds a run: pass --resume, --overwrite_output_dir or another --output_dir.")
-    if (checkpoints or has_model) and Path(model).resolve().is_relative_to(output_dir.resolve()):
-        sys.exit(
-            f"The model {model} is part of the run that --overwrite_output_dir discards: take another --output_dir."
-        )
+    source = Path(model).resolve()
+    if source == output_dir.resolve() or any(source.is_relative_to(path.resolve()) for path in run):
+        sys.exit(f"The model {model} is part of the run that would be discarded: take another --output_dir.")
     state.wait_for_everyone()  # until every process has looked
     if state.is_main_process:
-        for path in checkpoints:
-            shutil.rmtree(path)
-        for pattern in ("rejected_samples-*.jsonl", "*.safetensors*", "adapter_config.json"):  # of any kind of run
-            for path in output_dir.glob(pattern):
-                path.unlink()
-        shutil.rmtree(output_dir / "merged", ignore_errors=True)
+        for path in run:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     state.wait_for_everyone()
     return None
 
@@ -161,10 +164,12 @@ def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset
     if not args.eval_samples:
         return dataset, None
     held_out = dataset.take(args.eval_samples)
+    if isinstance(dataset, IterableDataset) and any("num_samples" in source for source in args.mixture or []):
+        sys.exit("A stream with num_samples may repeat rows that --eval_samples holds out: leave out one of the two.")
     if isinstance(dataset, IterableDataset) or (args.mixture is None and args.dataset is None):
         return dataset.skip(args.eval_samples), held_out
     # A mixture repeats rows of small sources: the held-out ones must not be trained on.
-    pairs = [tuple(pair.values()) for pair in dataset.with_format(None)]
+    pairs = [*zip(*dataset.with_format(None)[:].values())]
     held = set(pairs[: args.eval_samples])
     return dataset.select([index for index, pair in enumerate(pairs) if pair not in held]), held_out
 

@@ -281,7 +281,7 @@ class TestMixture:
             seen += [name.split()[1] for names in batches for name in names]
         assert len(seen) == len(set(seen)) == 16
         assert counts == batches_of
-        assert ("some begin theirs again earlier" in caplog.text) == (len(lengths) > 1)
+        assert ("repeat their rows sooner" in caplog.text) == (len(lengths) > 1)
 
     def test_table(self, sources):
         with open(sources[0]["path"], "a") as file:

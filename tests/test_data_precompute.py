@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from datasets import Dataset, List
+from datasets import Dataset, List, disable_caching, enable_caching
 from datasets import Image as ImageFeature
 from helpers import EXAMPLES, arguments, train
 from PIL import Image
@@ -103,6 +103,21 @@ class TestPrecomputeVisualTokens:
         Image.new("RGB", (20, 16), "red").save(paths[3])  # an image that was mended is read
         assert compute()[0] == [None] * 4
         assert counts_of_call == [8, 0, 4, 8, 3, 4]
+
+    def test_relative_paths_mean_other_files_elsewhere(self, tiny_processor, tiny_model, tmp_path, monkeypatch):
+        model, table, found = tiny_model(), Dataset.from_dict({"images": [["0.png"]]}), []
+        for color in ("red", "blue"):
+            (tmp_path / color).mkdir()
+            monkeypatch.chdir(tmp_path / color)
+            Image.new("RGB", (20, 16), color).save("0.png")
+            found.append(precompute_visual_tokens(table, model, tiny_processor)[0]["visual_tokens"])
+        Image.new("RGB", (20, 16), "red").save("0.png")
+        disable_caching()
+        try:
+            found.append(precompute_visual_tokens(table, model, tiny_processor)[0]["visual_tokens"])
+        finally:
+            enable_caching()
+        assert (found[0] != found[1]).any() and (found[0] == found[2]).all()
 
     def test_stream(self, tiny_processor, tiny_model):
         stream = Dataset.from_dict({"images": [[]]}).to_iterable_dataset()

@@ -737,7 +737,8 @@ class TestGenerateFeatures:
         with pytest.raises(ValueError, match="custom_generate cannot generate images.*max_images=0"):
             generate(golden_model, prompt("one_image"), **loop)
         text = generate(golden_model, prompt("one_image"), max_images=0, max_new_tokens=3)
-        assert torch.equal(generate(golden_model, prompt("one_image"), max_images=0, **loop).sequences, text.sequences)
+        for off in ({"max_images": 0}, {"generation_config": MetaMorphGenerationConfig(max_images=0)}):
+            assert torch.equal(generate(golden_model, prompt("one_image"), **off, **loop).sequences, text.sequences)
 
     @pytest.mark.parametrize(
         "kwargs", [{"num_beams": 2}, {"num_beams": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}]

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from helpers import EMOJI_CHECKPOINT as CHECKPOINT
@@ -69,6 +72,25 @@ class TestDiffusionLoss:
         snr = alpha / (1 - alpha)
         squares = noisy.square().mean((1, 2, 3)) / (1 - alpha)  # of the noise, as the clean latents are zeros
         torch.testing.assert_close(loss, (squares * snr.clamp(max=5.0) / snr).mean())
+
+
+def test_cached_visual_tokens_are_those_of_the_model(tiny_model, tiny_processor, tiny_images):
+    """Models with the same tower may differ in what they make of its output."""
+    script, tower = import_example("train_visualizer"), tiny_model().model.vision_tower.state_dict()
+    dataset, counts = Dataset.from_dict({"image": tiny_images}).cast_column("image", ImageFeature()), []
+    for change in ({}, {"normalize_visual_tokens": False}, {"num_image_tokens": 1}, {}):
+        model = tiny_model(**change)
+        model.model.vision_tower.load_state_dict(tower)
+        training = object.__new__(script.VisualizerTraining)  # what the method reads, without a visualizer
+        training.model, training.accelerator = model, Accelerator(cpu=True)
+        preprocess = SimpleNamespace(preprocess=lambda images: torch.zeros(len(images), 3, 8, 8))
+        training.collate = script.Collate(tiny_processor, SimpleNamespace(image_processor=preprocess), 8)
+        pixels = training.collate([{"image": image} for image in tiny_images])["pixel_values"]
+        expected, encode = model.get_visual_tokens(pixels), training.encode
+        training.encode = lambda batch, encode=encode: counts.append(1) or encode(batch)
+        found = training.cache_visual_tokens(dataset).with_format("torch")["visual_tokens"][:]
+        torch.testing.assert_close(found, expected.detach())
+    assert len(counts) == 3  # the last model is the first one
 
 
 class TestMovingAverage:

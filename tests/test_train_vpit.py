@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from helpers import EMOJI_CHECKPOINT, EXAMPLES_FOLDER, import_example, run_example, write_jsonl
 from peft import PeftModel
 from PIL import Image
@@ -172,9 +174,28 @@ class TestOutputFolder:
         assert not [path.name for path in run.iterdir() if "adapter" in path.name or "safetensors" in path.name]
         assert not (run / "merged").exists()
 
+    @pytest.mark.parametrize("name", ["merged/model.safetensors", "adapter_config.json"])
+    def test_parts_of_a_run_need_the_flag(self, script, tmp_path, name):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        for model in ("user/model", str(tmp_path / "merged")):
+            with pytest.raises(SystemExit, match="already holds a run"):
+                self.find_checkpoint(script, tmp_path, model=model)
+        assert (tmp_path / name).exists()
+
+    def test_other_files_and_models_are_left_alone(self, script, run, monkeypatch):
+        monkeypatch.chdir(run)
+        (run / "fresh").mkdir()
+        others = [run / "fresh" / "model.safetensors", run / "model.safetensors.bak", run / "other.safetensors"]
+        for path in others:
+            path.touch()
+        for model in ("user/model", "fresh", str(run / "fresh")):
+            assert self.find_checkpoint(script, ".", "--overwrite_output_dir", model=model) is None
+        assert all(path.exists() for path in others)
+
     @pytest.mark.parametrize("name", [".", "checkpoint-1"])
     def test_model_in_the_run_that_is_discarded(self, script, run, name):
-        with pytest.raises(SystemExit, match="is part of the run that --overwrite_output_dir discards"):
+        with pytest.raises(SystemExit, match="is part of the run that would be discarded"):
             self.find_checkpoint(script, run, "--overwrite_output_dir", model=str(run / name))
         assert last_complete_checkpoint(run) == str(run / "checkpoint-2") and (run / "model.safetensors").exists()
 
@@ -208,6 +229,17 @@ class TestArguments:
         _, args, _ = script.parse_arguments([*flags, *self.FLAGS])
         assert (args.max_steps, args.save_steps, args.seed) == (1, 2, 3)
 
+    def test_environment_and_unknown_keys(self, script, tmp_path, monkeypatch, capsys):
+        """TRL's `env` sets variables; what nobody knows is refused by name."""
+        monkeypatch.setenv("METAMORPH_TEST", "before")
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump({"env": {"METAMORPH_TEST": 7}, "seed": 1}))
+        assert script.parse_arguments(["--config", str(tmp_path / "a.yaml"), *self.FLAGS])[1].seed == 1
+        assert os.environ["METAMORPH_TEST"] == "7"
+        (tmp_path / "a.yaml").write_text("sead: 1\n")
+        with pytest.raises(SystemExit):
+            script.parse_arguments(["--config", str(tmp_path / "a.yaml"), *self.FLAGS])
+        assert "unknown keys of the files: --sead 1" in capsys.readouterr().err
+
     @pytest.mark.parametrize("content", [MIXTURE, {"mixture": MIXTURE, "mixture_size": 5}])
     def test_mixture_file(self, script, tmp_path, content):
         (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(content))
@@ -228,6 +260,14 @@ class TestArguments:
         args = VPiTConfig(str(tmp_path), use_cpu=True, bf16=False)
         with pytest.raises(SystemExit, match=reason):
             script.load_data(script.ScriptArguments(**given), args)
+
+
+def test_streams_that_repeat_rows_hold_none_out(script, tmp_path):
+    Dataset.from_list([{"messages": [{"role": "user", "content": "hello"}] * 2}]).to_parquet(tmp_path / "a.parquet")
+    source = {"task": "chat", "path": "parquet", "data_files": str(tmp_path / "a.parquet"), "streaming": True}
+    arguments = script.ScriptArguments(mixture=[{**source, "num_samples": 9}], eval_samples=2)
+    with pytest.raises(SystemExit, match="may repeat rows that --eval_samples holds out"):
+        script.load_data(arguments, VPiTConfig(str(tmp_path), use_cpu=True, bf16=False))
 
 
 @pytest.mark.parametrize("eval_samples", [1, 12])

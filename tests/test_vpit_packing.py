@@ -1,12 +1,13 @@
 import copy
 import json
+import shutil
 from itertools import chain
 
 import pytest
 import torch
-from datasets import Dataset, List
+from datasets import Dataset, List, disable_caching, enable_caching
 from datasets import Image as ImageFeature
-from helpers import EXAMPLES, arguments, build_trainer, dataset_of, losses, train
+from helpers import EXAMPLES, ROWS, arguments, build_trainer, dataset_of, losses, train, write_jsonl
 from PIL import Image
 from transformers import LlamaConfig, MambaConfig, OPTConfig, Qwen3NextConfig, TrainerCallback
 from transformers.models.auto.modeling_auto import AutoModel
@@ -85,6 +86,28 @@ class TestRows:
         expected = [pack_dataset(each, collate)[:] for each in tables]
         monkeypatch.setattr(DataCollatorForVPiT, "measure", lambda *args: pytest.fail("lengths were measured again"))
         assert [pack_dataset(each, collate)[:] for each in tables] == expected
+        disable_caching()
+        try:
+            with pytest.raises(pytest.fail.Exception, match="measured again"):
+                pack_dataset(table, collate)
+        finally:
+            enable_caching()
+
+    def test_rows_that_were_corrected_are_measured_again(self, tiny_processor, video, tmp_path):
+        """A conversation without its video has no length, which must not be kept."""
+        rows = [{**ROWS["video_qa"], "video": str(tmp_path / "late.mp4")}] * 3
+        source = {"task": "video_qa", "path": write_jsonl(tmp_path / "rows.jsonl", rows)}
+        collate, lengths = DataCollatorForVPiT(tiny_processor), []
+        collate.max_length = 10_000
+        for _ in range(2):
+            mixture = load_mixture([{**source, "num_samples": 3}])
+            lengths.append([collate.measure(row["conversations"]) for row in pack_dataset(mixture, collate)])
+            packed = pack_dataset(mixture, collate)
+            if not (tmp_path / "late.mp4").exists():
+                shutil.copy(video, tmp_path / "late.mp4")
+        (whole,) = lengths[1]
+        collate.max_length = max(whole) + 1  # one conversation in a row
+        assert len(packed) == 1 and len(pack_dataset(mixture, collate)) == 3
 
 
 class TestBatches:
@@ -124,6 +147,25 @@ class TestBatches:
         options = {"output_router_logits": True, "use_cache": False}
         found, expected = (model(**batch, **options).aux_loss for batch in (packed, padded))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        one, (first, *_) = collate([{"conversations": [short]}]), (batch[:1] for batch in (packed["position_ids"],))
+        two = {
+            **packed,
+            "input_ids": packed["input_ids"][:1].repeat(2, 1),
+            "labels": packed["labels"][:1].repeat(2, 1),
+        }
+        shared, whole = (
+            model(**{**two, "position_ids": ids}, **options).aux_loss for ids in (first, first.repeat(2, 1))
+        )
+        assert shared == whole and model(**one, **options).aux_loss.isfinite()
+
+    def test_mixture_of_experts_survives_a_batch_without_samples(
+        self, tiny_processor, tiny_model, mixtral_config, tmp_path
+    ):
+        bad = [{**EXAMPLES[1], "images": ["/no/such.png"]}] * 2
+        options = {"packing": True, "max_length": 60, "on_bad_sample": "skip", "max_bad_share": 1.0, "max_steps": 2}
+        args = arguments(tmp_path, per_device_train_batch_size=1, **options)
+        trainer = train(tiny_model(text_config=mixtral_config), tiny_processor, args, bad)
+        assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
 
     @pytest.mark.parametrize("padding_free", [False, True])
     def test_conversations_do_not_see_each_other(self, tiny_processor, tiny_model, padding_free):

@@ -474,6 +474,20 @@ class TestFaults:
         for name, weight in whole.model.state_dict().items():
             assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
+    def test_a_stream_stays_as_it_was_given(self, tiny_processor, model, tmp_path):
+        """It ends outside of training, and strategies by epochs are refused, since it has none in training."""
+        stream = IterableDataset.from_generator(lambda: iter(EXAMPLES[:3]))
+        args = self.arguments(tmp_path, max_steps=2)
+        trainer = VPiTTrainer(model, args, processing_class=tiny_processor, train_dataset=stream)
+        trainer.train()
+        assert trainer.train_dataset is stream
+        assert trainer.evaluate(trainer.train_dataset)["eval_num_images"] == sum(
+            len(e["images"]) for e in EXAMPLES[:3]
+        )
+        args = self.arguments(tmp_path, max_steps=2, save_strategy="epoch")
+        with pytest.raises(ValueError, match="save_strategy='epoch' is set, but a stream has no epochs"):
+            VPiTTrainer(model, args, processing_class=tiny_processor, train_dataset=stream)
+
     def test_bad_samples_are_skipped_and_listed(self, tiny_processor, tiny_model, tmp_path):
         """They are counted and listed by task, and the losses are those of the other samples."""
         options = {"max_steps": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}

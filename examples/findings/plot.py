@@ -34,7 +34,7 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     """Return the ends of Wilson's score interval of a proportion."""
     share, spread = hits / count, Z * math.sqrt(hits * (count - hits) / count**3 + Z**2 / (4 * count**2))
     middle, scale = share + Z**2 / (2 * count), 1 + Z**2 / count
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)  # but for rounding
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)  # rounding may exceed 0 or 1
 
 
 def read_value(row: dict, name: str) -> float:

@@ -172,6 +172,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
     """
 
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
+    @deprecate_kwarg("cache_params", "6.0.0", new_name="cache")
     @torch.no_grad()
     def generate(
         self,
@@ -200,7 +201,9 @@ class MetaMorphGenerationMixin(GenerationMixin):
         """
         if generation_mode != "text":
             raise ValueError(f"generation_mode={generation_mode!r} is not supported: use MetaMorphPipeline instead.")
-        if kwargs.get("custom_generate") is not None and kwargs.get("max_images") != 0:
+        stored = [getattr(config, "max_images", None) for config in (generation_config, self.generation_config)]
+        max_images = next((n for n in (kwargs.get("max_images"), *stored) if n is not None), None)
+        if kwargs.get("custom_generate") is not None and max_images != 0:
             raise ValueError("custom_generate cannot generate images: leave it out, or set max_images=0.")
         for name in ("num_beams", "num_return_sequences", "mm_encoder_outputs"):
             if kwargs.get(name, ...) is None:

@@ -187,7 +187,7 @@ def test_image_with_many_pixels():
     buffer = io.BytesIO()
     Image.new("1", (12000, 12000)).save(buffer, "png")
     start = time.monotonic()
-    with pytest.raises(ValueError, match="more pixels than"):
+    with pytest.raises(ValueError, match="more than the .* pixels"):
         engine.open_images([buffer.getvalue()], 2**24)
     assert time.monotonic() - start < 0.2
 
@@ -195,7 +195,7 @@ def test_image_with_many_pixels():
 def test_pixels_of_all_images_count_together():
     size = Image.open(io.BytesIO(APPLE)).size
     assert len(engine.open_images([APPLE] * 3, 3 * size[0] * size[1])) == 3
-    with pytest.raises(ValueError, match="more pixels than"):
+    with pytest.raises(ValueError, match="more than the .* pixels"):
         engine.open_images([APPLE] * 3, 3 * size[0] * size[1] - 1)
 
 

@@ -85,7 +85,7 @@ def attack(server, number: int) -> bool:
         url_of_bomb = f"data:image/png;base64,{base64.b64encode(bomb.getvalue()).decode()}"
         body["messages"][0]["content"] = [{"type": "image_url", "image_url": {"url": url_of_bomb}}]
         response = httpx.post(url, json=body, headers=headers, timeout=300)
-        return response.status_code == 400 and "more pixels than" in response.text
+        return response.status_code == 400 and "pixels that this server takes" in response.text
     if number % 5 == 1:
         headers["Content-Type"] = "application/json"
         response = httpx.post(url, content=b'{"model": ', headers=headers, timeout=300)

@@ -242,8 +242,8 @@ REFUSED = {
     "broken base64": ({"messages": ask_about("data:image/png;base64,?")}, "not valid base64"),
     "address": ({"messages": ask_about("http://example.com/cat.png")}, "without --allow-remote-images"),
     "path": ({"messages": ask_about("/etc/passwd")}, "must be a data URI"),
-    "bomb": ({"messages": ask_about(data_uri(BOMB.getvalue()))}, "more pixels than"),
-    "huge bomb": ({"messages": ask_about(data_uri(HUGE_BOMB.getvalue()))}, "more pixels than"),
+    "bomb": ({"messages": ask_about(data_uri(BOMB.getvalue()))}, "pixels that this server takes"),
+    "huge bomb": ({"messages": ask_about(data_uri(HUGE_BOMB.getvalue()))}, "pixels that this server takes"),
     "many images": (
         {"messages": [{"role": "user", "content": ask_about(data_uri(APPLE.read_bytes()))[0]["content"] * 9}]},
         "number of images` is 9",

@@ -223,9 +223,9 @@ def cache_options(dataset: Dataset, name: str, *parts: Any) -> dict[str, str]:
     """
     Return options of `dataset.map` with which other processes and later runs find its result in the cache of datasets.
     By itself datasets keeps the result for a mixture, which has no files, in memory, and cannot hash a model that has
-    run. `parts` are all that the result depends on beside the dataset.
+    run. `parts` are all that the result depends on beside the dataset, and the directory of relative paths.
     """
-    fingerprint = Hasher.hash([dataset._fingerprint, name, __version__, *parts])
+    fingerprint = Hasher.hash([dataset._fingerprint, name, __version__, os.getcwd(), *parts])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "metamorph_hf"
     folder.mkdir(parents=True, exist_ok=True)
     return {"new_fingerprint": fingerprint, "cache_file_name": str(folder / f"{name}-{fingerprint}.arrow")}
@@ -249,7 +249,8 @@ def _interleave_streams(sources: list[Source], tables: list, seed: int, size: in
     if 1 < processes <= mixture.num_shards:  # accelerate's prepare_data_loader gives each process whole shards then
         logger.warning(
             f"Each of the {processes} processes reads whole shards of the stream's {mixture.num_shards}, and if they "
-            "are uneven, some begin theirs again earlier. Write equal shards, as many as a multiple of the processes."
+            "are uneven, processes with smaller ones repeat their rows sooner. Write equal shards, as many as a "
+            "multiple of the processes."
         )
     return mixture if size is None else mixture.take(size)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from datasets import Array3D, Dataset, Features, Value
+from datasets import Array3D, Dataset, Features, Value, is_caching_enabled
 from trl.trainer.utils import hash_module
 
 from ..image_reading import ImageReadError, read_image
@@ -66,10 +66,10 @@ def precompute_visual_tokens(
     options = {"batched": True, "batch_size": batch_size, "remove_columns": list(removed), "desc": "Visual tokens"}
     parts = (hash_module(model.base_model.vision_tower), model.config.to_dict(), processor.image_processor.to_dict())
     options |= cache_options(dataset, "visual-tokens", *parts, dtype)
-    incomplete = Path(options["cache_file_name"]).with_suffix(
-        ".unreadable"
-    )  # the images may be mended until next time
-    encoded = dataset.map(encode, features=Features(features), load_from_cache_file=not incomplete.exists(), **options)
+    # A result with unreadable images is not used again: they may have been repaired.
+    incomplete = Path(options["cache_file_name"]).with_suffix(".unreadable")
+    is_cached = is_caching_enabled() and not incomplete.exists()
+    encoded = dataset.map(encode, features=Features(features), load_from_cache_file=is_cached, **options)
     if unreadable:
         incomplete.touch()
     else:

@@ -179,7 +179,7 @@ def open_images(files: list[bytes], max_pixels: int) -> list[PIL.Image.Image]:
             known = ", ".join(IMAGE_FORMATS)
             raise ValueError(f"An image cannot be read: it is broken, or its format is none of {known}.") from error
     if num_pixels > max_pixels:
-        raise ValueError(f"The request's images have more pixels than the {max_pixels} that this server takes.")
+        raise ValueError(f"The request's images have more than the {max_pixels} pixels that this server takes.")
     return [read_image(PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)) for data in files]
 
 
@@ -219,7 +219,7 @@ class BatchAnswerer:
             )
         names = ("num_inference_steps", "guidance_scale", "height", "width")
         decoding = {name: getattr(options, name) for name in names}
-        # Padding is a state of the tokenizer, so it must be what the worker's thread asks of it at the same time.
+        # The worker's thread shares the tokenizer, which stores whether it pads, so both must ask for the same.
         template = {
             "tokenize": True,
             "return_dict": True,
@@ -387,7 +387,7 @@ class Engine(BatchAnswerer):
         self.is_free.clear()
         try:
             await asyncio.get_running_loop().run_in_executor(self.worker, self.run_batch, rows)
-        except Exception as error:  # of a failure's handling, as on a GPU that is out of order
+        except Exception as error:  # Handling a failure has failed, too, as on a GPU that no longer responds.
             self.is_broken = True
             for row in rows:
                 row.fail(500, f"The batch with this request failed on the server ({type(error).__name__}). Try again.")

@@ -291,8 +291,9 @@ class Server:
     async def chat(self, chat: ChatRequest, http: HttpRequest) -> Response:
         if chat.max_tokens and chat.max_completion_tokens:
             raise ApiError(400, "Pass either `max_tokens` or `max_completion_tokens`.", "max_tokens")
-        together = "n" if chat.num_images_per_prompt == 1 else "n` times `num_images_per_prompt"
-        self.check_limit(together, chat.n * chat.num_images_per_prompt, self.settings.max_n)
+        if (count := chat.n * chat.num_images_per_prompt) > (limit := self.settings.max_n):
+            product = f"`n` times `num_images_per_prompt` is {count}"
+            raise ApiError(400, f"{product}, but this server allows at most {limit}.", "n")
         self.check_limit("max_images", chat.max_images, self.settings.max_images)
         max_images = self.settings.max_images if chat.max_images is None else chat.max_images
         base_url = self.get_base_url(http)

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     is_local = "RAY_ADDRESS" not in os.environ
     try:
         # Ray's dashboard runs any code that it is sent, and the API has metrics of its own.
-        ray.init(logging_level="warning", **({"include_dashboard": False} if is_local else {}))
+        ray.init(logging_level="warning", **({"address": "local", "include_dashboard": False} if is_local else {}))
         serve.start(http_options={"host": args.host, "port": args.port})
         serve.run(build(values), name="metamorph")
         print(f"{Settings(**values).model_name} is served on http://{args.host}:{args.port}/v1", flush=True)

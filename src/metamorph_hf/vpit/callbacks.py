@@ -34,7 +34,7 @@ class LogSamplesCallback(TrainerCallback):
         decode_kwargs (`dict`, *optional*): Further arguments of [`MetaMorphPipeline.decode_visual_tokens`].
 
     Raises:
-        ValueError: if there are no prompts, `every_steps` is below 1, or the visualizer does not fit to the model.
+        ValueError: if there are no prompts, `every_steps` is below 1, or the visualizer does not fit the model.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class LogSamplesCallback(TrainerCallback):
             if trainer.is_world_process_zero():
                 answers = processor.decode_generated(outputs.sequences[:, inputs["input_ids"].shape[1] :])
                 self._write(step, answers, [self._decode(tokens) for tokens in outputs.visual_tokens])
-        if trainer.args.activation_checkpointing:  # as Trainer did; TRL enables it again without these options
+        if trainer.args.activation_checkpointing:  # TRL enables it again without these options
             options = dict(trainer.args.activation_checkpointing_kwargs or {})
             placed = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
             trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **placed)

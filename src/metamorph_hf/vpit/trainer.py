@@ -185,9 +185,6 @@ class VPiTTrainer(SFTTrainer):
         self._num_samples = len(self.train_dataset) if has_length(self.train_dataset) else None
         if packing or padding_free:
             self._pack()
-        if isinstance(self.train_dataset, datasets.IterableDataset):
-            # Trainer begins an exhausted stream anew in the middle of an accumulation, and miscounts it on resuming.
-            self.train_dataset = self.train_dataset.repeat(None)
         stages.set_trainable(self.model, args)
         if isinstance(self.model, PeftModel) and (base := Path(self.metamorph.config._name_or_path)).is_dir():
             # A relative path works from here only.
@@ -230,6 +227,10 @@ class VPiTTrainer(SFTTrainer):
             raise ValueError("VPiTTrainer supports data parallelism (DDP, FSDP, DeepSpeed ZeRO) only.")
         if self.args.on_nonfinite_loss == "skip" and self.is_deepspeed_enabled:
             raise ValueError("on_nonfinite_loss='skip' is not supported with DeepSpeed: use 'raise'.")
+        if isinstance(self.train_dataset, datasets.IterableDataset):
+            for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+                if getattr(self.args, name) == "epoch":
+                    raise ValueError(f"{name}='epoch' is set, but a stream has no epochs: use 'steps'.")
         groups = stages.group_parameters(self.metamorph)
         for name in MODULE_LEARNING_RATES:
             module = name.removesuffix("_learning_rate")
@@ -303,6 +304,17 @@ class VPiTTrainer(SFTTrainer):
         self.state = state
         losses = [log["loss"] for log in state.log_history if "loss" in log]
         return TrainOutput(state.global_step, sum(losses) / max(len(losses), 1), {})
+
+    def get_train_dataloader(self) -> DataLoader:
+        """See [`~transformers.Trainer.get_train_dataloader`]. A stream begins again when it ends."""
+        dataset = self.train_dataset
+        if isinstance(dataset, datasets.IterableDataset):
+            # Trainer would begin it again only after a step with fewer batches, and loses count when it resumes.
+            self.train_dataset = dataset.repeat(None)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """

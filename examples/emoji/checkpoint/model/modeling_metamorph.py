@@ -487,7 +487,9 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
             if outputs.router_logits:
                 if attention_mask is None and position_ids is not None:  # packed; each position of the padding is 0
-                    attention_mask = (position_ids > 0) | (F.pad(position_ids[:, 1:], (0, 1)) == 1)
+                    is_token = (position_ids > 0) | (F.pad(position_ids[:, 1:], (0, 1)) == 1)
+                    is_token = is_token.expand(hidden_states.shape[:2])
+                    attention_mask = is_token | ~is_token.any()  # a mean over no tokens would be NaN
                 config, num_experts = self.config.text_config, outputs.router_logits[0].shape[-1]
                 arguments = (outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)
                 aux_loss = load_balancing_loss_func(*arguments).to(hidden_states.device)
