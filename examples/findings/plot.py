@@ -123,7 +123,7 @@ def plot_abilities(rows: list[dict]):
             axis.imshow([[middle for middle, _, _ in cells] for cells in numbers], vmin=0, vmax=100, cmap="Blues")
             for y, cells_of_line in enumerate(numbers):
                 for x, (middle, low, high) in enumerate(cells_of_line):
-                    text = f"{middle:.1f}\n({low:.1f} to {high:.1f})"
+                    text = f"{middle:.1f}" + (f"\n({low:.1f} to {high:.1f})" if low < high else "")
                     axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if middle > 60 else "k")
             axis.set_xticks(range(len(sizes[1])), sizes[1])
             axis.set_yticks(range(len(sizes[0])), sizes[0])
@@ -133,7 +133,8 @@ def plot_abilities(rows: list[dict]):
 
 def plot_kinds(rows: list[dict]):
     """Generation with one more kind of data."""
-    kinds = group(rows, "other")
+    found = group(rows, "other").items()
+    kinds = dict(sorted(found, key=lambda item: summarize(item[1], "generated_top1")))
     figure, axis = plt.subplots(figsize=(8, 4))
     middle, errors = split_errors(summarize(cells, "generated_top1") for cells in kinds.values())
     axis.barh([kind for (kind,) in kinds], middle, xerr=errors, capsize=3)
