@@ -69,7 +69,7 @@ def check(script: str, arguments: list[str]) -> str:
 if __name__ == "__main__":
     commands = json.load(sys.stdin)
     argparse.ArgumentParser.parse_args = stop_after(argparse.ArgumentParser.parse_args)
-    TrlParser.parse_args_and_config = stop_after(TrlParser.parse_args_and_config)
+    TrlParser.parse_args_into_dataclasses = stop_after(TrlParser.parse_args_into_dataclasses)
     with contextlib.redirect_stdout(sys.stderr):
         errors = [check(script, arguments) for script, *arguments in commands]
     print(json.dumps(errors))

@@ -41,7 +41,7 @@ class MetaMorphConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*): Share `lm_head` with the embeddings; defaults to `text_config`'s.
 
     Raises:
-        ValueError: if a number is out of range, or the three image token ids are not distinct.
+        ValueError: if a number is out of range, `projector_type` is unknown, or image token ids are not distinct.
         StrictDataclassError: if a value has another type, or is not one of the choices.
     """
 
