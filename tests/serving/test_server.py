@@ -230,6 +230,7 @@ REFUSED = {
     "no messages": ({"messages": []}, "`messages` is not accepted"),
     "no content": ({"messages": [{"role": "user"}]}, "`messages.0.content` is missing"),
     "n": ({"n": 9}, "`n` is 9, but this server allows at most 8"),
+    "product": ({"n": 3, "num_images_per_prompt": 3}, "`n` times `num_images_per_prompt` is 9, but this"),
     "tokens": ({"max_tokens": 5000}, "`max_tokens` is 5000"),
     "steps": ({"num_inference_steps": 5000}, "`num_inference_steps` is 5000"),
     "size": ({"size": "9999x9999"}, "at most 1048576 pixels|multiple of"),

@@ -292,8 +292,8 @@ class Server:
         if chat.max_tokens and chat.max_completion_tokens:
             raise ApiError(400, "Pass either `max_tokens` or `max_completion_tokens`.", "max_tokens")
         if (count := chat.n * chat.num_images_per_prompt) > (limit := self.settings.max_n):
-            product = f"`n` times `num_images_per_prompt` is {count}"
-            raise ApiError(400, f"{product}, but this server allows at most {limit}.", "n")
+            name = "`n`" if chat.num_images_per_prompt == 1 else "`n` times `num_images_per_prompt`"
+            raise ApiError(400, f"{name} is {count}, but this server allows at most {limit}.", "n")
         self.check_limit("max_images", chat.max_images, self.settings.max_images)
         max_images = self.settings.max_images if chat.max_images is None else chat.max_images
         base_url = self.get_base_url(http)
