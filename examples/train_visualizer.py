@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from common import exit_with_sentence, find_pipeline, resolve_model
-from datasets import Array2D, Dataset, Features, Image, is_caching_enabled, load_dataset
+from datasets import Array2D, Dataset, Features, Image, load_dataset
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -293,12 +293,7 @@ class VisualizerTraining:
         features = Features({**dataset.features, "visual_tokens": Array2D(shape, "float32")})
         tower, image_processor = self.model.base_model.vision_tower, self.collate.processor.image_processor
         parts = (hash_module(tower), self.model.config.to_dict(), image_processor.to_dict())
-        options = {
-            "batched": True,
-            "batch_size": 32,
-            "desc": "Visual tokens",
-            "load_from_cache_file": is_caching_enabled(),
-        }
+        options = {"batched": True, "batch_size": 32, "desc": "Visual tokens"}
         return dataset.map(encode, features=features, **options, **cache_options(dataset, "visualizer-tokens", *parts))
 
     def compute_loss(self, batch: dict[str, torch.Tensor], batch_index: int) -> torch.Tensor:

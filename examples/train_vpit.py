@@ -41,8 +41,9 @@ from metamorph_hf.vpit.checkpoints import find_checkpoints, last_complete_checkp
 from metamorph_hf.vpit.stages import load_adapter
 
 
-# Files of a model or an adapter.
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# What a run writes beside its checkpoints, and a later run in its place would not replace.
+PARTS_OF_A_RUN = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+PARTS_OF_A_RUN += ("adapter_config.json", "rejected_samples-*.jsonl", "merged")
 
 
 @dataclass
@@ -104,7 +105,7 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig, model: str
         sys.exit("--resume continues a run and --overwrite_output_dir discards it: pass one of the two.")
     if training_args.resume_from_checkpoint:
         return training_args.resume_from_checkpoint
-    has_model = any(any(output_dir.glob(pattern)) for pattern in WEIGHTS)
+    has_model = any(output_dir.glob("*.safetensors"))
     if args.resume:
         checkpoint = last_complete_checkpoint(output_dir)
         if checkpoint is None and has_model:
@@ -113,9 +114,9 @@ def find_checkpoint(args: ScriptArguments, training_args: VPiTConfig, model: str
             )
         return checkpoint
     state, run = PartialState(), find_checkpoints(output_dir)
-    for pattern in (*WEIGHTS, "adapter_config.json", "rejected_samples-*.jsonl", "merged"):
+    for pattern in PARTS_OF_A_RUN:
         run += output_dir.glob(pattern)
-    if run and not args.overwrite_output_dir:
+    if (run or has_model) and not args.overwrite_output_dir:
         sys.exit(f"{output_dir} already holds a run: pass --resume, --overwrite_output_dir or another --output_dir.")
     source = Path(model).resolve()
     if source == output_dir.resolve() or any(source.is_relative_to(path.resolve()) for path in run):

@@ -147,7 +147,7 @@ class TestBatches:
         options = {"output_router_logits": True, "use_cache": False}
         found, expected = (model(**batch, **options).aux_loss for batch in (packed, padded))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-        one, (first, *_) = collate([{"conversations": [short]}]), (batch[:1] for batch in (packed["position_ids"],))
+        one, first = collate([{"conversations": [short]}]), packed["position_ids"][:1]
         two = {
             **packed,
             "input_ids": packed["input_ids"][:1].repeat(2, 1),

@@ -305,7 +305,7 @@ def test_queue():
     assert refused.headers["retry-after"] == "5" and "2 requests are waiting" in refused.json()["error"]["message"]
 
 
-def test_routes_without_a_key_take_no_place(monkeypatch):
+def test_routes_without_a_key_take_no_place():
     """Nobody without the key can fill the queue, not even by bodies that arrive slowly."""
     app = api.Server(Replica([TEXT, DONE]), Settings("emoji", api_key="key", max_queue=1)).__serve_build_asgi_app__()
     body = {"model": "emoji", "messages": [{"role": "user", "content": "Hello!"}]}

@@ -102,7 +102,7 @@ class DecodingOptions:
 
 
 def check_fit(model, processor, projector, unet, vae, scheduler) -> None:
-    """Raise a `ValueError` if a component needs more than this pipeline gives it, or does not fit to another one."""
+    """Raise a `ValueError` if a component needs more than this pipeline gives it, or does not fit another one."""
     if not isinstance(unet, UNet2DConditionModel):
         found = type(unet).__name__
         raise ValueError(f"`unet` must be a UNet2DConditionModel, as in Stable Diffusion 1.5, but is a {found}.")

@@ -219,7 +219,7 @@ def load_mixture(
     return Dataset.from_dict(columns).with_transform(partial(_read_rows, sources=sources, tables=tables, seed=seed))
 
 
-def cache_options(dataset: Dataset, name: str, *parts: Any) -> dict[str, str]:
+def cache_options(dataset: Dataset, name: str, *parts: Any) -> dict[str, Any]:
     """
     Return options of `dataset.map` with which other processes and later runs find its result in the cache of datasets.
     By itself datasets keeps the result for a mixture, which has no files, in memory, and cannot hash a model that has
@@ -228,7 +228,8 @@ def cache_options(dataset: Dataset, name: str, *parts: Any) -> dict[str, str]:
     fingerprint = Hasher.hash([dataset._fingerprint, name, __version__, os.getcwd(), *parts])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "metamorph_hf"
     folder.mkdir(parents=True, exist_ok=True)
-    return {"new_fingerprint": fingerprint, "cache_file_name": str(folder / f"{name}-{fingerprint}.arrow")}
+    options = {"new_fingerprint": fingerprint, "load_from_cache_file": datasets.is_caching_enabled()}
+    return {**options, "cache_file_name": str(folder / f"{name}-{fingerprint}.arrow")}
 
 
 def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: list, seed: int) -> dict[str, list]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from datasets import Array3D, Dataset, Features, Value, is_caching_enabled
+from datasets import Array3D, Dataset, Features, Value
 from trl.trainer.utils import hash_module
 
 from ..image_reading import ImageReadError, read_image
@@ -68,8 +68,8 @@ def precompute_visual_tokens(
     options |= cache_options(dataset, "visual-tokens", *parts, dtype)
     # A result with unreadable images is not used again: they may have been repaired.
     incomplete = Path(options["cache_file_name"]).with_suffix(".unreadable")
-    is_cached = is_caching_enabled() and not incomplete.exists()
-    encoded = dataset.map(encode, features=Features(features), load_from_cache_file=is_cached, **options)
+    options["load_from_cache_file"] &= not incomplete.exists()
+    encoded = dataset.map(encode, features=Features(features), **options)
     if unreadable:
         incomplete.touch()
     else:

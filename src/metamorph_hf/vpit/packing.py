@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, is_caching_enabled
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
 from ..data.mixture import cache_options, disable_decoding
@@ -74,7 +74,6 @@ def pack_dataset(
         return undecoded.map(pack, remove_columns=columns, **options)
     options |= {"remove_columns": dataset.column_names, "desc": "Measuring conversations"}
     options |= cache_options(undecoded, "lengths", collator)
-    options["load_from_cache_file"] = is_caching_enabled()
     lengths = undecoded.map(partial(_measure, collator=collator), **options).with_format(None)["length"][:]
     if bad := [index for index, length in enumerate(lengths) if not length]:  # they may have been corrected since
         for index, length in zip(bad, collator.measure([undecoded[index] for index in bad])):
