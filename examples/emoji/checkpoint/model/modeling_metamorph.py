@@ -486,15 +486,9 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         else:
             results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
             if outputs.router_logits:
-                if attention_mask is None and position_ids is not None:  # packed; each position of the padding is 0
-                    is_token = (position_ids > 0) | (F.pad(position_ids[:, 1:], (0, 1)) == 1)
-                    is_token = is_token.expand(hidden_states.shape[:2])
-                    attention_mask = is_token | ~is_token.any()  # a mean over no tokens would be NaN
-                config, num_experts = self.config.text_config, outputs.router_logits[0].shape[-1]
-                arguments = (outputs.router_logits, num_experts, config.num_experts_per_tok, attention_mask)
-                aux_loss = load_balancing_loss_func(*arguments).to(hidden_states.device)
-                results["loss"] = results["loss"] + config.router_aux_loss_coef * aux_loss
-                results["aux_loss"] = aux_loss
+                results["aux_loss"] = self._compute_aux_loss(outputs.router_logits, attention_mask, position_ids)
+                weighted = self.config.text_config.router_aux_loss_coef * results["aux_loss"]
+                results["loss"] = results["loss"] + weighted.to(results["loss"].device)
         return MetaMorphCausalLMOutputWithPast(
             **results,
             cache=outputs.cache,
@@ -502,6 +496,15 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             attentions=outputs.attentions,
             image_outputs=outputs.image_outputs,
         )
+
+    def _compute_aux_loss(self, router_logits, attention_mask, position_ids) -> torch.Tensor:
+        """Compute how unevenly a mixture of experts uses its experts for tokens that are not padding."""
+        config, num_experts = self.config.text_config, router_logits[0].shape[-1]
+        if attention_mask is None and position_ids is not None:  # packed; each position of the padding is 0
+            is_token = (position_ids > 0) | (F.pad(position_ids[:, 1:], (0, 1)) == 1)
+            is_token = is_token.expand(len(router_logits[0]) // is_token.shape[1], -1)
+            attention_mask = is_token | ~is_token.any()  # a mean over no tokens would be NaN
+        return load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)
 
     def _find_visual_targets(self, input_ids: torch.LongTensor | None, labels: torch.LongTensor) -> torch.Tensor:
         """Return the mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""
