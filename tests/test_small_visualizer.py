@@ -111,6 +111,30 @@ class TestPatchAutoencoder:
         assert torch.equal(loaded.encode(images).latent_dist.mode(), autoencoder.encode(images).latent_dist.mode())
 
     @torch.no_grad()
+    def test_refiner_starts_as_no_correction(self, autoencoder, images, tmp_path):
+        refined = PatchAutoencoder.from_config(autoencoder.config, refiner_layers=2, refiner_width=6).eval()
+        assert refined.load_state_dict(autoencoder.state_dict(), strict=False).unexpected_keys == []
+        latents = autoencoder.encode(images).latent_dist.mode()
+        expected = autoencoder.decode(latents).sample
+        assert torch.equal(refined.decode(latents).sample, expected)
+        torch.nn.init.normal_(refined.refiner[-2].weight)
+        corrected = refined.decode(latents).sample
+        assert corrected.shape == images.shape and not torch.allclose(corrected, expected)
+        refined.save_pretrained(tmp_path)
+        assert torch.equal(PatchAutoencoder.from_pretrained(tmp_path).decode(latents).sample, corrected)
+
+    @torch.no_grad()
+    def test_refiner_knows_where_its_cells_are(self, autoencoder):
+        """Before its blocks mix positions, a latent's state reaches the 4x4 cells of its own window of 8x8 pixels."""
+        refiner = PatchAutoencoder.from_config(autoencoder.config, refiner_layers=1).refiner[0]
+        states = torch.zeros(1, 8, 4, 4)
+        states[0, :, 1, 2] = 1
+        is_reached = (refiner(states) != refiner(torch.zeros_like(states))).any(1)[0]
+        rows, columns = is_reached.nonzero().T
+        assert is_reached.shape == (8, 8) and is_reached.sum() == 16
+        assert (rows.min(), rows.max(), columns.min(), columns.max()) == (1, 4, 3, 6)
+
+    @torch.no_grad()
     def test_patches_overlap_by_half(self, autoencoder):
         """Each latent adds a window of 8x8 pixels, 4 pixels apart: a plain sum of windows gives the same image."""
         states, deconv = torch.randn(1, 8, 4, 4), autoencoder.decoder[-1]
@@ -134,3 +158,5 @@ class TestPatchAutoencoder:
     def test_odd_patches_are_refused(self):
         with pytest.raises(ValueError, match="patch_size is 5, but patches that overlap by half need an even one"):
             PatchAutoencoder(patch_size=5)
+        with pytest.raises(ValueError, match="patch_size is 6, but the refiner needs a multiple of 4"):
+            PatchAutoencoder(patch_size=6, refiner_layers=1)

@@ -91,7 +91,8 @@ def reconstruction_loss(images: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def train_autoencoder(pixels: torch.Tensor, out: Path, steps: int, quick: bool) -> PatchAutoencoder:
     """Train on uint8 pixels (I, 3, 128, 128), or continue from `out/state.pt`."""
     torch.manual_seed(0)
-    autoencoder = PatchAutoencoder(latent_channels=4 if quick else 32, width=16 if quick else 128)
+    sizes = {"latent_channels": 4, "width": 16, "refiner_layers": 1, "refiner_width": 8}
+    autoencoder = PatchAutoencoder(**sizes) if quick else PatchAutoencoder(latent_channels=32, refiner_layers=4)
     autoencoder.train().to(DEVICE, memory_format=torch.channels_last)
 
     def step_loss(step: int) -> torch.Tensor:

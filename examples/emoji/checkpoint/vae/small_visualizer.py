@@ -83,10 +83,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         patch_size (`int`, defaults to 8): Pixels per latent in each direction, an even number.
         width (`int`, defaults to 128): Number of hidden channels.
         layers_per_block (`int`, defaults to 2): Number of residual blocks of encoder and decoder.
+        refiner_layers (`int`, defaults to 0): Number of residual blocks on cells of 2x2 pixels, which correct what the
+            decoder makes of each patch. 0 leaves the refiner out.
+        refiner_width (`int`, defaults to 48): Number of hidden channels of the refiner.
         scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
 
     Raises:
-        ValueError: If `patch_size` is odd.
+        ValueError: If `patch_size` is odd, or with a refiner not a multiple of 4.
     """
 
     @register_to_config
@@ -98,10 +101,14 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         width: int = 128,
         layers_per_block: int = 2,
         scaling_factor: float = 1.0,
+        refiner_layers: int = 0,
+        refiner_width: int = 48,
     ):
         super().__init__()
         if patch_size % 2:
             raise ValueError(f"patch_size is {patch_size}, but patches that overlap by half need an even one.")
+        if refiner_layers and patch_size % 4:
+            raise ValueError(f"patch_size is {patch_size}, but the refiner needs a multiple of 4.")
         window = {"kernel_size": 2 * patch_size, "stride": patch_size, "padding": patch_size // 2}
         self.encoder = nn.Sequential(
             nn.Conv2d(in_channels, width, **window, padding_mode="replicate"),
@@ -115,6 +122,21 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             nn.SiLU(),
             nn.ConvTranspose2d(width, in_channels, **window),
         )
+        self.refiner = self._build_refiner() if refiner_layers else None
+
+    def _build_refiner(self) -> nn.Sequential:
+        config, stride = self.config, self.config.patch_size // 2
+        to_pixels = nn.Conv2d(config.refiner_width, 4 * config.in_channels, 3, padding=1)
+        nn.init.zeros_(to_pixels.weight)  # it starts as no correction
+        nn.init.zeros_(to_pixels.bias)
+        return nn.Sequential(
+            nn.ConvTranspose2d(config.width, config.refiner_width, 2 * stride, stride=stride, padding=stride // 2),
+            *(ConvBlock(config.refiner_width) for _ in range(config.refiner_layers)),
+            nn.GroupNorm(1, config.refiner_width),
+            nn.SiLU(),
+            to_pixels,
+            nn.PixelShuffle(2),
+        )
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
@@ -125,5 +147,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
         """Decode latents (I, latent_channels, height, width) into images."""
-        images = self.decoder(z)
+        states = self.decoder[:-1](z)
+        images = self.decoder[-1](states)
+        if self.refiner is not None:
+            images = images + self.refiner(states)
         return DecoderOutput(sample=images) if return_dict else (images,)
