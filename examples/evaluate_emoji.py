@@ -23,7 +23,7 @@ from common import EMOJI_CHECKPOINT, load_pipeline
 from emoji.images import IMAGE_SIZE, draw_image, draw_images, draw_things, load_rows
 from emoji.scenes import SceneJudge, draw_scene
 from emoji.tasks import DEFAULT_PHRASING, TONES, EmojiTasks, user_turn
-from evaluation import draw_contact_sheet, generate_answers, rank_references
+from evaluation import MAX_WORDS, draw_contact_sheet, generate_answers, rank_references
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.image_transforms import to_pil_image
@@ -99,7 +99,7 @@ def continue_conversations(
             inputs["cache"] = cache
         else:
             inputs["visual_tokens"] = [images[:1] for images in first.visual_tokens]
-        second = pipe.model.generate(**inputs, **options, max_new_tokens=config.num_image_tokens + 8)
+        second = pipe.model.generate(**inputs, **options, max_new_tokens=config.num_image_tokens + 2 + MAX_WORDS)
         answers = pipe.processor.decode_generated(second.sequences[:, inputs["input_ids"].shape[1] :])
         for index, text, images in zip(batch, answers, second.visual_tokens):
             texts[index], generated[index] = text, images[0] if len(images) else 0
@@ -220,11 +220,16 @@ class Evaluation:
         records, _, generated = self.answer("held_out_keywords")
         answers = [record["answer"] for record in records]
         results = {"held_out_keywords_top5": self.share(generated, answers, self.bases, top=5)}
+        options = {"force_image": True, "max_images": 1}  # an image at once, without words before it
+        _, at_once = answer_records(self.pipe, records, self.tasks, "images at once", **options)
+        results["held_out_keywords_at_once_top5"] = self.share(at_once, answers, self.bases, top=5)
         for kind in ("seen_phrasings", "unseen_phrasings"):
             records, _, generated = self.answer(kind)
             answers = [[record["answer"]] for record in records]
             for top in (1, 5):
                 results[f"{kind}_top{top}"] = self.share(generated, answers, self.bases, top)
+        _, at_once = answer_records(self.pipe, records, self.tasks, "images at once", **options)
+        results["unseen_phrasings_at_once_top1"] = self.share(at_once, answers, self.bases)
         decoded = decode(self.pipe, generated)
         results["decoded_and_encoded_again_top1"] = self.share(encode(self.pipe, decoded), answers, self.bases)
         real = resize(draw_images(self.tasks, [image for (image,) in answers]), decoded.shape[-1])

@@ -9,6 +9,7 @@ from metamorph_hf import MetaMorphForConditionalGeneration, MetaMorphProcessor
 
 
 ANSWER_BATCH_SIZE = 64
+MAX_WORDS = 32  # tokens of an answer's text
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def generate_answers(
     processor: MetaMorphProcessor,
     conversations: list[list[dict]],
     progress: str,
-    max_words: int = 6,
+    max_words: int = MAX_WORDS,
     **options,
 ) -> tuple[list[str], torch.Tensor]:
     """Answer conversations greedily, by an image and at most `max_words` tokens of text.

@@ -70,7 +70,7 @@ SPECIAL_TOKENS = ["<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<
 MIN_SIMILARITY = 0.9  # below this cosine, the model has generated another image than it was asked for
 VIEWS = 2  # augmented copies of each image that questions may show instead
 NOISE = 0.6  # largest move of the visual tokens of these copies, relative to a token's norm
-STEPS = {"siglip": 1800, "language": 2000, "autoencoder": 5000, "unet": 3500, "projector": 60, "full": 12_000}
+STEPS = {"siglip": 1800, "language": 2000, "autoencoder": 9000, "unet": 3500, "projector": 60, "full": 12_000}
 STEPS |= {"unet_again": 2000}
 VISUALIZER = {"projector": VisualTokenProjector, "unet": GridUNet2DConditionModel, "scheduler": DDIMScheduler}
 QUICK_STEPS = {**dict.fromkeys(STEPS, 3), "projector": 2}
@@ -257,7 +257,7 @@ def generate_visual_tokens(
     rng = random.Random(7)
     records = [tasks.sample(task, rng) for task in rng.choices([*REQUESTS], REQUESTS.values(), k=count)]
     requests = [record["messages"][:1] for record in records]
-    _, generated = generate_answers(model, processor, requests, "generating visual tokens", force_image=True)
+    _, generated = generate_answers(model, processor, requests, "generating visual tokens", max_images=1)
     images = torch.tensor([record["images"][0] for record in records])
     similarity = F.cosine_similarity(generated, visual_tokens[images].float(), dim=2).mean(1)
     is_similar = similarity >= min(MIN_SIMILARITY, similarity.median())
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps, to see that it runs")
     args = parser.parse_args()
     steps, work = QUICK_STEPS if args.quick else STEPS, args.work
-    tasks = EmojiTasks(load_rows(args.quick), **({"scenes": 40} if args.quick else {}))
+    tasks = EmojiTasks(load_rows(args.quick), **({"scenes": 40} if args.quick else {}), say_first=True)
     pixels, processor = load_images(tasks), build_processor(tasks)
 
     if not (work / "siglip" / "config.json").is_file():

@@ -134,7 +134,7 @@ def load_emoji(training_args: VPiTConfig, size: int) -> Dataset:
     from emoji.images import draw_image, load_rows
     from emoji.tasks import MIXTURE, UNDERSTANDING, EmojiTasks, training_stream
 
-    tasks = EmojiTasks(load_rows())
+    tasks = EmojiTasks(load_rows(), say_first=True)  # as the emoji model answers
     mixture = UNDERSTANDING if training_args.stage == "projector" else MIXTURE
     group = training_args.per_device_train_batch_size
     return training_stream(tasks, mixture, size, group, "images", lambda view, image, task: draw_image(tasks, image))

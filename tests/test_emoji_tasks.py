@@ -99,6 +99,28 @@ class TestSamples:
             assert (source["base"], source["skin_tone"]) == (target["base"], target["skin_tone"])
             assert source["style"] != target["style"] and target["style"].capitalize() in texts(record)[0]
 
+    def test_what_is_said_before_an_image(self, samples, tasks):
+        talking = copy.copy(tasks)
+        talking.say_first = True
+        for task, records in samples.items():
+            rng, silent = random.Random(task), random.Random(task)
+            for _ in records[:200]:
+                record, expected = talking.sample(task, rng), tasks.sample(task, silent)
+                answer = record["messages"][1]["content"]
+                if expected["messages"][1]["content"][-1]["type"] == "image":
+                    assert answer.pop(0) == {"type": "text", "text": tasks.caption(record["images"][-1])}
+                assert record == expected
+
+    def test_captions(self, tasks):
+        assert tasks.caption(tasks.index["google", "1F34E", ""]) == "red apple"
+        caption = tasks.caption(tasks.index["twitter", "1F44B", "dark"])
+        assert caption == "waving hand, dark skin tone, in Twitter's style"
+        for number, scene in enumerate(tasks.scenes[:200]):
+            caption = tasks.caption(len(tasks.rows) + number)
+            assert caption.startswith(scene.things[0] if len(scene.things) == 1 or scene.is_pair else ("two", "three"))
+            assert caption.endswith(f", {scene.color} background")
+            assert not scene.is_pair or f"{emoji_scenes.RELATIONS[scene.relation]} {scene.things[1]}," in caption
+
     def test_answers_about_scenes(self, samples, tasks):
         opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
         for record in samples["scene_question"]:
@@ -636,6 +658,20 @@ class TestPartialImages:
             )
 
         return build
+
+    def test_every_second_answer_says_first_what_it_shows(self, build, requests):
+        trainer, messages = build(4), requests[:4]["messages"]
+        for _, answer in messages:
+            answer["content"] = [{"type": "text", "text": "red, as you said"}, {"type": "image"}]
+        loss = trainer.compute_partial_loss(messages, requests[:4]["visual_tokens"])
+        samples = [
+            {"messages": turns, "visual_tokens": requests[i]["visual_tokens"]} for i, turns in enumerate(messages)
+        ]
+        for sample in samples[::2]:
+            sample["messages"] = [sample["messages"][0], {"role": "assistant", "content": [{"type": "image"}]}]
+        batch = trainer.data_collator(samples)
+        expected = trainer.metamorph(**{name: batch[name] for name in batch if name != "sample_ids"}).visual_loss
+        torch.testing.assert_close(loss, expected)
 
     def test_of_all_tokens_is_the_loss_of_the_model(self, build, requests):
         trainer, samples = build(4), [requests[index] for index in range(5)]

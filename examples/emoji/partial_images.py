@@ -13,6 +13,7 @@ class PartialImageTrainer(VPiTTrainer):
 
     Which image a word means shows in a few of its visual tokens as well as in all 64, at a quarter of the cost. The
     model must decode images in parallel: the queries that are left out leave the positions of the others as they are.
+    Every second request leaves out what its answer says before the image, so that the model can also begin with it.
 
     Args:
         requests ([`~datasets.Dataset`]): Conversations of a request and an image, with `messages` and `visual_tokens`,
@@ -42,7 +43,9 @@ class PartialImageTrainer(VPiTTrainer):
         model, processor = self.metamorph, self.processing_class
         language_model, device = model.model.language_model, self.accelerator.device
         prompts = processor.apply_chat_template([turns[:1] for turns in messages], add_generation_prompt=True)
-        texts = [prompt + processor.image_start_token for prompt in prompts]
+        said = ["".join(part.get("text", "") for part in turns[1]["content"]) for turns in messages]
+        said[::2] = [""] * len(said[::2])  # these answers begin with the image, as with `force_image`
+        texts = [prompt + text + processor.image_start_token for prompt, text in zip(prompts, said, strict=True)]
         encoded = processor.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
         targets = torch.stack([images[0] for images in visual_tokens]).to(device)

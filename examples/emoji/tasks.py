@@ -143,8 +143,23 @@ def describe_scene(scene: Scene, rng: random.Random) -> str:
     return text.replace(" a orange", " an orange")
 
 
+def caption_scene(scene: Scene) -> str:
+    """Name what a scene shows, always in the same words: "two apples, blue background"."""
+    first = scene.things[0]
+    if scene.is_pair:
+        first = f"{first} {RELATIONS[scene.relation]} {scene.things[1]}"
+    elif len(scene.things) > 1:
+        first = f"{NUMBERS[len(scene.things)]} {make_plural(first)}"
+    return f"{first}, {scene.color} background"
+
+
 class EmojiTasks:
     """Training and evaluation records over the rows of `emoji.parquet`.
+
+    Args:
+        rows (`Sequence[Mapping]`): Rows of `emoji.parquet`.
+        scenes (`int`): Number of training scenes.
+        say_first (`bool`): Whether an answer says in words what its image shows, before the image.
 
     Attributes:
         words (`EmojiWords`): The words for each emoji.
@@ -158,8 +173,8 @@ class EmojiTasks:
         emphasis (`list[float]`): Relative frequency of each of `bases`; 1 unless it is changed.
     """
 
-    def __init__(self, rows: Sequence[Mapping], scenes: int = SCENES):
-        self.rows, self.words = rows, EmojiWords(rows)
+    def __init__(self, rows: Sequence[Mapping], scenes: int = SCENES, say_first: bool = False):
+        self.rows, self.words, self.say_first = rows, EmojiWords(rows), say_first
         self.index = {(row["style"], row["base"], row["skin_tone"]): i for i, row in enumerate(rows)}
         default = {}
         for i, row in enumerate(rows):
@@ -218,9 +233,20 @@ class EmojiTasks:
             "meaning": self._meaning,
             "gloss": self._gloss,
         }
-        if task in makers:
-            return makers[task](rng)
-        return self._ask_about_an_image(task, rng)
+        record = makers[task](rng) if task in makers else self._ask_about_an_image(task, rng)
+        reply = record["messages"][1]["content"]
+        if self.say_first and reply[-1]["type"] == "image":
+            reply.insert(0, {"type": "text", "text": self.caption(record["images"][-1])})
+        return record
+
+    def caption(self, image: int) -> str:
+        """Say what an emoji or a scene shows: "waving hand, dark skin tone, in Twitter's style"."""
+        if image >= len(self.rows):
+            return caption_scene(self.scenes[image - len(self.rows)])
+        row = self.rows[image]
+        tone = f", {row['skin_tone']} skin tone" if row["skin_tone"] else ""
+        style = "" if row["style"] == "google" else f", in {row['style'].capitalize()}'s style"
+        return row["name"] + tone + style
 
     def evaluation(self, kind: str) -> list[dict]:
         """List records to evaluate.

@@ -72,7 +72,6 @@ KINDS = {  # of conversations, as mixtures of the emoji tasks; those about facts
 TOWER = (64, 128)  # visual tokens and pixels that the grid is for
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # layers with adapters
 COMPILED_STEPS = 100  # from so many on, compiling the language model takes less time than it saves
-MAX_WORDS = 32  # tokens of an answer's text
 CONVERSION = EXAMPLES.parent / "conversion" / "init_from_pretrained.py"
 
 
@@ -348,7 +347,7 @@ def train(
 
 def answer(model, processor: MetaMorphProcessor, conversations: list, **options) -> tuple[list[str], torch.Tensor]:
     """Answer by `generate_answers`; the texts in lower case, without a place for the image."""
-    texts, generated = generate_answers(model, processor, conversations, "answers", MAX_WORDS, **options)
+    texts, generated = generate_answers(model, processor, conversations, "answers", **options)
     return [" ".join(text.replace(processor.image_token, " ").split()).lower() for text in texts], generated
 
 
