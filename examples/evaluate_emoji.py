@@ -36,6 +36,7 @@ BORDER = 8  # pixels between the borders of the autoencoder's patches
 REAL_IMAGES = 200  # images that are decoded from their real visual tokens
 SECOND_TURNS = 200  # conversations of two turns, of each kind
 REAL_SCENES = 200  # scenes that the judge itself is measured on
+AT_ONCE = {"force_image": True, "max_images": 1}  # an image without words before it
 EVERYDAY_PROMPTS = Path(__file__).parent / "emoji" / "everyday_prompts.yaml"
 SHOWN_PROMPTS, SHOWN_SCENES = 24, 6  # cells of the contact sheet; of scenes, for each kind
 
@@ -214,21 +215,22 @@ class Evaluation:
         decoded = decode(self.pipe, generated)
         for i in self.rng.sample(range(len(prompts)), min(SHOWN_PROMPTS, len(prompts))):
             self.show(prompts[i][0], generated[i], decoded[i], draw_image(self.tasks, answers[i][0]))
-        return {"everyday_top1": self.share(generated, answers, self.bases)}
+        _, at_once = answer_records(self.pipe, records, self.tasks, "images at once", **AT_ONCE)
+        results = {"everyday_top1": self.share(generated, answers, self.bases)}
+        return results | {"everyday_at_once_top1": self.share(at_once, answers, self.bases)}
 
     def measure_words(self) -> dict[str, float]:
         records, _, generated = self.answer("held_out_keywords")
         answers = [record["answer"] for record in records]
         results = {"held_out_keywords_top5": self.share(generated, answers, self.bases, top=5)}
-        options = {"force_image": True, "max_images": 1}  # an image at once, without words before it
-        _, at_once = answer_records(self.pipe, records, self.tasks, "images at once", **options)
+        _, at_once = answer_records(self.pipe, records, self.tasks, "images at once", **AT_ONCE)
         results["held_out_keywords_at_once_top5"] = self.share(at_once, answers, self.bases, top=5)
         for kind in ("seen_phrasings", "unseen_phrasings"):
             records, _, generated = self.answer(kind)
             answers = [[record["answer"]] for record in records]
             for top in (1, 5):
                 results[f"{kind}_top{top}"] = self.share(generated, answers, self.bases, top)
-        _, at_once = answer_records(self.pipe, records, self.tasks, "images at once", **options)
+        _, at_once = answer_records(self.pipe, records, self.tasks, "images at once", **AT_ONCE)
         results["unseen_phrasings_at_once_top1"] = self.share(at_once, answers, self.bases)
         decoded = decode(self.pipe, generated)
         results["decoded_and_encoded_again_top1"] = self.share(encode(self.pipe, decoded), answers, self.bases)
