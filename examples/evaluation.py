@@ -18,10 +18,9 @@ def generate_answers(
     processor: MetaMorphProcessor,
     conversations: list[list[dict]],
     progress: str,
-    max_words: int = MAX_WORDS,
     **options,
 ) -> tuple[list[str], torch.Tensor]:
-    """Answer conversations greedily, by an image and at most `max_words` tokens of text.
+    """Answer conversations greedily, by an image and at most `MAX_WORDS` tokens of text.
 
     `options` are those of `generate()`.
 
@@ -31,7 +30,7 @@ def generate_answers(
     """
     config, texts = model.config, []
     generated = torch.zeros(len(conversations), config.num_image_tokens, config.visual_token_dim)
-    length = {"max_new_tokens": config.num_image_tokens + 2 + max_words}
+    length = {"max_new_tokens": config.num_image_tokens + 2 + MAX_WORDS}
     for start in tqdm(range(0, len(conversations), ANSWER_BATCH_SIZE), desc=progress, leave=False):
         inputs = processor.apply_chat_template(
             conversations[start : start + ANSWER_BATCH_SIZE],

@@ -41,7 +41,7 @@ from metamorph_hf.vpit.checkpoints import find_checkpoints, last_complete_checkp
 from metamorph_hf.vpit.stages import load_adapter
 
 
-# What a run writes beside its checkpoints, and a later run in its place would not replace.
+# Files that a run writes beside its checkpoints. A later run in the same folder might leave some of them as they are.
 PARTS_OF_A_RUN = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 PARTS_OF_A_RUN += ("adapter_config.json", "rejected_samples-*.jsonl", "merged")
 

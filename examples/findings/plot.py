@@ -123,8 +123,9 @@ def plot_abilities(rows: list[dict]):
             axis.imshow([[middle for middle, _, _ in cells] for cells in numbers], vmin=0, vmax=100, cmap="Blues")
             for y, cells_of_line in enumerate(numbers):
                 for x, (middle, low, high) in enumerate(cells_of_line):
+                    if math.isnan(middle):
+                        continue
                     text = f"{middle:.1f}" + (f"\n({low:.1f} to {high:.1f})" if low < high else "")
-                    text *= not math.isnan(middle)
                     axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if middle > 60 else "k")
             axis.set_xticks(range(len(sizes[1])), sizes[1])
             axis.set_yticks(range(len(sizes[0])), sizes[0])

@@ -486,9 +486,9 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         else:
             results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
             if outputs.router_logits:
-                results["aux_loss"] = self._compute_aux_loss(outputs.router_logits, attention_mask, position_ids)
-                weighted = self.config.text_config.router_aux_loss_coef * results["aux_loss"]
-                results["loss"] = results["loss"] + weighted.to(results["loss"].device)
+                aux_loss = self._compute_aux_loss(outputs.router_logits, attention_mask, position_ids)
+                results["aux_loss"] = aux_loss.to(hidden_states.device)
+                results["loss"] = results["loss"] + self.config.text_config.router_aux_loss_coef * results["aux_loss"]
         return MetaMorphCausalLMOutputWithPast(
             **results,
             cache=outputs.cache,

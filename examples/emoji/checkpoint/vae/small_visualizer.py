@@ -83,13 +83,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         patch_size (`int`, defaults to 8): Pixels per latent in each direction, an even number.
         width (`int`, defaults to 128): Number of hidden channels.
         layers_per_block (`int`, defaults to 2): Number of residual blocks of encoder and decoder.
+        scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
         refiner_layers (`int`, defaults to 0): Number of residual blocks on cells of 2x2 pixels, which correct what the
             decoder makes of each patch. 0 leaves the refiner out.
         refiner_width (`int`, defaults to 48): Number of hidden channels of the refiner.
-        scaling_factor (`float`, defaults to 1.0): Factor that gives the latents unit variance.
 
     Raises:
-        ValueError: If `patch_size` is odd, or with a refiner not a multiple of 4.
+        ValueError: If `patch_size` is odd, or is not a multiple of 4 while there is a refiner.
     """
 
     @register_to_config
