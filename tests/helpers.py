@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -28,10 +31,37 @@ EXAMPLES_FOLDER = ROOT / "examples"
 SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")
 
 
-def run_example(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script of `examples/` as a user does."""
-    command = [sys.executable, str(EXAMPLES_FOLDER / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+# Scripts run in forks of a process that has imported the libraries, which would take seconds each time.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["helpers", "metamorph_hf.visualizer_training", "metamorph_hf.pipeline_metamorph"])
+
+
+def run_example(script: str, *arguments, cwd: Path, environment: dict | None = None) -> subprocess.CompletedProcess:
+    """Run a script of `examples/` as a user does. With an `environment` it gets a new process, since libraries read
+    variables when they are imported; on a machine with CUDA too, which does not survive a fork."""
+    command = [str(EXAMPLES_FOLDER / script), *map(str, arguments)]
+    if environment or torch.cuda.is_available():
+        command, environment = [sys.executable, *command], {**os.environ, **(environment or {})}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("out", "err")]
+        process = FORKS.Process(target=become_script, args=(command, cwd, outputs))
+        process.start()
+        process.join(timeout=300)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(command, 300, *(path.read_bytes() for path in outputs))
+        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+
+
+def become_script(command: list[str], cwd: Path, outputs: list[Path]) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.chdir(cwd)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def run_example_in_two_processes(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:

@@ -144,7 +144,7 @@ class TestEmojiRecipe:
         (tmp_path / "prompts.yaml").write_text("a cat: cat face|dog face\nthe sun: sun\na rose: rose\n")
         monkeypatch.setattr(script, "load_rows", lambda: rows)
         monkeypatch.setattr(script, "EVERYDAY_PROMPTS", tmp_path / "prompts.yaml")
-        command = ["evaluate_emoji.py", "--limit", "16", "--sheet", str(tmp_path / "sheet.png")]
+        command = ["evaluate_emoji.py", "--limit", "6", "--sheet", str(tmp_path / "sheet.png")]
         monkeypatch.setattr(sys, "argv", command)
         script.main()
         numbers = json.loads(capsys.readouterr().out)

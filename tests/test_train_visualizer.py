@@ -16,7 +16,7 @@ from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from helpers import EMOJI_CHECKPOINT as CHECKPOINT
-from helpers import ROOT, import_example
+from helpers import ROOT, import_example, run_example
 from PIL import Image
 
 from metamorph_hf import MetaMorphPipeline
@@ -27,8 +27,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(*arguments, cwd, status: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(EXAMPLES / "train_visualizer.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = run_example("train_visualizer.py", *arguments, cwd=cwd)
     assert done.returncode == status, done.stderr
     return done
 

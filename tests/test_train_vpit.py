@@ -25,8 +25,8 @@ from metamorph_hf.vpit.trainer import last_complete_checkpoint
 SMOKE = EXAMPLES_FOLDER / "configs" / "cpu_smoke.yaml"
 
 
-def train(*flags, cwd: Path) -> None:
-    done = run_example("train_vpit.py", *flags, cwd=cwd)
+def train(*flags, cwd: Path, environment: dict | None = None) -> None:
+    done = run_example("train_vpit.py", *flags, cwd=cwd, environment=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -99,7 +99,7 @@ class TestTraining:
         assert "0005" in rejected.read_text()
         assert not (tmp_path / "out" / "merged").exists()
 
-    def test_revision(self, tmp_path, monkeypatch, tiny_model, tiny_processor):
+    def test_revision(self, tmp_path, tiny_model, tiny_processor):
         """Processor, configuration, precomputation and merge all take `--model_revision` of a Hub model, in whose
         main revision images have another number of tokens and weights differ."""
         cache = tmp_path / "cache" / "models--user--model"
@@ -114,15 +114,15 @@ class TestTraining:
             tiny_processor.save_pretrained(cache / "snapshots" / commit)
             saved = cache / "snapshots" / commit / "processor_config.json"
             saved.write_text(json.dumps({**json.loads(saved.read_text()), "num_image_tokens": num_image_tokens}))
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        environment = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
         Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
         rows = [{"caption": "a red square", "image": str(tmp_path / "red.png")}] * 4
         path = write_jsonl(tmp_path / "data.jsonl", rows)
         config = {**yaml.safe_load(SMOKE.read_text()), "mixture": [{"task": "text_to_image", "path": path}]}
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**config, "sample_steps": 0, "max_steps": 1}))
         flags = ["--config", "mine.yaml", "--model_name_or_path", "user/model", "--model_revision", "v2"]
-        train(*flags, "--precompute", "--use_peft", "--merge", "--output_dir", "out", cwd=tmp_path)
+        flags += ["--precompute", "--use_peft", "--merge", "--output_dir", "out"]
+        train(*flags, cwd=tmp_path, environment=environment)
         merged = AutoModel.from_pretrained(tmp_path / "out" / "merged", dtype="float32")
         assert merged.config.num_image_tokens == 4
         tower = model.model.vision_tower.state_dict()

@@ -211,7 +211,8 @@ class TestChat:
         messages = [{"role": "user", "content": content}]
         expected = pipe(messages=messages, generator=generator, num_inference_steps=4).images[0]
         assert_same(user.fetch(user.images.first), expected)
-        assert user.bot.first.get_attribute("aria-label") == "bot's message: a component of type image"
+        labels = [bubble.get_attribute("aria-label") for bubble in user.bot.all()]
+        assert labels == ["bot's message: tiger", "bot's message: a component of type image"]
         with user.page.expect_download() as download:
             user.press("Download")
         assert download.value.suggested_filename == "seed-7.png"
@@ -298,7 +299,7 @@ class TestChat:
         anna.say("a rocket")
         ben.wait_for_text("waving hand")
         anna.wait_for_images(1)
-        assert anna.bot.count() == ben.bot.count() == 2
+        assert anna.bot.count() == ben.bot.count() == 3  # two texts, and an image
         assert "hand" not in anna.page.locator("#chat").inner_text()
         assert "apple" not in ben.page.locator("#chat").inner_text()
         anna.page.reload()

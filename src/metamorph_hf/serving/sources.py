@@ -132,9 +132,9 @@ class PipelineSource:
         def work(emit, stopped) -> None:
             (conversation,) = self.pipe.prepare_conversations(caption)
             emit(Progress("An image is coming", 0))
-            _, visual_tokens = self._answer(
-                conversation, options, stopped, lambda ids: None, force_image=True, max_images=1
-            )
+            text, visual_tokens = self._answer(conversation, options, stopped, lambda ids: None, max_images=1)
+            if not len(visual_tokens):
+                raise ValueError(f"The model answered {caption!r} without an image: {text[:200]!r}. Ask for one.")
             for scale in scales:
                 generator = torch.Generator(self.pipe.device).manual_seed(options.seed)
                 chosen = replace(options, guidance_scale=scale)
