@@ -81,6 +81,7 @@ class User:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(address)
+        self.page.wait_for_function("window.hasLoaded")  # until then, the page may empty what is written into it
         self.box = self.page.locator("#message textarea")
         self.bot = self.page.locator("#chat [data-testid=bot]")
         self.images = self.page.locator("#chat [data-testid=bot] img")
@@ -271,7 +272,7 @@ class TestChat:
         user = visit()
         user.set(Steps="1000", Seed="1")
         user.say("a red apple")
-        user.page.locator("#chat progress").wait_for()
+        user.page.get_by_text("Decoding an image").wait_for()  # the words before it are there
         user.page.locator("#message button.stop-button").click()
         user.wait_for_text("You stopped this answer.")
         source.worker.submit(int).result(timeout=20)  # 1000 steps take longer
@@ -283,7 +284,7 @@ class TestChat:
         user = visit()
         user.set(Steps="1000")
         user.say("a red apple")
-        user.page.locator("#chat progress").wait_for()
+        user.page.get_by_text("Decoding an image").wait_for()  # the words before it are there
         user.page.goto("about:blank")
         source.worker.submit(int).result(timeout=20)
 
