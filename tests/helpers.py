@@ -31,37 +31,9 @@ EXAMPLES_FOLDER = ROOT / "examples"
 SPECIAL_TOKENS = ("<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<image>", "<image_start>", "<image_end>")
 
 
-# Scripts run in forks of a process that has imported the libraries, which would take seconds each time.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers", "metamorph_hf.visualizer_training", "metamorph_hf.pipeline_metamorph"])
-
-
 def run_example(script: str, *arguments, cwd: Path, environment: dict | None = None) -> subprocess.CompletedProcess:
-    """Run a script of `examples/` as a user does. With an `environment` it gets a new process, since libraries read
-    variables when they are imported; on a machine with CUDA too, which does not survive a fork."""
-    command = [str(EXAMPLES_FOLDER / script), *map(str, arguments)]
-    if environment or torch.cuda.is_available():
-        command, environment = [sys.executable, *command], {**os.environ, **(environment or {})}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("out", "err")]
-        process = FORKS.Process(target=become_script, args=(command, cwd, outputs))
-        process.start()
-        process.join(timeout=300)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(command, 300, *(path.read_bytes() for path in outputs))
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
-
-
-def become_script(command: list[str], cwd: Path, outputs: list[Path]) -> None:
-    for descriptor, path in enumerate(outputs, start=1):
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
-    os.chdir(cwd)
-    sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    """Run a script of `examples/` as a user does."""
+    return run_python([str(EXAMPLES_FOLDER / script), *map(str, arguments)], cwd, environment)
 
 
 def run_example_in_two_processes(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
@@ -69,9 +41,46 @@ def run_example_in_two_processes(script: str, *arguments, cwd: Path) -> subproce
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command += [str(EXAMPLES_FOLDER / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    return run_python([*launcher, str(EXAMPLES_FOLDER / script), *map(str, arguments)], cwd)
+
+
+# Scripts run in forks of a process that has imported the libraries, which would take seconds each time.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["helpers", "metamorph_hf.visualizer_training", "metamorph_hf.pipeline_metamorph"])
+
+
+def run_python(
+    command: list[str], cwd: Path, environment: dict | None = None, timeout: int = 300
+) -> subprocess.CompletedProcess:
+    """Run a script, or `-m` and a module. With an `environment` it gets a new process, since libraries read variables
+    when they are imported; on a machine with CUDA too, which does not survive a fork."""
+    if environment or torch.cuda.is_available():
+        command, environment = [sys.executable, *command], {**os.environ, **(environment or {})}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("out", "err")]
+        process = FORKS.Process(target=become_script, args=(command, cwd, outputs))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(command, timeout, *(path.read_bytes() for path in outputs))
+        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+
+
+def become_script(command: list[str], cwd: Path, outputs: list[Path]) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.chdir(cwd)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def import_example(script: str) -> ModuleType:

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from convert_metamorph_to_hf import build_processor, convert, convert_config, co
 from convert_metamorph_to_hf import main as convert_metamorph
 from convert_visualizer_to_diffusers import main as convert_visualizer
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from helpers import GOLDEN, SPECIAL_TOKENS, byte_tokenizer, run_as_stranger
+from helpers import GOLDEN, ROOT, SPECIAL_TOKENS, byte_tokenizer, run_as_stranger, run_python
 from init_from_pretrained import main as init_from_pretrained
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -430,10 +429,8 @@ with torch.no_grad():
                 command(monkeypatch, convert_metamorph, tmp_path / "mm_projector.bin", target, *more)
 
     def test_refusal_of_the_script(self, tmp_path):
-        script = Path(__file__).parents[1] / "conversion" / "convert_metamorph_to_hf.py"
-        result = subprocess.run(
-            [sys.executable, script, tmp_path / "none", tmp_path / "new"], capture_output=True, text=True
-        )
+        script = ROOT / "conversion" / "convert_metamorph_to_hf.py"
+        result = run_python([str(script), str(tmp_path / "none"), str(tmp_path / "new")], tmp_path)
         assert result.returncode == 1 and "is not a folder" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -4,12 +4,12 @@ import functools
 import json
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_training import run
+from helpers import run_python
 from safetensors.torch import load_file
 
 from metamorph_hf.vpit.trainer import last_complete_checkpoint
@@ -24,8 +24,7 @@ def launch(processes: int, *cases: dict) -> subprocess.CompletedProcess:
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     cases = json.dumps([{**case, "output": str(case["output"])} for case in cases])
-    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), cases]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_python([*(launcher if processes > 1 else []), str(SCRIPT), cases], Path.cwd())
 
 
 def result(output: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -4,7 +4,6 @@ Comments above a block say how it is treated, see CONTRIBUTING.md.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -18,7 +17,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from helpers import EMOJI_CHECKPOINT, ROOT
+from helpers import EMOJI_CHECKPOINT, ROOT, run_python
 from packaging.requirements import Requirement
 from parse_commands import run_imports
 from PIL import Image
@@ -187,10 +186,7 @@ def run_script(command: Command) -> None:
     if script is None:  # installs and tests are checked below
         return
     extra = shlex.split(command.block.comments.get("run with", ""))
-    environment = {**os.environ, **command.environment}
-    done = subprocess.run(
-        [sys.executable, *script, *extra], capture_output=True, text=True, env=environment, timeout=600
-    )
+    done = run_python([*script, *extra], Path.cwd(), command.environment, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
