@@ -456,7 +456,7 @@ def test_card(tmp_path):
 
 
 @pytest.mark.skipif("METAMORPH_SCREENSHOTS" not in os.environ, reason="METAMORPH_SCREENSHOTS names no folder")
-@pytest.mark.parametrize("width, height, name", [(900, 1550, "chat_page.png"), (390, 800, "chat_page_phone.png")])
+@pytest.mark.parametrize("width, height, name", [(900, 1660, "chat_page.png"), (390, 800, "chat_page_phone.png")])
 def test_screenshot(visit, width, height, name):
     """Make the images of the documentation."""
     user = visit(width=width, height=height)
