@@ -81,7 +81,7 @@ class User:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(address)
-        self.page.wait_for_function("window.hasLoaded")  # until then, the page may empty what is written into it
+        self.page.wait_for_function("window.hasLoaded")
         self.box = self.page.locator("#message textarea")
         self.bot = self.page.locator("#chat [data-testid=bot]")
         self.images = self.page.locator("#chat [data-testid=bot] img")
@@ -100,11 +100,18 @@ class User:
         messages.nth(count).wait_for()
 
     def set(self, **settings: str) -> None:
+        """Fill in settings until they stay: for a moment, gradio empties fields that have just appeared."""
         if not self.page.get_by_role("textbox", name="Seed").is_visible():
             self.page.get_by_role("button", name="Settings").click()
-        for label, value in settings.items():
-            self.page.get_by_role("textbox", name=label.replace("_", " ")).fill(value)
-            self.page.keyboard.press("Tab")
+        boxes = {self.page.get_by_role("textbox", name=label.replace("_", " ")): settings[label] for label in settings}
+        for _ in range(10):
+            for box, value in boxes.items():
+                box.fill(value)
+                self.page.keyboard.press("Tab")
+            self.page.wait_for_timeout(1000)
+            if all(box.input_value() == value for box, value in boxes.items()):
+                return
+        raise AssertionError(f"The settings {settings} do not stay.")
 
     def press(self, name: str) -> None:
         self.page.locator(f"#chat button[aria-label='{name}']").last.click()
