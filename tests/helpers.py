@@ -45,22 +45,20 @@ def run_example_in_two_processes(script: str, *arguments, cwd: Path) -> subproce
     return run_python([*launcher, str(EXAMPLES_FOLDER / script), *map(str, arguments)], cwd)
 
 
-# Scripts run in forks of a process that has imported the libraries, which would take seconds each time.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers", "metamorph_hf.visualizer_training", "metamorph_hf.pipeline_metamorph"])
-
-
 def run_python(
     command: list[str], cwd: Path, environment: dict | None = None, timeout: int = 300
 ) -> subprocess.CompletedProcess:
-    """Run a script, or `-m` and a module. With an `environment` it gets a new process, since libraries read variables
-    when they are imported; on a machine with CUDA too, which does not survive a fork."""
-    if environment or torch.cuda.is_available():
+    """Run a script, or `-m` and a module, in a fork of a process that has imported the libraries, which would take
+    seconds each time. With an `environment` it gets a new process, since libraries read variables when they are
+    imported; with CUDA too, which does not survive a fork, and on other systems than Linux, where forks are unsafe."""
+    if environment or torch.cuda.is_available() or sys.platform != "linux":
         command, environment = [sys.executable, *command], {**os.environ, **(environment or {})}
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["helpers", "metamorph_hf.visualizer_training", "metamorph_hf.pipeline_metamorph"])
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("out", "err")]
-        process = FORKS.Process(target=become_script, args=(command, cwd, outputs))
+        process = forks.Process(target=become_script, args=(command, cwd, outputs))
         process.start()
         process.join(timeout)
         if process.is_alive():

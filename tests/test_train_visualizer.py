@@ -16,14 +16,11 @@ from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from helpers import EMOJI_CHECKPOINT as CHECKPOINT
-from helpers import ROOT, import_example, run_example
+from helpers import EXAMPLES_FOLDER, import_example, run_example
 from PIL import Image
 
 from metamorph_hf import MetaMorphPipeline
 from metamorph_hf.visualizer_training import diffusion_loss, save_ema_with
-
-
-EXAMPLES = ROOT / "examples"
 
 
 def run(*arguments, cwd, status: int = 0) -> subprocess.CompletedProcess:
@@ -250,7 +247,7 @@ class TestTrainVisualizer:
                 tar.add(tmp_path / f"{index}.png", f"{index}.png")
         (tmp_path / "watched.py").write_text(
             "import json, os, sys\n"
-            f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+            f"sys.path.insert(0, {str(EXAMPLES_FOLDER)!r})\n"
             "import train_visualizer\n"
             "from metamorph_hf.image_reading import read_image\n"
             "seen, collate = [], train_visualizer.Collate.__call__\n"
