@@ -27,7 +27,6 @@ BATCH_SIZE = 32
 AUTOENCODER_BATCH_SIZE = 16
 LATENT_NOISE = 0.05  # so that the decoder bears the U-Net's small errors
 CONDITIONING_DROPOUT = 0.1  # share of images with zeros as conditioning, the negative embeddings of guidance
-TOKEN_NOISE = 0.4
 CHECKPOINT_EVERY = 250  # steps
 
 Visualizer = tuple[VisualTokenProjector, GridUNet2DConditionModel, DDIMScheduler]
@@ -165,7 +164,13 @@ def add_token_noise(visual_tokens: torch.Tensor, strength: float, generator: tor
 
 
 def train_visualizer(
-    visualizer: Visualizer, latents: torch.Tensor, visual_tokens: torch.Tensor, out: Path, steps: int, rate: float
+    visualizer: Visualizer,
+    latents: torch.Tensor,
+    visual_tokens: torch.Tensor,
+    out: Path,
+    steps: int,
+    rate: float,
+    token_noise: float,
 ) -> None:
     """Train a visualizer in place, or continue from `out/state.pt`.
 
@@ -173,6 +178,7 @@ def train_visualizer(
         latents (`torch.Tensor` of shape (I, C, h, w)): Images, as `encode_latents` returns them.
         visual_tokens (`torch.Tensor` of shape (I, N, V)): Their visual tokens.
         rate (`float`): Peak learning rate.
+        token_noise (`float`): Largest move of each visual token, see `add_token_noise`.
     """
     projector, unet, noise_scheduler = visualizer
     denoiser = ConditionedUNet(projector, unet.to(memory_format=torch.channels_last)).train().to(DEVICE)
@@ -183,7 +189,7 @@ def train_visualizer(
         indices = choose_batch(step, BATCH_SIZE, len(latents))
         generator = torch.Generator().manual_seed(1_000_003 + step)
         kept = torch.rand(len(indices), generator=generator) >= CONDITIONING_DROPOUT
-        tokens = add_token_noise(visual_tokens[indices].float(), TOKEN_NOISE, generator)
+        tokens = add_token_noise(visual_tokens[indices].float(), token_noise, generator)
         predict = partial(denoiser, visual_tokens=tokens.to(DEVICE), kept=kept.to(DEVICE))
         with torch.autocast(DEVICE.type, torch.bfloat16):
             return diffusion_loss(predict, noise_scheduler, latents[indices].float().to(DEVICE), generator)
