@@ -339,7 +339,7 @@ def main() -> None:
         print("7/7 Visualizer, on generated visual tokens")
         visualizer = load_visualizer(folders[0])
         data = pair_generated(model, processor, autoencoder, tasks, args.quick)
-        # Their own errors are the noise that the visualizer must learn to bear.
+        # The errors of generated visual tokens are the noise that it must learn to bear.
         train_visualizer(visualizer, *data, folders[1], steps["unet_again"], rate=7e-4, token_noise=0.0)
         save_visualizer(visualizer, folders[1])
     projector, unet, scheduler = load_visualizer(folders[1])
