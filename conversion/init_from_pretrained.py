@@ -62,12 +62,12 @@ def load_llm(name: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[PreT
         raise ConversionError(f"{name} is a {config.model_type}, which is not a causal language model of text alone.")
     if gguf_file is None and "quantization_config" in config.to_dict():
         raise ConversionError(f"The weights of {name} are quantized: name the model that they were made from.")
-    llm = common.load_complete(AutoModelForCausalLM, name, dtype=dtype, **source)
+    llm = common.load_complete(AutoModelForCausalLM, name, config=config, dtype=dtype, **source)
     if llm.get_output_embeddings() is None:
         raise ConversionError(f"{name} is a {config.model_type} without output embeddings: it cannot predict tokens.")
     if gguf_file is not None:
         del llm.config.quantization_config  # The weights are not quantized any more and can be trained.
-    return llm, AutoTokenizer.from_pretrained(name, **source)
+    return llm, AutoTokenizer.from_pretrained(name, config=config, **source)
 
 
 def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:

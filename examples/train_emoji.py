@@ -145,12 +145,13 @@ def encode_views(model: MetaMorphForConditionalGeneration, pixels: torch.Tensor,
     """Encode uint8 pixels as they are and augmented: visual tokens (1 + views, I, N, V), float16."""
     encoded = [encode_images(model, pixels).half()]
     for view in range(views):
-        generator = torch.Generator().manual_seed(view)
-        batches = tqdm(pixels.split(256), desc="encoding augmented images", leave=False)
-        augmented = [augment(normalize(batch), generator)[0] for batch in batches]
-        encoded.append(
-            torch.cat([encode_images(model, ((batch + 1) * 127.5).round().byte()).half() for batch in augmented])
-        )
+        generator = torch.Generator(DEVICE).manual_seed(view)
+        batches = tqdm(pixels.split(256), desc="augmenting images", leave=False)
+        augmented = [
+            ((augment(normalize(batch.to(DEVICE)), generator)[0] + 1) * 127.5).round().byte().cpu()
+            for batch in batches
+        ]
+        encoded.append(encode_images(model, torch.cat(augmented)).half())
     return torch.stack(encoded)
 
 

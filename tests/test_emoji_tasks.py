@@ -663,10 +663,10 @@ class TestPartialImages:
         trainer, messages = build(4), requests[:4]["messages"]
         for _, answer in messages:
             answer["content"] = [{"type": "text", "text": "red, as you said"}, {"type": "image"}]
-        loss = trainer.compute_partial_loss(messages, requests[:4]["visual_tokens"])
         samples = [
             {"messages": turns, "visual_tokens": requests[i]["visual_tokens"]} for i, turns in enumerate(messages)
         ]
+        loss = trainer.compute_partial_loss(**trainer.collate_requests(samples))
         for sample in samples[::2]:
             sample["messages"] = [sample["messages"][0], {"role": "assistant", "content": [{"type": "image"}]}]
         batch = trainer.data_collator(samples)
@@ -675,15 +675,16 @@ class TestPartialImages:
 
     def test_of_all_tokens_is_the_loss_of_the_model(self, build, requests):
         trainer, samples = build(4), [requests[index] for index in range(5)]
-        loss = trainer.compute_partial_loss(*(requests[:5][name] for name in ("messages", "visual_tokens")))
+        loss = trainer.compute_partial_loss(**trainer.collate_requests(samples))
         batch = trainer.data_collator(samples)
         expected = trainer.metamorph(**{name: batch[name] for name in batch if name != "sample_ids"}).visual_loss
         torch.testing.assert_close(loss, expected)
 
     def test_of_two_tokens_is_that_of_whole_images_with_hidden_queries(self, build, requests):
         trainer, losses = build(2), []
+        collated = trainer.collate_requests([requests[index] for index in range(5)])
         torch.manual_seed(3)
-        loss = trainer.compute_partial_loss(*(requests[:5][name] for name in ("messages", "visual_tokens")))
+        loss = trainer.compute_partial_loss(**collated)
         torch.manual_seed(3)
         chosen = torch.rand(5, 3).argmax(1).tolist()
         for query, sample in zip(chosen, (requests[index] for index in range(5))):
@@ -701,7 +702,7 @@ class TestPartialImages:
         model = trainer.model.train()
         trainer.training_step(model, copy.deepcopy(batch))
         whole = other.metamorph.train()(**{name: batch[name] for name in batch if name != "sample_ids"})
-        partial = other.compute_partial_loss(*(requests[:3][name] for name in ("messages", "visual_tokens")))
+        partial = other.compute_partial_loss(**other.collate_requests([requests[index] for index in range(3)]))
         (whole.loss + 4 * partial).backward()
         for ours, expected in zip(model.parameters(), other.model.parameters(), strict=True):
             if expected.grad is None:
@@ -709,14 +710,23 @@ class TestPartialImages:
             else:
                 torch.testing.assert_close(ours.grad, expected.grad)
 
-    def test_each_step_has_requests_of_its_own(self, build, requests, monkeypatch):
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_each_step_has_requests_of_its_own(self, build, requests, monkeypatch, workers):
         trainer, seen = build(2), []
+        trainer.args.dataloader_num_workers = workers
         compute = trainer.compute_partial_loss
 
-        def record(messages, visual_tokens):
-            seen.append(messages)
-            return compute(messages, visual_tokens)
+        def record(**batch):
+            seen.append(batch["visual_tokens"])
+            return compute(**batch)
 
         monkeypatch.setattr(trainer, "compute_partial_loss", record)
         trainer.train()
-        assert seen == [requests[:3]["messages"], requests[3:6]["messages"]]
+        expected = torch.cat([torch.stack(tokens) for tokens in requests[:6]["visual_tokens"]])
+        torch.testing.assert_close(torch.cat(seen), expected)
+
+    def test_continues_with_the_requests_of_the_next_step(self, build, requests):
+        trainer = build(2)
+        trainer.state.global_step = 1
+        expected = torch.stack([tokens[0] for tokens in requests[3:6]["visual_tokens"]])
+        torch.testing.assert_close(next(trainer.request_batches)["visual_tokens"], expected)

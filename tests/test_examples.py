@@ -138,13 +138,20 @@ class TestEmojiRecipe:
         assert "U-Net" in done.stderr and "U-Net" not in again.stderr
 
     def test_evaluate(self, tmp_path, monkeypatch, capsys):
-        """On a tenth of the emoji, so that few have to be drawn."""
+        """On a tenth of the emoji, so that few have to be drawn, and with few denoising steps."""
         script = import_example("evaluate_emoji.py")
-        rows = script.load_rows(quick=True)
+        rows, load = script.load_rows(quick=True), script.load_pipeline
+
+        def load_quick_pipeline(*args, **kwargs):
+            pipe = load(*args, **kwargs)
+            pipe.register_to_config(default_num_inference_steps=3)
+            return pipe
+
+        monkeypatch.setattr(script, "load_pipeline", load_quick_pipeline)
         (tmp_path / "prompts.yaml").write_text("a cat: cat face|dog face\nthe sun: sun\na rose: rose\n")
         monkeypatch.setattr(script, "load_rows", lambda: rows)
         monkeypatch.setattr(script, "EVERYDAY_PROMPTS", tmp_path / "prompts.yaml")
-        command = ["evaluate_emoji.py", "--limit", "6", "--sheet", str(tmp_path / "sheet.png")]
+        command = ["evaluate_emoji.py", "--limit", "4", "--sheet", str(tmp_path / "sheet.png")]
         monkeypatch.setattr(sys, "argv", command)
         script.main()
         numbers = json.loads(capsys.readouterr().out)

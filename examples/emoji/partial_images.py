@@ -1,8 +1,12 @@
 """VPiT stage 2 of the emoji recipe, with many more requests for images than whole conversations have room for."""
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from metamorph_hf import VPiTTrainer
 
@@ -26,36 +30,44 @@ class PartialImageTrainer(VPiTTrainer):
         super().__init__(*args, **kwargs)
         self.requests, self.num_requests, self.num_tokens = requests, num_requests, num_tokens
 
+    @cached_property
+    def request_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches of requests from the next step on, prepared by as many workers as the conversations have."""
+        left = self.requests.select(range(self.state.global_step * self.num_requests, len(self.requests)))
+        workers = self.args.dataloader_num_workers
+        return iter(DataLoader(left, self.num_requests, collate_fn=self.collate_requests, num_workers=workers))
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """See [`~transformers.Trainer.training_step`]. What is returned and logged is the loss of `inputs` alone."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        start = self.state.global_step * self.num_requests
-        requests = self.requests[start : start + self.num_requests]
         with self.accelerator.autocast():
-            partial_loss = self.compute_partial_loss(requests["messages"], requests["visual_tokens"])
+            partial_loss = self.compute_partial_loss(**next(self.request_batches))
         self.accelerator.backward(self.visual_loss_weight * partial_loss)
         return loss
 
-    def compute_partial_loss(
-        self, messages: list[list[dict]], visual_tokens: list[list[torch.Tensor]]
-    ) -> torch.Tensor:
-        """Return the mean loss of some visual tokens of each answer, given conversations and their images' (N, V)."""
-        model, processor = self.metamorph, self.processing_class
-        language_model, device = model.model.language_model, self.accelerator.device
+    def collate_requests(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask` (B, L) up to `<image_start>`, and `visual_tokens` (B, N, V)."""
+        processor, messages = self.processing_class, [record["messages"] for record in records]
         prompts = processor.apply_chat_template([turns[:1] for turns in messages], add_generation_prompt=True)
         said = ["".join(part.get("text", "") for part in turns[1]["content"]) for turns in messages]
         said[::2] = [""] * len(said[::2])  # these answers begin with the image, as with `force_image`
         texts = [prompt + text + processor.image_start_token for prompt, text in zip(prompts, said, strict=True)]
-        encoded = processor.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
-        ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        targets = torch.stack([images[0] for images in visual_tokens]).to(device)
+        encoded = processor.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        return {**encoded, "visual_tokens": torch.stack([record["visual_tokens"][0] for record in records])}
+
+    def compute_partial_loss(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, visual_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mean loss of some visual tokens of each answer, given what `collate_requests` returns."""
+        model, device = self.metamorph, self.accelerator.device
+        ids, mask, targets = input_ids.to(device), attention_mask.to(device), visual_tokens.to(device).float()
         # <image_start> predicts the first visual token, and each query the one after its own.
         chances = torch.rand(len(targets), targets.shape[1] - 1, device=device)
         queries = chances.topk(self.num_tokens - 1).indices.sort(1).values
         predicted = F.pad(queries + 1, (1, 0))
         targets = targets.gather(1, predicted[..., None].expand(-1, -1, targets.shape[2]))
         positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), mask.sum(1, keepdim=True) + queries], dim=1)
-        hidden_states = language_model(
+        hidden_states = model.model.language_model(
             inputs_embeds=torch.cat([model.get_input_embeddings()(ids), model.model.visual_queries(queries)], dim=1),
             attention_mask=F.pad(mask, (0, queries.shape[1]), value=1),
             position_ids=positions,

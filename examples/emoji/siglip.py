@@ -81,7 +81,8 @@ def build_siglip(tokenizer: PreTrainedTokenizerFast, quick: bool) -> PixelSiglip
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply small shifts, scalings, blur, brightness changes and noise to (B, 3, height, width) pixels in [-1, 1].
 
-    A generated image is never exactly the original, so the tower must not care about such differences.
+    A generated image is never exactly the original, so the tower must not care about such differences. The pixels and
+    the generator must be on one device.
 
     Returns:
         The augmented pixels, and the pixels that are only shifted and scaled.
@@ -89,10 +90,10 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
     batch = pixels.shape[0]
 
     def uniform(low: float, high: float) -> torch.Tensor:
-        return torch.rand(batch, generator=generator) * (high - low) + low
+        return torch.rand(batch, generator=generator, device=pixels.device) * (high - low) + low
 
     scale, shift_x, shift_y = uniform(0.92, 1.1), uniform(-0.07, 0.07), uniform(-0.07, 0.07)
-    zero = torch.zeros(batch)
+    zero = torch.zeros(batch, device=pixels.device)
     theta = torch.stack([torch.stack([scale, zero, shift_x], -1), torch.stack([zero, scale, shift_y], -1)], 1)
     grid = F.affine_grid(theta, pixels.shape, align_corners=False)
     # A scene's background goes on outside of the image.
@@ -100,7 +101,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
     blur = uniform(0, 1).view(-1, 1, 1, 1) * (uniform(0, 1) < 0.4).view(-1, 1, 1, 1)
     pixels = torch.lerp(pixels, F.avg_pool2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), 5, 1), blur)
     pixels = pixels * uniform(0.92, 1.08).view(-1, 1, 1, 1)
-    noise = torch.randn(pixels.shape, generator=generator) * uniform(0, 0.1).view(-1, 1, 1, 1)
+    noise = torch.randn(pixels.shape, generator=generator, device=pixels.device) * uniform(0, 0.1).view(-1, 1, 1, 1)
     return (pixels + noise).clamp(-1, 1), moved
 
 

@@ -1,6 +1,8 @@
 """A real server on the emoji checkpoint."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +16,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 from helpers import EMOJI_CHECKPOINT
+
+from metamorph_hf import MetaMorphPipeline
 
 
 @dataclass
@@ -33,12 +38,26 @@ class RunningServer:
         return [child for child in children if any(title in " ".join(child.cmdline()) for title in titles)]
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """The emoji checkpoint, with two denoising steps unless a request says otherwise, so that tests take less time."""
+    folder = shutil.copytree(EMOJI_CHECKPOINT, tmp_path_factory.mktemp("quick") / "checkpoint")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "default_num_inference_steps": 2}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint) -> MetaMorphPipeline:
+    return MetaMorphPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+
+
 @contextmanager
-def start_server(folder: Path, *flags: str) -> Iterator[RunningServer]:
+def start_server(checkpoint: Path, folder: Path, *flags: str) -> Iterator[RunningServer]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "metamorph_hf.cli", "serve", str(EMOJI_CHECKPOINT), "--port", str(port), *flags]
+    command = [sys.executable, "-m", "metamorph_hf.cli", "serve", str(checkpoint), "--port", str(port), *flags]
     log, key = folder / "server.log", "a-secret-key"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -66,8 +85,8 @@ def start_server(folder: Path, *flags: str) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[RunningServer]:
+def server(checkpoint, tmp_path_factory) -> Iterator[RunningServer]:
     """A server with two copies of the pipeline, each on one core."""
     flags = ["--max-body-mb", "4", "--model-name", "emoji", "--replicas", "2", "--num-cpus", "1"]
-    with start_server(tmp_path_factory.mktemp("server"), *flags) as running:
+    with start_server(checkpoint, tmp_path_factory.mktemp("server"), *flags) as running:
         yield running

@@ -15,8 +15,6 @@ import torch
 from helpers import EMOJI_CHECKPOINT
 from PIL import Image
 
-from metamorph_hf import MetaMorphPipeline
-
 
 gradio = pytest.importorskip("gradio", reason="the extra `app` is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -31,11 +29,6 @@ APPLE, HAND = EMOJI_CHECKPOINT.parent / "red_apple.png", EMOJI_CHECKPOINT / "wav
 TIMEOUT = 120_000  # milliseconds; the machine may be busy
 
 pytestmark = [pytest.mark.optional, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
-
-
-@pytest.fixture(scope="module")
-def pipe() -> MetaMorphPipeline:
-    return MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +460,7 @@ def test_card(tmp_path):
 def test_screenshot(visit, width, height, name):
     """Make the images of the documentation."""
     user = visit(width=width, height=height)
-    user.set(Seed="1")
+    user.set(Seed="1", Steps="10")
     user.page.get_by_role("button", name="Settings").click()
     user.say("could you sketch a tiger for me?")
     user.wait_for_images(1)

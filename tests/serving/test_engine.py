@@ -14,7 +14,6 @@ import torch
 from helpers import EMOJI_CHECKPOINT
 from PIL import Image
 
-from metamorph_hf import MetaMorphPipeline
 from metamorph_hf.serving.server import Settings
 
 
@@ -27,11 +26,6 @@ from ray.exceptions import ActorDiedError  # noqa: E402
 pytestmark = pytest.mark.optional
 APPLE = (EMOJI_CHECKPOINT.parent / "red_apple.png").read_bytes()
 Request, Event = engine.Request, engine.Event
-
-
-@pytest.fixture(scope="module")
-def pipe() -> MetaMorphPipeline:
-    return MetaMorphPipeline.from_pretrained(EMOJI_CHECKPOINT, dtype=torch.float32)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.optional, pytest.mark.slow]
 APPLE = base64.b64encode((EMOJI_CHECKPOINT.parent / "red_apple.png").read_bytes()).decode()
 CAPTIONS = ["a red apple", "a cat", "a bicycle", "fire", "a dog", "a tiger"]
 NUM_REQUESTS, NUM_AT_ONCE = 300, 32
-STEPS = {"num_inference_steps": 6}  # of most images, so that the test takes less time
+STEPS = {"num_inference_steps": 3}  # of most images, so that the test takes less time
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def build_jobs() -> list[dict]:
         show = [{"role": "user", "content": f"Show me {caption}."}]
         ask = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
         jobs.append({"kind": "image", "prompt": caption, "seed": seed, **STEPS})
-        jobs.append({"kind": "image", "prompt": caption, "seed": seed, "num_inference_steps": 3})
+        jobs.append({"kind": "image", "prompt": caption, "seed": seed, "num_inference_steps": 2})
         jobs.append({"kind": "chat", "messages": show, "seed": seed, "stream": seed % 2 == 0, **STEPS})
         jobs.append({"kind": "chat", "messages": ask, "seed": seed, "stream": seed % 2 == 1, "guidance_scale": 1.5})
         jobs.append({"kind": "edit", "prompt": "make it blue", "seed": seed, **STEPS})
