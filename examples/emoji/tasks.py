@@ -127,7 +127,7 @@ def conversation(task: str, images: Sequence[int], question: str, answer: Sequen
 
 
 def describe_scene(scene: Scene, rng: random.Random) -> str:
-    """Describe a scene in words, as a prompt does: "two apples on a blue background"."""
+    """Describe a scene in words, as a prompt does: "two bananas on a blue background"."""
     first = scene.things[0]
     if len(scene.things) == 1:
         text = add_article(first, rng)
@@ -144,7 +144,7 @@ def describe_scene(scene: Scene, rng: random.Random) -> str:
 
 
 def caption_scene(scene: Scene) -> str:
-    """Name what a scene shows, always in the same words: "two apples, blue background"."""
+    """Name what a scene shows, always in the same words: "two bananas, blue background"."""
     first = scene.things[0]
     if scene.is_pair:
         first = f"{first} {RELATIONS[scene.relation]} {scene.things[1]}"
