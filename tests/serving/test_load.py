@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.optional, pytest.mark.slow]
 APPLE = base64.b64encode((EMOJI_CHECKPOINT.parent / "red_apple.png").read_bytes()).decode()
 CAPTIONS = ["a red apple", "a cat", "a bicycle", "fire", "a dog", "a tiger"]
 NUM_REQUESTS, NUM_AT_ONCE = 300, 32
-STEPS = {"num_inference_steps": 3}  # of most images, so that the test takes less time
+STEPS = {"num_inference_steps": 6}  # of most images, so that the test takes less time
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def build_jobs() -> list[dict]:
         show = [{"role": "user", "content": f"Show me {caption}."}]
         ask = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
         jobs.append({"kind": "image", "prompt": caption, "seed": seed, **STEPS})
-        jobs.append({"kind": "image", "prompt": caption, "seed": seed, "num_inference_steps": 2})
+        jobs.append({"kind": "image", "prompt": caption, "seed": seed, "num_inference_steps": 3})
         jobs.append({"kind": "chat", "messages": show, "seed": seed, "stream": seed % 2 == 0, **STEPS})
         jobs.append({"kind": "chat", "messages": ask, "seed": seed, "stream": seed % 2 == 1, "guidance_scale": 1.5})
         jobs.append({"kind": "edit", "prompt": "make it blue", "seed": seed, **STEPS})
@@ -130,13 +130,15 @@ def test_load(server, client, capsys):
 
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         list(pool.map(send, range(2 * NUM_AT_ONCE)))  # full batches allocate more than single requests
-        before, start = measure_memory(server), time.monotonic()
-        results = list(pool.map(send, range(NUM_REQUESTS)))
+        start, half = time.monotonic(), NUM_REQUESTS // 2
+        results = list(pool.map(send, range(half)))
+        before = measure_memory(server)  # batches of all shapes have allocated what they need
+        results += list(pool.map(send, range(half, NUM_REQUESTS)))
     together = (NUM_REQUESTS - sum(is_hostile)) / (time.monotonic() - start)
     after = measure_memory(server)
     with capsys.disabled():
         print(f"\n{alone:.2f} requests per second one at a time, {together:.2f} of {NUM_AT_ONCE} at a time, ", end="")
-        print(f"ratio {together / alone:.1f}; memory {before:.0f} MB before, {after:.0f} MB after")
+        print(f"ratio {together / alone:.1f}; memory {before:.0f} MB after half of them, {after:.0f} MB after all")
     assert all(results), [number for number, result in enumerate(results) if not result]
     assert after < 1.1 * before
     # Other work on the machine slows down `together` most, so that the bound is loose. The goal is 3.
