@@ -102,9 +102,8 @@ def test_two_processes_are_one(two_processes, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "parallel", "kill"), [(1, False, "save"), (2, False, "step"), (2, True, "save")]
-)
+@pytest.mark.parametrize("kill", ["step", "save"])
+@pytest.mark.parametrize(("processes", "parallel"), [(1, False), (2, False), (2, True)])
 def test_killed_runs_resume(tmp_path, processes, parallel, kill):
     options = {
         "max_steps": 6,

@@ -201,6 +201,15 @@ class TestGpuBenchmark:
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "gpu.json").read_text())["left_out"]
 
+    def test_parts(self, tmp_path):
+        flags = ("--tiny", "--device", "cpu", "--only")
+        done = run_example("benchmarks/gpu.py", *flags, "loss, sdpa", "loss, eager", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+        assert [row["what"] for row in rows] == ["packed loss, eager", "packed loss, sdpa"]
+        done = run_example("benchmarks/gpu.py", *flags, "painting", cwd=tmp_path)
+        assert done.returncode == 2 and "one of the parts ['painting']" in done.stderr
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_gpu(self, tmp_path):
         done = run_example("benchmarks/gpu.py", cwd=tmp_path)
