@@ -178,8 +178,11 @@ class TestChat:
         bar = user.page.locator("#chat progress")
         playwright.expect(bar).to_have_attribute("value", "0.25", timeout=TIMEOUT)
         assert "An image is coming" in user.bot.last.inner_text() and user.images.count() == 0
+        button = user.page.locator("#again")
+        playwright.expect(button).to_be_hidden()  # what it adds would be lost when the answer ends
         source.go_on.release()
         user.wait_for_images(1)
+        playwright.expect(button).to_be_visible(timeout=TIMEOUT)
         playwright.expect(bar).to_have_count(0)
         assert user.fetch(user.images.first).getpixel((4, 4)) == (255, 0, 0)
         (sent,) = source.asked[0]

@@ -39,6 +39,7 @@ CSS = """
 .enlarged img {width: 100%; height: min(18rem, 70vw); object-fit: contain}
 #chat [aria-label="Share"] {display: none} /* it uploads to a website */
 #chat progress {width: min(16rem, 60vw); accent-color: var(--color-accent)}
+.gradio-container:has(#message textarea:disabled) #again {visibility: hidden} /* an answer's end empties the box */
 """
 
 
@@ -252,7 +253,7 @@ def build_page(
             page.load(None, None, chat.chatbot, js=restore).then(
                 end_unfinished, chat.chatbot, chat.chatbot_value, api_visibility="private"
             )
-            again = gr.Button("Add the last image to the message", size="sm")
+            again = gr.Button("Add the last image to the message", elem_id="again", size="sm")
             again.click(handlers.use_last_image, [chat.chatbot, chat.textbox], chat.textbox, api_visibility="private")
         add_compare_tab(handlers, settings)
         add_reconstruct_tab(handlers, settings)
