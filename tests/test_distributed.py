@@ -101,10 +101,9 @@ def test_two_processes_are_one(two_processes, tmp_path, name):
     assert_same(tmp_path, two_processes(name), tolerance=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kill", ["step", "save"])
-@pytest.mark.parametrize(("processes", "parallel"), [(1, False), (2, False), (2, True)])
-def test_killed_runs_resume(tmp_path, processes, parallel, kill):
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory, processes, parallel) -> Path:
+    """The folder of three runs: one that nobody kills, and two that were killed and went on."""
     options = {
         "max_steps": 6,
         "parallel": parallel,
@@ -114,12 +113,19 @@ def test_killed_runs_resume(tmp_path, processes, parallel, kill):
         "lr_scheduler_type": "cosine",
         "save_total_limit": 1,  # An older checkpoint stays until the newer one is complete.
     }
-    done = launch(processes, {"output": tmp_path / "cut", "kill": kill, **options})
-    assert done.returncode != 0
-    assert (tmp_path / "cut" / "checkpoint-4").exists() == (kill == "save")
-    assert last_complete_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-2")
-    done = launch(
-        processes, {"output": tmp_path / "cut", "resume": True, **options}, {"output": tmp_path / "whole", **options}
-    )
+    folder, kills = tmp_path_factory.mktemp("killed"), ("step", "save")
+    for kill in kills:
+        assert launch(processes, {"output": folder / kill, "kill": kill, **options}).returncode != 0
+        assert (folder / kill / "checkpoint-4").exists() == (kill == "save")
+        assert last_complete_checkpoint(folder / kill) == str(folder / kill / "checkpoint-2")
+    resumed = [{"output": folder / kill, "resume": True, **options} for kill in kills]
+    done = launch(processes, *resumed, {"output": folder / "whole", **options})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(tmp_path / "whole", tmp_path / "cut", tolerance=0.0 if processes == 1 else 1e-6)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "parallel"), [(1, False), (2, False), (2, True)], scope="module")
+@pytest.mark.parametrize("kill", ["step", "save"])
+def test_killed_runs_resume(killed_runs, processes, kill):
+    assert_same(killed_runs / "whole", killed_runs / kill, tolerance=0.0 if processes == 1 else 1e-6)
