@@ -36,10 +36,12 @@ from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.image_reading import read_image
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.packing import pack_lengths
+from metamorph_hf.vpit.text_loss import measure_text
 
 
 EMOJI = Path(__file__).parent / "emoji"
 Batch = dict[str, torch.Tensor]
+BATCHES = 4  # of each kind that packing is timed with, since how much of a batch is padding varies
 
 
 def make_batch(model: MetaMorphForConditionalGeneration, text: int, asked: int, answered: int) -> Batch:
@@ -77,8 +79,12 @@ def twin_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.T
     return text_loss - (predictions * targets).sum(-1)[is_visual[:, 1:]].mean()
 
 
-def step(model: MetaMorphForConditionalGeneration, batch: Batch, compute_loss: Callable | None = None) -> float:
-    loss = model(**batch, use_cache=False).loss if compute_loss is None else compute_loss(model, batch)
+def our_loss(model: MetaMorphForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    return model(**batch, use_cache=False, measure_text=measure_text).loss  # as the trainer calls it
+
+
+def step(model: MetaMorphForConditionalGeneration, batch: Batch, compute_loss: Callable = our_loss) -> float:
+    loss = compute_loss(model, batch)
     loss.backward()
     return loss.item()
 
@@ -208,13 +214,22 @@ def measure_packing(args: argparse.Namespace) -> dict[str, float]:
     results["share of padding, padded batches"] = 1 - sum(lengths[: 1000 // args.batch * args.batch]) / padded
     rows = pack_lengths(lengths, args.row)
     results["share of padding, packed (at most 0.03)"] = 1 - sum(lengths) / (len(rows) * args.row)
-    chosen, rng = [], random.Random(0)
-    while sum(map(len, chosen)) < args.batch:
-        chosen.append(rows.pop(rng.randrange(len(rows))))
-    packed = collate([{"conversations": [conversations[index] for index in row]} for row in chosen])
-    padded = collate(conversations[: args.batch])
-    tokens = sum(lengths[index] for row in chosen for index in row), sum(lengths[: args.batch])
-    seconds = CpuTimer("cpu", args.repeats)(partial(step, model, packed), partial(step, model, padded))
+    random.Random(0).shuffle(rows)
+    rows_at_once = round(args.batch * len(rows) / len(lengths))  # about as many conversations as a padded batch
+    packed = [rows[first : first + rows_at_once] for first in range(0, BATCHES * rows_at_once, rows_at_once)]
+    padded = [range(first, first + args.batch) for first in range(0, BATCHES * args.batch, args.batch)]
+    batches = [collate([{"conversations": [conversations[i] for i in row]} for row in chosen]) for chosen in packed]
+    padded_batches = [collate([conversations[i] for i in chosen]) for chosen in padded]
+    tokens = (
+        sum(lengths[i] for chosen in packed for row in chosen for i in row),
+        sum(lengths[i] for chosen in padded for i in chosen),
+    )
+
+    def train(batches: list[Batch]) -> None:
+        for batch in batches:
+            step(model, batch)
+
+    seconds = CpuTimer("cpu", args.repeats)(partial(train, batches), partial(train, padded_batches))
     speeds = [count / elapsed for count, elapsed in zip(tokens, seconds)]
     return results | {"real tokens per second, packed / padded (at least 1.6)": speeds[0] / speeds[1]}
 
@@ -240,7 +255,11 @@ def measure_collator(args: argparse.Namespace, folder: str) -> dict[str, float]:
         for batch in batches:
             processor.image_processor([read_image(row["images"][0]) for row in batch], return_tensors="pt")
 
-    times = CpuTimer("cpu", 3 * args.repeats)(decode, lambda: [collate(batch) for batch in batches])
+    def collate_all() -> None:
+        for batch in batches:
+            collate(batch)
+
+    times = CpuTimer("cpu", 10 * args.repeats)(decode, collate_all)
     return {"collator, beyond decoding and resizing / these (at most 0.3)": times[1] / times[0] - 1}
 
 
@@ -272,7 +291,7 @@ def measure_trainer(args: argparse.Namespace, folder: str, steps: int = 12) -> d
         optimizer = torch.optim.AdamW(trainer.optimizer.param_groups, fused=trainer.optimizer.defaults.get("fused"))
         ends = []
         for batch in DataLoader(dataset, 16, collate_fn=trainer.data_collator):
-            model(**batch, use_cache=False).loss.backward()
+            our_loss(model, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

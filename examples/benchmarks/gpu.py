@@ -37,6 +37,7 @@ from metamorph_hf import (
 )
 from metamorph_hf.vpit.packing import pack_lengths
 from metamorph_hf.vpit.stages import complete_peft_config
+from metamorph_hf.vpit.text_loss import measure_text
 
 
 TESTS = Path(__file__).parents[2] / "tests"
@@ -194,7 +195,9 @@ def check_packing(report: Report, attention: str) -> dict[str, str]:
     model = build_model("tiny", report.device, torch.bfloat16 if is_flash else torch.float32, num_image_tokens=16)
     model.train().set_attn_implementation(attention)
     batches = make_batches(model, 8, 600, flat=is_flash)
-    padded, packed = (model(**batch, use_cache=False).loss.item() for batch in batches.values())
+    padded, packed = (
+        model(**batch, use_cache=False, measure_text=measure_text).loss.item() for batch in batches.values()
+    )
     return {"difference": f"{abs(packed - padded) / abs(padded):.1e}"}
 
 
@@ -255,7 +258,7 @@ def measure_training(
 
     def step(batch: Batch) -> None:
         with torch.autocast(report.device.type, torch.bfloat16):
-            loss = model(**batch, use_cache=False).loss
+            loss = model(**batch, use_cache=False, measure_text=measure_text).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -277,13 +280,15 @@ def measure_training(
 
 
 def measure_cross_entropy(report: Report, args: argparse.Namespace, kind: str) -> dict:
-    """Time the cross-entropy of 8,192 positions and its gradients: ours, of whole logits, or Liger's."""
+    """Time the cross-entropy of 8,192 positions and its gradients in one of four ways."""
     model = build_model("tiny" if args.tiny else "1 B", report.device, torch.bfloat16)
     head, count = model.lm_head, 64 if args.tiny else 8192
     hidden_states = torch.randn(count, head.in_features, device=report.device, dtype=torch.bfloat16).requires_grad_()
     labels = torch.randint(model.config.image_start_token_id, (count,), device=report.device)
-    if kind == "ours":
-        loss = lambda: model._measure_text(hidden_states, labels)[0].mean()  # noqa: E731
+    if kind == "trainer":
+        loss = lambda: measure_text(model, hidden_states, labels)[0].mean()  # noqa: E731
+    elif kind == "chunks":
+        loss = lambda: model.measure_text(hidden_states, labels)[0].mean()  # noqa: E731
     elif kind == "whole":
         loss = lambda: F.cross_entropy(head(hidden_states).float(), labels)  # noqa: E731
     else:
@@ -359,7 +364,7 @@ def measure_all(report: Report, args: argparse.Namespace, peak_speed: float) -> 
         for attention, needs in (("sdpa", None), ("flash_attention_2", "flash_attn")):
             run = partial(measure_training, report, args, "tiny" if args.tiny else size, kind, attention, peak_speed)
             report.measure(f"training, {size}, {kind}, {attention}", run, needs, seconds=args.training_seconds)
-    for kind, needs in (("ours", None), ("whole", None), ("Liger", "liger_kernel")):
+    for kind, needs in (("trainer", None), ("chunks", None), ("whole", None), ("Liger", "liger_kernel")):
         report.measure("cross-entropy, 8,192 positions", partial(measure_cross_entropy, report, args, kind), needs)
     static = {"cache_implementation": "static"}
     modes = {"eager": {}, "static": {**static, "disable_compile": True}, "compiled": static}

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, I images in the batch, N visual tokens per image, D
 of a visual token, P patches per image, M selected positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -442,6 +443,7 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         mm_encoder_outputs: dict[str, MetaMorphImageFeatures] | None = None,
         num_items_in_batch: torch.Tensor | None = None,
         precomputed_outputs: MetaMorphCausalLMOutputWithPast | None = None,
+        measure_text: Callable | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaMorphCausalLMOutputWithPast:
         """
@@ -454,6 +456,8 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
                 step (all devices, all accumulation steps), by which the losses are divided.
             precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]): Set by `generate()`: outputs of a step that a
                 pass over all queries of an image has computed before.
+            measure_text (`Callable`, *optional*, defaults to [`measure_text`]): Set by [`VPiTTrainer`], which needs
+                less memory.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none.
@@ -484,7 +488,8 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             predictions = self.vision_head(hidden_states[:, -num_steps:])
             results["next_visual_token"] = self.model.normalize_visual_tokens(predictions)
         else:
-            results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch)
+            measure = measure_text or type(self).measure_text
+            results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch, measure)
             if outputs.router_logits:
                 aux_loss = self._compute_aux_loss(outputs.router_logits, attention_mask, position_ids)
                 results["aux_loss"] = aux_loss.to(hidden_states.device)
@@ -518,7 +523,7 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         )
         return is_target
 
-    def _measure_text(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    def measure_text(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
         """
         Return cross-entropy, correctness and entropy (3, M) of the predictions of (M,) labels from (M, D) hidden
         states, without holding (M, vocabulary) logits at once.
@@ -543,13 +548,13 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
         return torch.cat([checkpoint(measure_chunk, *chunk, use_reentrant=False) for chunk in chunks], dim=1)
 
-    def _compute_losses(self, outputs, input_ids, labels, visual_target_mask, num_items_in_batch) -> dict:
+    def _compute_losses(self, outputs, input_ids, labels, visual_target_mask, num_items_in_batch, measure) -> dict:
         """Compute both losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
         hidden_states, features = outputs.last_hidden_state, outputs.image_outputs
         is_text = (labels != -100) & (labels != self.config.image_token_id)
         is_text[:, 0] = False
         predicts_text, predicts_visual = (F.pad(mask[:, 1:], (0, 1)) for mask in (is_text, visual_target_mask))
-        text_measures = self._measure_text(hidden_states[predicts_text], labels[is_text])
+        text_measures = measure(self, hidden_states[predicts_text], labels[is_text])
         text_sums = text_measures.sum(1)
         predictions = self.vision_head(hidden_states[predicts_visual])
         targets = predictions.detach()

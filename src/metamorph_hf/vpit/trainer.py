@@ -34,6 +34,7 @@ from .collator import DataCollatorForVPiT
 from .config import MODULE_LEARNING_RATES, VPiTConfig
 from .metrics import COUNTS, MEANS, RUN_COUNTS, average_by_task, measure_batch, sum_by_sample
 from .packing import check_packable, pack_dataset
+from .text_loss import measure_text
 
 
 logger = get_logger(__name__)
@@ -339,7 +340,7 @@ class VPiTTrainer(SFTTrainer):
         kwargs = {"num_items_in_batch": num_items_in_batch, "logits_to_keep": 0 if return_outputs else 1}
         if self.aux_loss_enabled:  # as SFTTrainer finds out
             kwargs["output_router_logits"] = True
-        outputs = model(**inputs, **kwargs, use_cache=False)
+        outputs = model(**inputs, **kwargs, use_cache=False, measure_text=measure_text)
         loss, config = outputs.text_loss, self.metamorph.config
         if self.visual_loss_weight:
             loss = loss + self.visual_loss_weight * outputs.visual_loss
