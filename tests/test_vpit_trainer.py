@@ -559,6 +559,31 @@ class TestFaults:
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, twin.state_dict()[name]), name
 
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("mode", ["raise", "skip"])
+    def test_gradient_that_is_not_finite(self, tiny_processor, tiny_model, tmp_path, caplog, value, mode):
+        """The losses say nothing of it before the weights are broken."""
+        options = {"max_steps": 3, "lr_scheduler_type": "constant", "optim": "sgd", "save_strategy": "no"}
+        options["train_sampling_strategy"] = "sequential"  # all batches are the same
+        model, twin, calls = tiny_model(), tiny_model(), []
+
+        def break_second_gradient(gradient: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return gradient.index_fill(0, torch.tensor(0), value) if len(calls) == 2 else gradient
+
+        model.lm_head.weight.register_hook(break_second_gradient)
+        args = self.arguments(tmp_path, on_nonfinite_loss=mode, **options)
+        if mode == "raise":
+            with pytest.raises(ValueError, match="Step 2: the losses are finite, but the gradients are not"):
+                train(model, tiny_processor, args, EXAMPLES[:2] * 3)
+        else:
+            trainer = train(model, tiny_processor, args, EXAMPLES[:2] * 3)
+            assert trainer.totals["skipped_steps"] == 1 and "Step 2: the losses are finite" in caplog.text
+        steps = 1 if mode == "raise" else 2
+        train(twin, tiny_processor, self.arguments(tmp_path, **{**options, "max_steps": steps}), EXAMPLES[:2] * 3)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, twin.state_dict()[name]), name
+
     def test_nan_is_skipped_and_counted(self, tiny_processor, tiny_model, tmp_path, caplog):
         """The run equals one that never saw the step, and its logs are finite."""
         options = {

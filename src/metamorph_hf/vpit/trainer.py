@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -46,7 +47,7 @@ UNSUPPORTED_ARGUMENTS = {
 
 
 class _WatchSteps(TrainerCallback):
-    """Prevent the update of an optimization step if a loss is not finite, and measure the step's time."""
+    """Prevent the update of a step if a loss or a gradient is not finite, and measure the step's time."""
 
     def __init__(self, trainer: "VPiTTrainer"):
         self.trainer = trainer
@@ -56,7 +57,7 @@ class _WatchSteps(TrainerCallback):
             self.trainer.totals = Counter(stored["attributes"]["totals"])
 
     def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
-        if self.trainer.has_nonfinite_loss():
+        if self.trainer.has_nonfinite_loss() or self.trainer.has_nonfinite_gradient():
             optimizer.zero_grad(set_to_none=True)  # Optimizers pass over parameters without gradients.
             self.trainer.totals["skipped_steps"] += 1
 
@@ -124,7 +125,8 @@ class VPiTTrainer(SFTTrainer):
 
     Raises:
         TypeError: if `args` is not a [`VPiTConfig`].
-        ValueError: if model and processor, or settings and stage, do not fit together, or a loss is NaN or infinite.
+        ValueError: if model and processor, or settings and stage, do not fit together, or a loss or
+            gradient is NaN or infinite.
     """
 
     _tag_names = ["trl", "vpit", "metamorph"]
@@ -420,6 +422,30 @@ class VPiTTrainer(SFTTrainer):
             done = "optimization step is skipped" if self.model.training else "batch is left out of the evaluation"
             logger.warning(f"{sentence} This {done}.", main_process_only=False)
         return not is_finite
+
+    def has_nonfinite_gradient(self) -> bool:
+        """
+        Return whether a gradient of any process is NaN or infinite, which would break the weights for good although
+        the losses are finite. DeepSpeed and the scaler of float16 keep gradients of their own, and check them.
+
+        Raises:
+            ValueError: if there is one and `on_nonfinite_loss` is `"raise"`.
+        """
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return False
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        is_nonfinite = ~nn.utils.get_total_norm(parts).isfinite()
+        if not self.accelerator.reduce(is_nonfinite.to(self.accelerator.device).long()):
+            return False
+        sentence = f"Step {self.state.global_step + 1}: the losses are finite, but the gradients are not."
+        if self.args.on_nonfinite_loss == "raise":
+            raise ValueError(
+                f"{sentence} The weights are those before this step. Resume from a checkpoint with a lower learning "
+                "rate, or set on_nonfinite_loss='skip'."
+            )
+        logger.warning(f"{sentence} This optimization step is skipped.")
+        return True
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """See [`~transformers.Trainer.get_eval_dataloader`]. Every sample is in one batch of one process only."""
