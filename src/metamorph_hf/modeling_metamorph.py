@@ -456,8 +456,8 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
                 step (all devices, all accumulation steps), by which the losses are divided.
             precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]): Set by `generate()`: outputs of a step that a
                 pass over all queries of an image has computed before.
-            measure_text (`Callable`, *optional*, defaults to [`measure_text`]): Set by [`VPiTTrainer`], which needs
-                less memory.
+            measure_text (`Callable`, *optional*): Called with model, hidden states and labels in the place of the
+                method `measure_text`. [`VPiTTrainer`] passes one that needs less memory.
 
         Raises:
             ValueError: if `labels` mark a visual token where `input_ids` hold none.

@@ -125,8 +125,8 @@ class VPiTTrainer(SFTTrainer):
 
     Raises:
         TypeError: if `args` is not a [`VPiTConfig`].
-        ValueError: if model and processor, or settings and stage, do not fit together, or a loss or
-            gradient is NaN or infinite.
+        ValueError: if model and processor, or settings and stage, do not fit together, or a loss or a gradient is NaN
+            or infinite.
     """
 
     _tag_names = ["trl", "vpit", "metamorph"]
@@ -426,7 +426,8 @@ class VPiTTrainer(SFTTrainer):
     def has_nonfinite_gradient(self) -> bool:
         """
         Return whether a gradient of any process is NaN or infinite, which would break the weights for good although
-        the losses are finite. DeepSpeed and the scaler of float16 keep gradients of their own, and check them.
+        the losses are finite. Not with DeepSpeed, which keeps the gradients to itself, and with float16, whose scaler
+        checks them.
 
         Raises:
             ValueError: if there is one and `on_nonfinite_loss` is `"raise"`.
