@@ -1,6 +1,7 @@
 """Train the tiny model in one or two processes and save weights and logs; launched by test_distributed.py."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,14 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class BreakGradient(TrainerCallback):
+    """Put a NaN in a gradient of the last process, after all processes have shared theirs, in step 2."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 1 and args.process_index == args.world_size - 1:
+            next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = math.nan
+
+
 def run(
     output: Path,
     kill: str | None = None,
@@ -38,6 +47,7 @@ def run(
     zero: int | None = None,
     tied: bool = False,
     nan: bool = False,
+    nan_gradient: bool = False,
     stream: bool = False,
     parallel: bool = False,
     **options,
@@ -49,6 +59,7 @@ def run(
         kill: "step" kills the last process in step 4, "save" while it saves step 4.
         zero: DeepSpeed's stage.
         nan: One sample has a NaN loss.
+        nan_gradient: One process has a NaN gradient.
         stream: The dataset is read while training.
         parallel: The model decodes images in parallel.
         options: Options of the configuration.
@@ -77,7 +88,8 @@ def run(
     examples = [{**example, "task": f"task {index % 3}"} for index, example in enumerate(EXAMPLES)]
     examples = examples_with_nan() if nan else examples
     dataset = IterableDataset.from_generator(partial(iter, examples)) if stream else dataset_of(examples)
-    options = {"processing_class": processor, "callbacks": [Kill()] if kill == "step" else []}
+    callbacks = [Kill()] * (kill == "step") + [BreakGradient()] * nan_gradient
+    options = {"processing_class": processor, "callbacks": callbacks}
     trainer = VPiTTrainer(model, args, train_dataset=dataset, **options)
     if kill == "save":
         save_model = trainer.save_model

@@ -20,10 +20,13 @@ def measure(function, model, count: int, **autocast) -> tuple[torch.Tensor, dict
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(count, model.lm_head.in_features, generator=generator, requires_grad=True)
     labels = torch.randint(8, model.lm_head.out_features, (count,), generator=generator)
+    with torch.no_grad():  # every second prediction is right
+        logits = model.lm_head(hidden_states).index_fill(-1, torch.tensor(model.config.image_token_id), -torch.inf)
+        labels[::2] = logits.argmax(-1)[::2]
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, **autocast):
         found = function(model, hidden_states, labels)
-    (found[0] * torch.arange(count)).sum().backward()
+    (found[0] * torch.arange(1, count + 1)).sum().backward()
     return found.detach(), {"hidden": hidden_states.grad} | {n: p.grad for n, p in model.lm_head.named_parameters()}
 
 
@@ -37,23 +40,26 @@ def test_the_models_own(tiny_model, narrow_tiles, count, has_bias, half, toleran
     expected, expected_gradients = measure(type(model).measure_text, model, count, enabled=half)
     found, gradients = measure(measure_text, model, count, enabled=half)
     assert found.dtype == torch.float32 and found.shape == (3, count)
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    rows = [0, 2] if half else [0, 1, 2]  # rounded logits may have two maxima
+    torch.testing.assert_close(found[rows], expected[rows], rtol=tolerance, atol=tolerance)
+    assert found[1].sum() >= count / 2 - 1
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=tolerance, atol=tolerance * count)
-    assert (
-        gradients["weight"][model.config.image_token_id].count_nonzero() == 0
-    )  # the image token takes no probability
+        difference = (gradient - expected_gradients[name]).norm()
+        assert difference <= tolerance * expected_gradients[name].norm(), name
+    # The image token takes no probability.
+    assert gradients["weight"][model.config.image_token_id].count_nonzero() == 0
 
 
 def test_logits_are_never_whole(tiny_model, monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda *args: pytest.fail("lm_head computed all logits"))
-    measure(measure_text, tiny_model().train(), 3)
+    model = tiny_model().train()
+    measure_text(model, torch.randn(3, model.lm_head.in_features), torch.arange(8, 11))
 
 
-@pytest.mark.parametrize("kind", ["adapter", "quantized", "sharded", "replaced"])
-def test_head_that_is_not_a_matrix(tiny_model, kind):
-    """Such a head computes its logits itself: its weight alone would give others."""
+@pytest.mark.parametrize("kind", ["adapter", "quantized", "sharded", "replaced", "half"])
+def test_heads_that_are_called(tiny_model, kind):
+    """Their weights alone would give other logits, or cost more memory."""
     model, calls = tiny_model(tie_word_embeddings=False).train(), []
     if kind == "adapter":
         config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
@@ -62,8 +68,11 @@ def test_head_that_is_not_a_matrix(tiny_model, kind):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.as_subclass(type("Packed", (torch.Tensor,), {})))
     elif kind == "sharded":
         model.lm_head.weight.ds_id = 0
-    else:
+    elif kind == "replaced":
         model.lm_head.forward = model.lm_head.forward
+    else:
+        model.lm_head.to(torch.bfloat16)
     model.lm_head.register_forward_hook(lambda *args: calls.append(1))
-    measure(measure_text, model, 3)
+    hidden_states = torch.randn(3, model.lm_head.in_features, dtype=model.lm_head.weight.dtype)
+    measure_text(model, hidden_states, torch.arange(8, 11))
     assert calls
