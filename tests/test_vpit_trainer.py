@@ -584,6 +584,17 @@ class TestFaults:
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, twin.state_dict()[name]), name
 
+    def test_gradient_of_an_empty_shard(self, tiny_processor, model, tmp_path):
+        """FSDP leaves some processes no part of a small parameter."""
+        trainer = build_trainer(model, tiny_processor, arguments(tmp_path))
+        model.empty = torch.nn.Parameter(torch.zeros(0))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        assert not trainer.has_nonfinite_gradient()
+        model.lm_head.weight.grad[0, 0] = math.nan
+        with pytest.raises(ValueError, match="Step 1: the losses are finite, but the gradients are not"):
+            trainer.has_nonfinite_gradient()
+
     def test_nan_is_skipped_and_counted(self, tiny_processor, tiny_model, tmp_path, caplog):
         """The run equals one that never saw the step, and its logs are finite."""
         options = {

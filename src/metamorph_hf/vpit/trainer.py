@@ -436,7 +436,8 @@ class VPiTTrainer(SFTTrainer):
             return False
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        is_nonfinite = ~nn.utils.get_total_norm(parts, math.inf).isfinite()
+        largest = nn.utils.get_total_norm([part for part in parts if part.numel()], math.inf)  # shards may be empty
+        is_nonfinite = ~largest.isfinite()
         if not self.accelerator.reduce(is_nonfinite.to(self.accelerator.device).long()):
             return False
         sentence = f"Step {self.state.global_step + 1}: the losses are finite, but the gradients are not."
