@@ -216,20 +216,20 @@ def measure_packing(args: argparse.Namespace) -> dict[str, float]:
     results["share of padding, packed (at most 0.03)"] = 1 - sum(lengths) / (len(rows) * args.row)
     random.Random(0).shuffle(rows)
     rows_at_once = round(args.batch * len(rows) / len(lengths))  # about as many conversations as a padded batch
-    packed = [rows[first : first + rows_at_once] for first in range(0, BATCHES * rows_at_once, rows_at_once)]
-    padded = [range(first, first + args.batch) for first in range(0, BATCHES * args.batch, args.batch)]
-    batches = [collate([{"conversations": [conversations[i] for i in row]} for row in chosen]) for chosen in packed]
-    padded_batches = [collate([conversations[i] for i in chosen]) for chosen in padded]
-    tokens = (
-        sum(lengths[i] for chosen in packed for row in chosen for i in row),
-        sum(lengths[i] for chosen in padded for i in chosen),
-    )
+    chosen = rows[: BATCHES * rows_at_once], range(BATCHES * args.batch)
+    tokens = sum(lengths[i] for row in chosen[0] for i in row), sum(lengths[i] for i in chosen[1])
+    packed = [{"conversations": [conversations[i] for i in row]} for row in chosen[0]]
+    padded = [conversations[i] for i in chosen[1]]
 
     def train(batches: list[Batch]) -> None:
         for batch in batches:
             step(model, batch)
 
-    seconds = CpuTimer("cpu", args.repeats)(partial(train, batches), partial(train, padded_batches))
+    batches = [
+        [collate(samples[first : first + size]) for first in range(0, len(samples), size)]
+        for samples, size in ((packed, rows_at_once), (padded, args.batch))
+    ]
+    seconds = CpuTimer("cpu", args.repeats)(*(partial(train, each) for each in batches))
     speeds = [count / elapsed for count, elapsed in zip(tokens, seconds)]
     return results | {"real tokens per second, packed / padded (at least 1.6)": speeds[0] / speeds[1]}
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import import_example, run_example
 from PIL import Image
 
 from metamorph_hf import MetaMorphPipeline
+from metamorph_hf.vpit import text_loss
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -209,6 +211,16 @@ class TestGpuBenchmark:
         assert [row["what"] for row in rows] == ["packed loss, eager", "packed loss, sdpa"]
         done = run_example("benchmarks/gpu.py", *flags, "painting", cwd=tmp_path)
         assert done.returncode == 2 and "one of the parts ['painting']" in done.stderr
+
+    @pytest.mark.parametrize(("kind", "is_fused"), [("trainer", True), ("chunks", False)])
+    def test_cross_entropy_is_the_named_one(self, monkeypatch, kind, is_fused):
+        """The trainer's loss falls back to the model's own where it does not pay."""
+        script, calls = import_example("benchmarks.gpu"), []
+        fused = text_loss.ChunkedLogProbFunction
+        monkeypatch.setattr(fused, "apply", lambda *args, apply=fused.apply: calls.append(1) or apply(*args))
+        report = SimpleNamespace(device=torch.device("cpu"), time=lambda run: run() or 1.0)
+        script.measure_cross_entropy(report, SimpleNamespace(tiny=True), kind)
+        assert bool(calls) == is_fused
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_gpu(self, tmp_path):

@@ -58,7 +58,7 @@ class VPiTConfig(SFTConfig):
             Defaults to 0 in stage `"projector"`, and to the model configuration's `visual_loss_weight` in `"full"`.
         on_nonfinite_loss (`str`, *optional*, defaults to `"raise"`):
             `"raise"` stops at a NaN or infinite loss or gradient, `"skip"` makes no update, or leaves out the batch in
-            evaluation. Gradients are not checked with DeepSpeed, and those of float16 by its scaler.
+            evaluation. With DeepSpeed gradients are not checked, and with float16 its scaler skips such steps.
         max_length (`int`, *optional*, defaults to 4096):
             Maximum length of a conversation, visual tokens included; never more than the language model's context.
         on_too_long (`str`, *optional*, defaults to `"refuse"`):
