@@ -27,7 +27,7 @@ from metamorph_hf import MetaMorphForConditionalGeneration, VPiTTrainer, modelin
 from metamorph_hf.modeling_metamorph import MetaMorphCausalLMOutputWithPast
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.metrics import sum_by_sample
-from metamorph_hf.vpit.trainer import last_complete_checkpoint
+from metamorph_hf.vpit.trainer import _WatchSteps, last_complete_checkpoint
 
 
 @pytest.fixture
@@ -590,10 +590,10 @@ class TestFaults:
         model.empty = torch.nn.Parameter(torch.zeros(0))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        assert not trainer.has_nonfinite_gradient()
+        assert not _WatchSteps(trainer).has_nonfinite_gradient()
         model.lm_head.weight.grad[0, 0] = math.nan
         with pytest.raises(ValueError, match="Step 1: the losses are finite, but the gradients are not"):
-            trainer.has_nonfinite_gradient()
+            _WatchSteps(trainer).has_nonfinite_gradient()
 
     def test_nan_is_skipped_and_counted(self, tiny_processor, tiny_model, tmp_path, caplog):
         """The run equals one that never saw the step, and its logs are finite."""

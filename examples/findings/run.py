@@ -324,8 +324,11 @@ def train(
         layers = [*range(depth - cell["lora"]["layers"], depth)]
         rank = cell["lora"]["r"]
         adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR, layers_to_transform=layers)
-    elif steps >= COMPILED_STEPS:
-        model.model.language_model.compile(dynamic=True)
+    if steps >= COMPILED_STEPS:
+        language_model = model.model.language_model
+        # With adapters, all layers in one graph take more than ten minutes to compile. Alone, they share two graphs.
+        for module in language_model.layers if adapter else [language_model]:
+            module.compile(dynamic=True)
 
     def read(columns: dict) -> dict:
         chosen = [records[index] for index in columns["index"]]

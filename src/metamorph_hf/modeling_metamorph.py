@@ -454,8 +454,7 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
                 visual token, `image_token_id` if it is a regression target, -100 if it is only context.
             num_items_in_batch (`torch.Tensor` of shape (2,), int64): Text and visual labels of a whole optimization
                 step (all devices, all accumulation steps), by which the losses are divided.
-            precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]): Set by `generate()`: outputs of a step that a
-                pass over all queries of an image has computed before.
+            precomputed_outputs ([`MetaMorphCausalLMOutputWithPast`]): Set by `generate()` to be returned as it is.
             measure_text (`Callable`, *optional*): Called with model, hidden states and labels in the place of the
                 method `measure_text`. [`VPiTTrainer`] passes one that needs less memory.
 
@@ -488,12 +487,9 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             predictions = self.vision_head(hidden_states[:, -num_steps:])
             results["next_visual_token"] = self.model.normalize_visual_tokens(predictions)
         else:
-            measure = measure_text or type(self).measure_text
-            results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch, measure)
+            results |= self._compute_losses(outputs, input_ids, labels, target_mask, num_items_in_batch, measure_text)
             if outputs.router_logits:
-                aux_loss = self._compute_aux_loss(outputs.router_logits, attention_mask, position_ids)
-                results["aux_loss"] = aux_loss.to(hidden_states.device)
-                results["loss"] = results["loss"] + self.config.text_config.router_aux_loss_coef * results["aux_loss"]
+                results |= self._add_aux_loss(results["loss"], outputs.router_logits, attention_mask, position_ids)
         return MetaMorphCausalLMOutputWithPast(
             **results,
             cache=outputs.cache,
@@ -502,14 +498,16 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
             image_outputs=outputs.image_outputs,
         )
 
-    def _compute_aux_loss(self, router_logits, attention_mask, position_ids) -> torch.Tensor:
-        """Compute how unevenly a mixture of experts uses its experts for tokens that are not padding."""
+    def _add_aux_loss(self, loss, router_logits, attention_mask, position_ids) -> dict:
+        """Measure how unevenly experts are used for tokens that are not padding, and add that to the loss."""
         config, num_experts = self.config.text_config, router_logits[0].shape[-1]
         if attention_mask is None and position_ids is not None:  # packed; each position of the padding is 0
             is_token = (position_ids > 0) | (F.pad(position_ids[:, 1:], (0, 1)) == 1)
             is_token = is_token.expand(len(router_logits[0]) // is_token.shape[1], -1)
             attention_mask = is_token | ~is_token.any()  # a mean over no tokens would be NaN
-        return load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)
+        aux_loss = load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)
+        aux_loss = aux_loss.to(loss.device)
+        return {"loss": loss + config.router_aux_loss_coef * aux_loss, "aux_loss": aux_loss}
 
     def _find_visual_targets(self, input_ids: torch.LongTensor | None, labels: torch.LongTensor) -> torch.Tensor:
         """Return the mask (B, S) of the visual tokens to be regressed. Nothing predicts position 0."""
@@ -548,23 +546,24 @@ class MetaMorphForConditionalGeneration(MetaMorphGenerationMixin, MetaMorphPreTr
         chunks = zip(hidden_states.split(rows), labels.split(rows), strict=True)
         return torch.cat([checkpoint(measure_chunk, *chunk, use_reentrant=False) for chunk in chunks], dim=1)
 
-    def _compute_losses(self, outputs, input_ids, labels, visual_target_mask, num_items_in_batch, measure) -> dict:
+    def _compute_losses(self, outputs, input_ids, labels, target_mask, num_items_in_batch, measure_text) -> dict:
         """Compute both losses, each over its own count (paper, section 3.2). An empty selection gives an exact 0."""
         hidden_states, features = outputs.last_hidden_state, outputs.image_outputs
         is_text = (labels != -100) & (labels != self.config.image_token_id)
         is_text[:, 0] = False
-        predicts_text, predicts_visual = (F.pad(mask[:, 1:], (0, 1)) for mask in (is_text, visual_target_mask))
-        text_measures = measure(self, hidden_states[predicts_text], labels[is_text])
+        predicts_text, predicts_visual = (F.pad(mask[:, 1:], (0, 1)) for mask in (is_text, target_mask))
+        measure_text = measure_text or type(self).measure_text
+        text_measures = measure_text(self, hidden_states[predicts_text], labels[is_text])
         text_sums = text_measures.sum(1)
         predictions = self.vision_head(hidden_states[predicts_visual])
         targets = predictions.detach()
         if features is not None:  # without images there are no visual labels either
-            is_target = visual_target_mask[input_ids == self.config.image_token_id]
+            is_target = target_mask[input_ids == self.config.image_token_id]
             targets = features.visual_tokens.flatten(0, 1)[is_target].to(predictions.device)
         visual_losses = self.visual_loss_function(predictions, targets)
         cosine_sum = F.cosine_similarity(predictions.detach().float(), targets.float(), dim=-1).sum()
 
-        counts = torch.stack([is_text.sum(), visual_target_mask.sum()])
+        counts = torch.stack([is_text.sum(), target_mask.sum()])
         num_text, num_visual = counts.clamp(min=1)
         total_text, total_visual = (counts if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         text_loss, visual_loss = text_sums[0] / total_text, visual_losses.sum() / total_visual

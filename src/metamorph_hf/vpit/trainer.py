@@ -57,12 +57,39 @@ class _WatchSteps(TrainerCallback):
             self.trainer.totals = Counter(stored["attributes"]["totals"])
 
     def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
-        if self.trainer.has_nonfinite_loss() or self.trainer.has_nonfinite_gradient():
+        if self.trainer.has_nonfinite_loss() or self.has_nonfinite_gradient():
             optimizer.zero_grad(set_to_none=True)  # Optimizers pass over parameters without gradients.
             self.trainer.totals["skipped_steps"] += 1
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.seconds += time.monotonic() - self.trainer.step_start
+
+    def has_nonfinite_gradient(self) -> bool:
+        """
+        Return whether a gradient of any process is NaN or infinite, which would break the weights for good although
+        the losses are finite. Not with DeepSpeed, which keeps the gradients to itself, and with float16, whose scaler
+        checks them.
+
+        Raises:
+            ValueError: if there is one and `on_nonfinite_loss` is `"raise"`.
+        """
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled or trainer.accelerator.scaler is not None:
+            return False
+        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        largest = nn.utils.get_total_norm([part for part in parts if part.numel()], math.inf)  # shards may be empty
+        is_nonfinite = ~largest.isfinite()
+        if not trainer.accelerator.reduce(is_nonfinite.to(trainer.accelerator.device).long()):
+            return False
+        sentence = f"Step {trainer.state.global_step + 1}: the losses are finite, but the gradients are not."
+        if trainer.args.on_nonfinite_loss == "raise":
+            raise ValueError(
+                f"{sentence} The weights are those before this step. Resume from a checkpoint with a lower learning "
+                "rate, or set on_nonfinite_loss='skip'."
+            )
+        logger.warning(f"{sentence} This optimization step is skipped.")
+        return True
 
 
 class _PaddedStream(IterableDataset):
@@ -422,32 +449,6 @@ class VPiTTrainer(SFTTrainer):
             done = "optimization step is skipped" if self.model.training else "batch is left out of the evaluation"
             logger.warning(f"{sentence} This {done}.", main_process_only=False)
         return not is_finite
-
-    def has_nonfinite_gradient(self) -> bool:
-        """
-        Return whether a gradient of any process is NaN or infinite, which would break the weights for good although
-        the losses are finite. Not with DeepSpeed, which keeps the gradients to itself, and with float16, whose scaler
-        checks them.
-
-        Raises:
-            ValueError: if there is one and `on_nonfinite_loss` is `"raise"`.
-        """
-        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
-            return False
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        largest = nn.utils.get_total_norm([part for part in parts if part.numel()], math.inf)  # shards may be empty
-        is_nonfinite = ~largest.isfinite()
-        if not self.accelerator.reduce(is_nonfinite.to(self.accelerator.device).long()):
-            return False
-        sentence = f"Step {self.state.global_step + 1}: the losses are finite, but the gradients are not."
-        if self.args.on_nonfinite_loss == "raise":
-            raise ValueError(
-                f"{sentence} The weights are those before this step. Resume from a checkpoint with a lower learning "
-                "rate, or set on_nonfinite_loss='skip'."
-            )
-        logger.warning(f"{sentence} This optimization step is skipped.")
-        return True
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         """See [`~transformers.Trainer.get_eval_dataloader`]. Every sample is in one batch of one process only."""
