@@ -90,7 +90,9 @@ def generate(pipe: DiffusionPipeline, prompts: list[str], seed: int) -> torch.Te
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default=EMOJI_CHECKPOINT, help="folder or Hub id (default: the emoji model)")
-    parser.add_argument("--limit", type=int, help="number of prompts in all (default: 100 of each category)")
+    parser.add_argument(
+        "--limit", type=int, help="number of prompts, rounded up to as many of each category (default: 100 of each)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     args = parser.parse_args()

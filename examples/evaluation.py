@@ -32,14 +32,7 @@ def generate_answers(
     generated = torch.zeros(len(conversations), config.num_image_tokens, config.visual_token_dim)
     length = {"max_new_tokens": config.num_image_tokens + 2 + MAX_WORDS}
     for start in tqdm(range(0, len(conversations), ANSWER_BATCH_SIZE), desc=progress, leave=False):
-        inputs = processor.apply_chat_template(
-            conversations[start : start + ANSWER_BATCH_SIZE],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
+        inputs = processor.prepare_prompts(conversations[start : start + ANSWER_BATCH_SIZE]).to(model.device)
         output = model.eval().generate(**inputs, **length, **options, do_sample=False, return_dict_in_generate=True)
         texts += processor.decode_generated(output.sequences[:, inputs["input_ids"].shape[1] :])
         for index, images in enumerate(output.visual_tokens, start):

@@ -136,7 +136,7 @@ def main() -> None:
         print("{task}: {id} of {source}".format(**record))
         print("".join(BRACKETS[kind].format(text) for kind, text in parts), "\n")
     if args.html is not None:
-        args.html.write_text(build_page(records, spans, table))
+        args.html.write_text(build_page(records, spans, table), encoding="utf-8")
         print(f"saved {args.html}")
     if args.throughput:
         model = MetaMorphForConditionalGeneration.from_pretrained(model, dtype="float32")

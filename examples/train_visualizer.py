@@ -113,6 +113,9 @@ def is_complete(checkpoint: Path) -> bool:
 
 def claim_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Exit unless the output folder can be written, and is empty or this run's or to be overwritten."""
+    for source in (args.base, args.model):
+        if args.output.resolve() in ((find_pipeline(source) or Path(source)).resolve(), Path(source).resolve()):
+            raise SystemExit(f"{args.output} holds {source}, from which training starts: choose another --output.")
     file, settings = args.output / "run.json", {}
     for name, value in vars(args).items():
         if name not in FREE_SETTINGS:

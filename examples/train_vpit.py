@@ -164,9 +164,17 @@ def load_data(args: ScriptArguments, training_args: VPiTConfig) -> tuple[Dataset
         dataset = load_mixture([source], training_args.seed)
     if not args.eval_samples:
         return dataset, None
+    if isinstance(dataset, IterableDataset):
+        if any("num_samples" in source for source in args.mixture or []):
+            sys.exit("A stream with num_samples may repeat rows that --eval_samples holds out: leave out one of them.")
+        if 1 < (count := PartialState().num_processes) <= dataset.num_shards:
+            sys.exit(
+                f"--eval_samples holds out the first rows of a stream. {count} processes, which read shards of their "
+                "own, would train on some of them: leave it out, train in one process, or do without streaming."
+            )
+    elif args.eval_samples >= len(dataset):
+        sys.exit(f"--eval_samples holds out {args.eval_samples} samples, but there are only {len(dataset)} in all.")
     held_out = dataset.take(args.eval_samples)
-    if isinstance(dataset, IterableDataset) and any("num_samples" in source for source in args.mixture or []):
-        sys.exit("A stream with num_samples may repeat rows that --eval_samples holds out: leave out one of the two.")
     if isinstance(dataset, IterableDataset) or (args.mixture is None and args.dataset is None):
         return dataset.skip(args.eval_samples), held_out
     # A mixture repeats rows of small sources: the held-out ones must not be trained on.

@@ -50,8 +50,7 @@ class MetaMorph(BaseModel):
     @torch.no_grad()
     def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:
         content = [{"type": part["type"], part["type"]: part["value"]} for part in message]
-        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template([{"role": "user", "content": content}], **template)
+        inputs = self.processor.prepare_prompts([{"role": "user", "content": content}])
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         ids = self.model.generate(**inputs, **self.options)
         return self.processor.decode_generated(ids[:, inputs["input_ids"].shape[1] :])[0]

@@ -1,7 +1,10 @@
+import copy
 import datetime
 import io
 import json
 import math
+import os
+import pickle
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -9,13 +12,15 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets import Image as ImageFeature
+from datasets.fingerprint import Hasher
 from helpers import LLAVA, ROWS, write_jsonl
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from metamorph_hf.data import BadSample
-from metamorph_hf.data.mixture import JsonLines, Source, load_mixture, mixture_table
+from metamorph_hf.data.mixture import JsonLines, JsonList, Source, disable_decoding, load_mixture, mixture_table
 from metamorph_hf.image_reading import read_image
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 
@@ -87,6 +92,35 @@ class TestReading:
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
             Source("chat", str(tmp_path / "rows.json")).load()
 
+    def test_rows_of_a_json_file_are_neither_copied_nor_hashed(self, tmp_path):
+        """datasets does both with the tables of a mixture, for each of its operations."""
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps([{"id": number} for number in range(1000)]))
+        rows = JsonList(path)
+        assert copy.deepcopy(rows) is rows
+        pickled = pickle.dumps(rows)
+        assert list(pickle.loads(pickled)) == list(rows) and len(pickled) < 500
+        same, hashed = Hasher.hash(JsonList(path)), Hasher.hash(rows)
+        os.utime(path, ns=(10**18, 10**18))
+        assert hashed == same != Hasher.hash(JsonList(path))
+
+    @pytest.mark.parametrize("split", ["train", "train[1:]"])
+    def test_tables_of_images_are_not_copied(self, tmp_path, monkeypatch, split):
+        """Their images come as bytes, from the one copy that datasets has made."""
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        images = [[Image.new("RGB", (8, 8), (number, 0, 0))] * number for number in range(3)]
+        features = Features({"images": List(ImageFeature()), "image": ImageFeature(), "text": Value("string")})
+        columns = {"images": images, "image": [Image.new("L", (4, 4))] * 3, "text": ["a", "b", "c"]}
+        Dataset.from_dict(columns, features).to_parquet(tmp_path / "rows.parquet")
+        table = Source("chat", "parquet", data_files=str(tmp_path / "rows.parquet"), split=split).load()
+        assert not list((tmp_path / "cache").rglob("cache-*"))
+        assert [row["text"] for row in table] == ["a", "b", "c"][-len(table) :]
+        assert len(table[len(table) - 1]["images"]) == 2
+        for image in (table[0]["image"], table[len(table) - 1]["images"][0]):
+            assert image["bytes"].startswith(b"\x89PNG")
+        chosen = disable_decoding(Dataset.from_dict(columns, features).select([2, 0]))
+        assert chosen["text"][:] == ["c", "a"] and chosen[0]["images"][0]["bytes"]
+
     def test_rows_that_are_not_objects_are_named(self, tmp_path):
         (tmp_path / "rows.json").write_text(json.dumps(["a", None, ROWS["chat"]]))
         bad = {record["id"]: record["bad"] for record in load_mixture([Source("chat", str(tmp_path / "rows.json"))])}
@@ -129,6 +163,18 @@ class TestMixture:
     def test_fractions(self, sources, size, expected):
         mixture = load_mixture([{**source, "fraction": 2.0} for source in sources], size=size)
         assert tuple(self.count(mixture).values()) == expected
+
+    @pytest.mark.parametrize(("fractions", "expected"), [((0.7, 0.7), 6), ((0.3, 0.3, 0.3), 9)])
+    def test_fractions_use_up_a_source(self, tmp_path, fractions, expected):
+        """Rounding of floats loses no sample: 3 / 0.7 * 1.4 is 5.999..."""
+        path = write_jsonl(tmp_path / "chat.jsonl", [ROWS["chat"]] * 3)
+        assert (
+            len(load_mixture([{"task": "chat", "path": path, "fraction": share} for share in fractions])) == expected
+        )
+
+    def test_no_rows(self, sources):
+        mixture = load_mixture(sources)
+        assert mixture[:0] == mixture.select([])[:] == {name: [] for name in mixture[0]}
 
     def test_seeds(self, sources):
         first, again, other = (list(load_mixture(sources, seed=seed)) for seed in (0, 0, 1))

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 
@@ -13,6 +14,12 @@ from metamorph_hf.data.formats import BadSample
 from metamorph_hf.data.mixture import load_mixture
 from metamorph_hf.data.precompute import precompute_visual_tokens
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
+
+
+def encode_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
 
 
 class TestPrecomputeVisualTokens:
@@ -65,6 +72,32 @@ class TestPrecomputeVisualTokens:
         torch.testing.assert_close(tokens["visual_tokens"], expected)
         with pytest.raises(BadSample, match=r"row 3 of .* has a bad image. The image cannot be read \(.*3.png\)"):
             stop([record for record in encoded if (record["task"], record["id"]) == ("text_to_image", "row 3")])
+
+    def test_a_transform_with_an_index(self, tiny_processor, tiny_model):
+        """Columns of the dataset itself may have any name."""
+        images, messages = [Image.new("RGB", (20, 16), color) for color in ("red", "blue")], EXAMPLES[0]["messages"]
+
+        def read(columns):
+            return {
+                "messages": [messages for _ in columns["index"]],
+                "images": [[images[i]] for i in columns["index"]],
+            }
+
+        dataset = Dataset.from_dict({"index": [1, 0]}).with_transform(read)
+        model = tiny_model().eval()
+        encoded = precompute_visual_tokens(dataset, model, tiny_processor)
+        pixels = tiny_processor.image_processor(images[::-1], return_tensors="pt")["pixel_values"]
+        for row, expected in zip(encoded, model.get_visual_tokens(pixels), strict=True):
+            assert row["messages"] == messages and "images" not in row
+            torch.testing.assert_close(torch.as_tensor(row["visual_tokens"]), expected[None].detach())
+
+    def test_broken_image_of_a_column_of_images(self, tiny_processor, tiny_model):
+        """datasets would raise an error that names no row."""
+        good = {"bytes": encode_png(Image.new("RGB", (20, 16), "red")), "path": None}
+        rows = [[good], [{"bytes": good["bytes"][:60], "path": "broken.png"}]]
+        dataset = Dataset.from_dict({"images": rows}).cast_column("images", List(ImageFeature()))
+        encoded = precompute_visual_tokens(dataset, tiny_model(), tiny_processor)
+        assert encoded[0]["bad"] is None and "broken.png" in encoded[1]["bad"]
 
     def test_computed_once(self, tiny_processor, tiny_model, tmp_path, monkeypatch):
         """Later calls, as of other processes and runs, read a file, unless data or weights have changed."""

@@ -77,9 +77,12 @@ class TestGenerate:
         with pytest.raises(SystemExit, match="but the model's context holds 512"):
             generate("a cat and " * 400)
 
-    def test_image_that_cannot_be_written(self, generate):
+    @pytest.mark.parametrize("out", ["nowhere/cat.png", "nowhere", "nowhere.txt"])
+    def test_image_that_cannot_be_written(self, generate, monkeypatch, out):
+        """It is refused before the model is loaded."""
+        monkeypatch.setattr("metamorph_hf.cli.load_pipeline", lambda *args: pytest.fail("the model is loaded"))
         with pytest.raises(SystemExit, match="nowhere"):
-            generate("a cat", "--steps", 1, "--out", "nowhere/cat.png")
+            generate("a cat", "--steps", 1, "--out", out)
 
 
 class TestCommon:

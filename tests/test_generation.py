@@ -325,6 +325,29 @@ class TestDecoding:
         assert_same(continued, generate(golden_model, everything, max_new_tokens=N + 3))
         assert len(continued.visual_tokens[0]) == 1
 
+    def test_new_tokens_alone_on_a_cache(self, golden_model, prompt):
+        """They come with the mask of all tokens, as transformers takes them; all count in the context."""
+        inputs, cache = prompt("two_images"), DynamicCache()
+        first = generate(golden_model, inputs, cache=cache)
+        new = torch.tensor([[92, 151, 25, IMAGE_START]])
+        whole = torch.cat([first.sequences, new], dim=1)
+        unread = whole[:, cache.get_seq_length() :]  # the cache has not read the answer's last token
+        options = {"max_new_tokens": N + 3, "attention_mask": torch.ones_like(whole)}
+        continued = generate(golden_model, {"input_ids": unread}, cache=copy.deepcopy(cache), **options)
+        expected = generate(golden_model, {"input_ids": whole}, cache=copy.deepcopy(cache), **options)
+        assert continued.sequences[:, unread.shape[1] :].tolist() == expected.sequences[:, whole.shape[1] :].tolist()
+        assert len(continued.visual_tokens[0]) == 1
+        torch.testing.assert_close(continued.visual_tokens[0], expected.visual_tokens[0])
+        context = golden_model.config.text_config.max_position_embeddings
+        golden_model.config.text_config.max_position_embeddings = whole.shape[1] + N - 1
+        try:
+            with pytest.raises(ValueError, match=f"takes {N + 1} more tokens, but only {N} fit after the prompt"):
+                generate(golden_model, {"input_ids": unread}, cache=cache, **options)
+        finally:
+            golden_model.config.text_config.max_position_embeddings = context
+        with pytest.raises(ValueError, match="`attention_mask` has shape"):  # without a cache it is an error
+            generate(golden_model, {"input_ids": unread}, **options)
+
     def test_old_name_of_the_cache(self, golden_model):
         prompt, cache = {"input_ids": torch.tensor([[208, 92, IMAGE_START]])}, DynamicCache()
         first = generate(golden_model, prompt, cache=cache, max_new_tokens=N + 2)
@@ -585,6 +608,31 @@ class TestGenerateFeatures:
             list(streamer)
         thread.join()
 
+    def test_a_reader_learns_that_arguments_are_refused(self, golden_model, prompt):
+        processor = SimpleNamespace(tokenizer=IdsAsText(), image_token_id=IMAGE, num_image_tokens=N)
+        streamer, inputs = MetaMorphStreamer(processor, timeout=60), prompt("two_images")
+        with pytest.raises(ValueError, match="image token positions"):
+            generate(golden_model, {"input_ids": inputs["input_ids"]}, streamer=streamer)
+        with pytest.raises(ValueError, match="image token positions"):
+            next(streamer)
+
+    def test_a_streamer_serves_again_after_a_failure(self, golden_model, prompt):
+        """Neither the rest of the failed answer nor the next prompt is part of the next answer."""
+        processor = SimpleNamespace(tokenizer=IdsAsText(), image_token_id=IMAGE, num_image_tokens=N)
+        streamer, inputs = MetaMorphStreamer(processor, timeout=60), prompt("text_after_image_prompt")
+
+        def fail(ids, scores, **kwargs):
+            if ids.shape[1] > inputs["input_ids"].shape[1] + 2:
+                raise RuntimeError("stopped")
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            generate(golden_model, inputs, streamer=streamer, stopping_criteria=[fail])
+        with pytest.raises(RuntimeError, match="stopped"):
+            list(streamer)
+        outputs = generate(golden_model, inputs, streamer=streamer, max_images=0, max_new_tokens=5)
+        assert "".join(streamer).split() == [str(token) for token in answers(outputs, inputs)[0]]
+
     def test_streamed_text_comes_as_it_is_written(self, tiny_model, tiny_processor):
         """It comes before the answer is finished, in the pieces that transformers' own streamer makes."""
         model = tiny_model()
@@ -684,6 +732,16 @@ class TestGenerateFeatures:
         image_ids = [IMAGE_START, *[IMAGE] * N, IMAGE_END]
         assert answers(outputs, inputs) == [[92, *image_ids, 94, *image_ids]]
         assert outputs.visual_tokens[0].shape == (2, N, 32)
+
+    @pytest.mark.parametrize("warper", [{"top_k": 1}, {"top_p": 0.01, "top_k": 0}, {"min_p": 0.99, "top_k": 0}])
+    @pytest.mark.parametrize("limit", [{"max_new_tokens": 3}, {"max_new_tokens": N + 6, "max_images": 1}])
+    def test_sampling_where_the_likeliest_image_is_forbidden(self, golden_model, prompt, warper, limit):
+        """`<image_start>` is forbidden before `top_k` and its like, which would leave nothing else."""
+        inputs, options = prompt("one_image"), {**limit, **warper, "sequence_bias": [[[IMAGE_START], 100.0]]}
+        outputs = generate(golden_model, inputs, do_sample=True, min_new_tokens=3, output_scores=True, **options)
+        (ids,) = answers(outputs, inputs)
+        assert ids.count(IMAGE_START) == limit.get("max_images", 0)
+        assert all(scores.isfinite().any() for scores in outputs.scores)
 
     def test_text_settings_do_not_disturb_images(self, golden_model, prompt):
         inputs = prompt("one_image")

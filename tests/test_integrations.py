@@ -293,13 +293,22 @@ class Hub:
     """A repository of the Hub that keeps the files it is sent; `card` is its README."""
 
     def __init__(self, monkeypatch, folder: Path, card: str | None = None):
-        self.folder, self.files = folder, {} if card is None else {"README.md": card.encode()}
-        monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
-        monkeypatch.setattr(HfApi, "file_exists", lambda api, repo_id, name, **kwargs: name in self.files)
+        self.folder, self.files, self.commits = folder, {}, []  # the branches of commits
+        if card is not None:
+            self.files["README.md"] = card.encode()
+        monkeypatch.setattr(HfApi, "create_repo", self.create_repo)
+        monkeypatch.setattr(HfApi, "file_exists", self.file_exists)
         monkeypatch.setattr(HfApi, "create_commit", self.create_commit)
         monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", self.download)
 
+    def create_repo(self, repo_id, **kwargs):
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def file_exists(self, repo_id, name, **kwargs):
+        return "/" in repo_id and name in self.files
+
     def create_commit(self, repo_id, operations, **kwargs):
+        self.commits.append(kwargs.get("revision"))
         for operation in operations:
             content = operation.path_or_fileobj
             self.files[operation.path_in_repo] = content if isinstance(content, bytes) else Path(content).read_bytes()
@@ -333,11 +342,18 @@ class TestModelCard:
         )
         assert 'from_pretrained("me/tiny-metamorph")' in card.text
 
-    def test_card_on_the_hub_is_kept(self, model, monkeypatch, tmp_path):
+    @pytest.mark.parametrize("name", ["me/tiny-metamorph", "tiny-metamorph"])
+    def test_card_on_the_hub_is_kept(self, model, monkeypatch, tmp_path, name):
         hub = Hub(monkeypatch, tmp_path, card="---\nlicense: mit\n---\n# Mine\n")
-        model.push_to_hub("me/tiny-metamorph")
+        model.push_to_hub(name)
         card = ModelCard(hub.files["README.md"].decode())
         assert card.data.license == "mit" and "# Mine" in card.text
+
+    def test_push_to_a_branch_leaves_main_alone(self, model, monkeypatch, tmp_path):
+        hub = Hub(monkeypatch, tmp_path)
+        monkeypatch.setattr(HfApi, "create_branch", lambda *args, **kwargs: None)
+        model.push_to_hub("me/tiny-metamorph", revision="trial")
+        assert hub.commits == ["trial"]
 
     def test_sources_outlive_training(self, model, tmp_path):
         model.save_pretrained(tmp_path / "first")

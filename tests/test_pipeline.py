@@ -236,6 +236,7 @@ class TestAnswers:
         ("kwargs", "sentence"),
         [
             ({"max_length": 9}, "`generation_kwargs` has max_length"),
+            ({"max_new_tokens": 9}, "`generation_kwargs` has max_new_tokens"),
             ({"generation_config": GenerationConfig(max_new_tokens=3)}, "`generation_config` limits the answer"),
             ({"input_ids": torch.ones(1, 3, dtype=torch.long)}, "`generation_kwargs` has input_ids"),
             ({"inputs_embeds": torch.zeros(1, 2, 32)}, "`generation_kwargs` has inputs_embeds"),

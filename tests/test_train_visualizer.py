@@ -150,6 +150,15 @@ class TestOutputFolder:
         self.claim(script, monkeypatch, tmp_path, "--overwrite")
         assert (tmp_path / "README.md").read_text() == "my card"
 
+    @pytest.mark.parametrize("names", [("m", "pipe"), ("pipe/model", "b"), ("pipe", "b")])
+    def test_pipeline_to_start_from_is_not_overwritten(self, script, monkeypatch, tmp_path, names):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "pipe" / "model").mkdir(parents=True)
+        (tmp_path / "pipe" / "model_index.json").write_text('{"model": ["metamorph_hf", "x"]}')
+        with pytest.raises(SystemExit, match="pipe holds pipe.*, from which training starts: choose another --output"):
+            self.claim(script, monkeypatch, "pipe", "--overwrite", "--model", names[0], "--base", names[1])
+        assert (tmp_path / "pipe" / "model_index.json").is_file()
+
     def test_folder_that_cannot_be_written(self, script, monkeypatch, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(SystemExit, match="file/run cannot be written: .*Not a directory"):

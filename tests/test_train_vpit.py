@@ -7,6 +7,7 @@ import shutil
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,6 +266,34 @@ def test_streams_that_repeat_rows_hold_none_out(script, tmp_path):
     source = {"task": "chat", "path": "parquet", "data_files": str(tmp_path / "a.parquet"), "streaming": True}
     arguments = script.ScriptArguments(mixture=[{**source, "num_samples": 9}], eval_samples=2)
     with pytest.raises(SystemExit, match="may repeat rows that --eval_samples holds out"):
+        script.load_data(arguments, VPiTConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_shards_of_processes_hold_none_out(script, tmp_path, monkeypatch):
+    """Each process would skip a part of its own shards, which are not the rows that are evaluated."""
+    files = [str(tmp_path / f"{number}.parquet") for number in range(2)]
+    for file in files:
+        Dataset.from_list([{"messages": [{"role": "user", "content": "hello"}] * 2}] * 4).to_parquet(file)
+    source = {"task": "chat", "path": "parquet", "data_files": files, "streaming": True}
+    arguments = script.ScriptArguments(mixture=[source], eval_samples=2)
+    args = VPiTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    for count, is_refused in ((1, False), (2, True), (3, False)):
+        state = SimpleNamespace(num_processes=count, print=print)
+        monkeypatch.setattr(script, "PartialState", lambda state=state: state)
+        if is_refused:
+            with pytest.raises(SystemExit, match="--eval_samples holds out the first rows of a stream"):
+                script.load_data(arguments, args)
+        else:
+            script.load_data(arguments, args)
+
+
+def test_more_rows_held_out_than_there_are(script, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": str(number)}] * 2} for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = script.ScriptArguments(
+        mixture=[{"task": "chat", "path": str(tmp_path / "rows.jsonl")}], eval_samples=3
+    )
+    with pytest.raises(SystemExit, match="holds out 3 samples, but there are only 3"):
         script.load_data(arguments, VPiTConfig(str(tmp_path), use_cpu=True, bf16=False))
 
 

@@ -19,11 +19,17 @@ from metamorph_hf import (
     MetaMorphForConditionalGeneration,
     MetaMorphPipeline,
 )
+from metamorph_hf.vpit.callbacks import _format_content
 
 
 @pytest.fixture
 def model(tiny_model):
     return tiny_model()
+
+
+def test_prompts_in_the_form_of_openai():
+    content = [{"type": "input_text", "text": "Make it red:"}, {"type": "input_image", "image_url": "cat.png"}]
+    assert _format_content({"role": "user", "content": content}) == "Make it red: <image>"
 
 
 class TestLogSamples:

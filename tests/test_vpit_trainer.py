@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import io
 import json
 import math
 import resource
@@ -9,7 +10,8 @@ import time
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List
+from datasets import Image as ImageFeature
 from helpers import (
     EXAMPLES,
     arguments,
@@ -17,6 +19,7 @@ from helpers import (
     dataset_of,
     examples_with_nan,
     losses,
+    picture,
     train,
 )
 from safetensors import SafetensorError
@@ -24,6 +27,7 @@ from transformers import MixtralForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from metamorph_hf import MetaMorphForConditionalGeneration, VPiTTrainer, modeling_metamorph
+from metamorph_hf.data import BadSample
 from metamorph_hf.modeling_metamorph import MetaMorphCausalLMOutputWithPast
 from metamorph_hf.vpit.collator import DataCollatorForVPiT
 from metamorph_hf.vpit.metrics import sum_by_sample
@@ -594,6 +598,30 @@ class TestFaults:
         model.lm_head.weight.grad[0, 0] = math.nan
         with pytest.raises(ValueError, match="Step 1: the losses are finite, but the gradients are not"):
             _WatchSteps(trainer).has_nonfinite_gradient()
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_broken_image_of_a_column_of_images(self, tiny_processor, model, tmp_path, packing):
+        """The collator skips it and counts it; datasets would end the run by an error that names no row."""
+        buffer = io.BytesIO()
+        picture(0).save(buffer, "png")
+        images = [{"bytes": buffer.getvalue()[:size], "path": f"{size}.png"} for size in (None, 60, None, None)]
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": "draw a cat"}]},
+            {"role": "assistant", "content": [{"type": "image", "text": None}]},
+        ]
+        columns = {"messages": [messages] * 4, "images": [[image] for image in images]}
+        dataset = Dataset.from_dict(columns).cast_column("images", List(ImageFeature()))
+        options = {"max_steps": 2, "packing": packing, "max_length": 64 if packing else None}
+        for mode in ("raise", "skip"):
+            args = arguments(tmp_path / mode, on_bad_sample=mode, max_bad_share=0.5, **options)
+            trainer = VPiTTrainer(model, args, processing_class=tiny_processor, train_dataset=dataset)
+            if mode == "raise":
+                with pytest.raises(BadSample, match="Example . of the batch has a bad image.*60.png"):
+                    trainer.train()
+            else:
+                trainer.train()
+                (rejected,) = (tmp_path / mode).glob("rejected_samples-*.jsonl")
+                assert trainer.totals["skipped_samples"] > 0 and "60.png" in rejected.read_text(encoding="utf-8")
 
     def test_nan_is_skipped_and_counted(self, tiny_processor, tiny_model, tmp_path, caplog):
         """The run equals one that never saw the step, and its logs are finite."""

@@ -144,10 +144,7 @@ def order_conversations(records: list[dict], steps: int, batch: int, seed: int) 
     del order[steps * batch :]
     batches = []
     for start in range(0, len(order), 16 * batch):
-        pool = sorted(
-            order[start : start + 16 * batch],
-            key=lambda i: estimate_length(records[i]),
-        )
+        pool = sorted(order[start : start + 16 * batch], key=lambda i: estimate_length(records[i]))
         groups = [pool[first : first + batch] for first in range(0, len(pool), batch)]
         batches += rng.sample(groups[:-1], len(groups) - 1) + groups[-1:]
     return [index for group in batches for index in group]

@@ -9,6 +9,7 @@ from importlib import import_module
 from itertools import chain, count
 from pathlib import Path
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
@@ -86,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser, default_model: str | Path | N
 def run(args: argparse.Namespace) -> None:
     """Answer the prompt of `generate`: print the text, save the images."""
     logging.disable_progress_bar()
+    if PIL.Image.registered_extensions().get(args.out.suffix.lower()) not in PIL.Image.SAVE:
+        raise ValueError(f"--out {args.out} does not end like an image file: use .png, for example.")
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(
+            f"--out {args.out} is in a folder that does not exist: create {args.out.parent} first."
+        )
     images = [read_image(path) for path in args.image]
     pipe = load_pipeline(args.model)
     output = pipe(

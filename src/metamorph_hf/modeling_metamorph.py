@@ -122,12 +122,17 @@ class MetaMorphPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """See [`~transformers.PreTrainedModel.push_to_hub`]. Writes our model card where the repository has none."""
+        """
+        See [`~transformers.PreTrainedModel.push_to_hub`]. Writes our model card where the repository has none, but not
+        with `create_pr` or `revision`, as it would go to the main branch.
+        """
         token, api = kwargs.get("token"), HfApi()
-        if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md", token=token):
+        if not kwargs.get("create_pr") and not kwargs.get("revision"):
+            # Adds the namespace to the name, without which the Hub does not find an existing card.
             repo_id = api.create_repo(repo_id, private=kwargs.get("private"), token=token, exist_ok=True).repo_id
-            card = str(create_model_card(self.config, repo_id)).encode()  # transformers adds its tags to this card
-            api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, token=token)
+            if not api.file_exists(repo_id, "README.md", token=token):
+                card = str(create_model_card(self.config, repo_id)).encode()  # transformers adds its tags to this card
+                api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
 
 

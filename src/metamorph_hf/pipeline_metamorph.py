@@ -161,7 +161,7 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
     # Stable Diffusion's LoRAs load into the U-Net; their text encoder layers are ignored.
     _lora_loadable_modules = ["unet"]
     text_encoder_name = "model"
-    _interrupt = False  # set to True by callbacks, or from another thread to stop all calls
+    _interrupt = False  # set to True by callbacks, or from another thread; as in diffusers, a new call resets it
 
     def __init__(
         self,
@@ -260,14 +260,12 @@ class MetaMorphPipeline(PipelineSavingMixin, DiffusionPipeline, StableDiffusionM
         """Return B answers with `<image>` in the place of each image, and their visual tokens, B of (images, N, V)."""
         self._require_model()
         check_types({"max_new_tokens": max_new_tokens, "generation_kwargs": generation_kwargs}, OPTION_TYPES)
-        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
-        inputs = inputs.to(self._execution_device)
+        inputs = self.processor.prepare_prompts(conversations).to(self._execution_device)
         options = dict(generation_kwargs or {})
         config = options.get("generation_config")
         if isinstance(config, GenerationConfig) and (config.max_new_tokens or config.max_length):
             raise ValueError("`generation_config` limits the answer: pass `max_new_tokens` to the call instead.")
-        if refused := {"max_length", "inputs", "inputs_embeds", *inputs} & options.keys():
+        if refused := {"max_new_tokens", "max_length", "inputs", "inputs_embeds", *inputs} & options.keys():
             names = ", ".join(sorted(refused))
             raise ValueError(f"`generation_kwargs` has {names}: pass prompt, images and `max_new_tokens` to the call.")
         # Offloading moves a model to the device when `forward` is called, but `generate` reads its device before that.

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from .image_reading import read_image
@@ -149,6 +149,16 @@ class MetaMorphProcessor(ProcessorMixin):
             return super().apply_chat_template(batch if is_batch else batch[0], chat_template, **kwargs)
         except jinja2.TemplateError as error:
             raise ValueError(f"The messages do not fit the chat template: {error}") from error
+
+    def prepare_prompts(self, conversations: list) -> BatchFeature:
+        """Return the inputs of `generate()` for one conversation or several, padded on the left."""
+        options = {
+            "tokenize": True,
+            "return_dict": True,
+            "return_tensors": "pt",
+            "processor_kwargs": {"padding": True},
+        }
+        return self.apply_chat_template(conversations, add_generation_prompt=True, **options)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """See [`~transformers.ProcessorMixin.prepare_inputs_layout`]. Reads all images with [`read_image`]."""

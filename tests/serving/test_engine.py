@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from helpers import EMOJI_CHECKPOINT
 from PIL import Image
 
@@ -76,6 +77,42 @@ def test_mixed_options_in_one_batch(pipe, answer):
                 assert one == other
     assert [kinds(events).count("image") for events in together] == [1, 3, 1, 0, 1, 0]
     assert [event.value.size for event in together[2] if event.kind == "image"] == [(64, 32)]
+
+
+def test_noise_does_not_depend_on_the_batch(pipe, monkeypatch):
+    """A scheduler that adds noise at each step gives the same images, however many are decoded at once."""
+    monkeypatch.setattr(pipe, "scheduler", EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config))
+    request, found = draw("a cat", seed=2, num_images_per_prompt=3), []
+    for size in (1, 2, 4):
+        answerer, events = engine.BatchAnswerer(pipe, Settings("emoji", max_batch_size=size)), []
+        answerer.run_batch(answerer.prepare([request], lambda _, event: events.append(event)))  # noqa: B023
+        found.append([np.asarray(event.value, int) for event in events if event.kind == "image"])
+    assert all(np.abs(one - other).max() <= 1 for images in found[1:] for one, other in zip(found[0], images))
+    first, second, third = found[0]
+    assert np.abs(first - second).max() > 50 < np.abs(second - third).max()
+    generator, options = torch.Generator().manual_seed(2), {"num_inference_steps": 2}
+    alone = np.asarray(pipe("a cat", generator=generator, **options).images[0], int)
+    assert np.abs(first - alone).max() <= 1
+
+
+def test_progress_of_several_decodings(pipe):
+    """Its index is that of the image in the answer, of which each decoding is one."""
+    answerer, events = engine.BatchAnswerer(pipe, Settings("emoji")), []
+    request = Request(prompt="two cats", num_images_per_prompt=2, reports_progress=True)
+    (row,) = answerer.prepare([request], lambda _, event: events.append(event))
+    for token in [pipe.processor.image_token_id] * (2 * row.num_image_tokens):
+        row.put_token(torch.tensor([token]))
+    assert [event.index for event in events] == [0] * row.num_image_tokens + [2] * row.num_image_tokens
+
+
+@pytest.mark.parametrize("max_new_tokens, max_images", [(8, 1), (80, 1)])
+def test_sampling_where_an_image_is_forbidden(pipe, answer, monkeypatch, max_new_tokens, max_images):
+    """Where `top_p` would leave nothing but the image, the text is sampled from the rest, and has no padding."""
+    ids, put_token = [], engine.Row.put_token
+    monkeypatch.setattr(engine.Row, "put_token", lambda row, token: ids.append(token.item()) or put_token(row, token))
+    options = {"max_new_tokens": max_new_tokens, "max_images": max_images, "temperature": 1.0, "top_p": 0.9}
+    (events,) = answer(draw("a red apple", seed=1, **options))
+    assert events[-1].kind == "done" and len(ids) > 2 and pipe.processor.tokenizer.pad_token_id not in ids
 
 
 def test_sampler_is_the_softmax():

@@ -85,8 +85,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"`inputs_embeds` has shape {tuple(embeds.shape)}, expected floats of shape (B, S, D).")
     for name in ("attention_mask", "position_ids"):
         tensor = options.get(name)
-        is_wrong = tensor is not None and ids is not None and (tensor.ndim < 2 or tensor.shape[-1] != ids.shape[1])
-        if is_wrong and ids.numel():
+        if tensor is None or ids is None or not ids.numel():
+            continue
+        length = tensor.shape[-1] if tensor.ndim > 1 else 0
+        # With a cache, the ids may be those of the new tokens alone, beside the mask of all tokens.
+        is_longer = name == "attention_mask" and options.get("cache") is not None and length > ids.shape[1]
+        if length != ids.shape[1] and not is_longer:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but `input_ids` has {tuple(ids.shape)}.")
 
 

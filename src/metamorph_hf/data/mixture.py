@@ -35,6 +35,8 @@ from .formats import FAMILIES, Record, Row, as_list, count_images, resolve_path
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = ("task", "source", "id", "bad", "messages", "images", "tools")  # of a record
+
 # interleave_datasets needs one type per column, and contents of messages have several. datasets.Json does not fit: its
 # parser refuses lone surrogates and large integers, so that one odd row would end the stream.
 STREAM_FEATURES = Features({"record": Value("string"), "images": List(Image(decode=False))})
@@ -66,11 +68,50 @@ class JsonLines(Sequence):
             raise BadSample(f"is line {index + 1} of {self.path}, which is not JSON: {error}") from error
 
 
-def disable_decoding(feature: Any) -> Any:
-    """Return a feature of a dataset with images and videos, also in lists, as bytes and paths."""
+class JsonList(Sequence):
+    """
+    The rows of a JSON file, in memory. datasets copies and hashes the tables of a mixture again and again, so copies
+    share the rows, and the path and the time of the file's last change are hashed in their place.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.modified = str(path), os.stat(path).st_mtime_ns
+        self.rows = json.loads(Path(path).read_bytes())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    def __deepcopy__(self, memo: dict) -> "JsonList":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return JsonList, (self.path,), {"modified": self.modified}
+
+
+def _disable_decoding(feature: Any) -> Any:
     if isinstance(feature, (Image, Video)):
         return type(feature)(decode=False)
-    return List(disable_decoding(feature.feature), feature.length) if isinstance(feature, List) else feature
+    return List(_disable_decoding(feature.feature), feature.length) if isinstance(feature, List) else feature
+
+
+def disable_decoding(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    Return a dataset with images and videos, also in lists, as bytes and paths, so that whoever reads them can name the
+    broken ones. Unlike [`~datasets.Dataset.cast`], this writes no copy. A transform gets what it got before.
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset if dataset.features is None else dataset.decode(False)  # CSV has no images to decode
+    features = Features({name: _disable_decoding(feature) for name, feature in dataset.features.items()})
+    if features == dataset.features or dataset.format["type"] == "custom":
+        return dataset
+    fingerprint = Hasher.hash([dataset._fingerprint, "undecoded"])
+    info = dataset.info.copy()
+    info.features = features
+    undecoded = Dataset(dataset.data, info, dataset.split, indices_table=dataset._indices, fingerprint=fingerprint)
+    return undecoded.with_format(**dataset.format)
 
 
 @dataclass
@@ -142,27 +183,24 @@ class Source:
             return JsonLines(self.path)
         if self.path.endswith(".json"):  # LLaVA's `image` is a text or a list, which datasets' tables cannot hold
             try:
-                rows = json.loads(Path(self.path).read_bytes())
+                table = JsonList(self.path)
             except (ValueError, RecursionError) as error:
                 if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # one object per line
                     return JsonLines(self.path)
                 raise ValueError(f"{self.path} is not JSON in UTF-8, or it is cut off: {error}.") from error
-            if not isinstance(rows, list):
-                raise ValueError(f"{self.path} holds {type(rows).__name__}, expected a list of samples.")
-            return rows
+            if not isinstance(table.rows, list):
+                raise ValueError(f"{self.path} holds {type(table.rows).__name__}, expected a list of samples.")
+            return table
         options = {"split": self.split, "streaming": self.streaming}
         try:
             dataset = load_dataset(self.path, self.name, self.data_dir, self.data_files, **options)
         except (DatasetsError, ValueError) as error:
             raise ValueError(f"{self.label} cannot be loaded: {error.__cause__ or error}") from error
-        if self.streaming:
-            return dataset if dataset.features is None else dataset.decode(False)  # CSV has no images to decode
-        return dataset.cast(Features({name: disable_decoding(feature) for name, feature in dataset.features.items()}))
+        return disable_decoding(dataset)
 
     def read(self, table: Sequence[Row] | Mapping[int, Row], index: int, seed: int) -> Record:
         """Return the record of a row, or one whose `bad` says why there is none. Random choices depend on `index`."""
-        record = {"task": self.task, "source": self.label, "id": f"row {index}", "bad": None}
-        record |= {"messages": None, "images": None, "tools": None}
+        record = {**dict.fromkeys(COLUMNS), "task": self.task, "source": self.label, "id": f"row {index}"}
         try:
             row = table[index]
             if not isinstance(row, Mapping):
@@ -208,7 +246,8 @@ def load_mixture(
         return _interleave_streams(sources, tables, seed, size)
     counts = [source.num_samples or len(table) for source, table in zip(sources, tables)]
     if any(fractions):
-        size = size or int(min(len(table) / share for table, share in zip(tables, fractions)) * sum(fractions))
+        whole = min(len(table) / share for table, share in zip(tables, fractions)) * sum(fractions)
+        size = size or int(round(whole, 6))  # rounds 5.9999999 to 6 first
         counts = [round(size * share / sum(fractions)) for share in fractions]
     generator, rows = np.random.default_rng(seed), []
     for table, count in zip(tables, counts):  # all rows as often as they fit, and a random part of them for the rest
@@ -235,7 +274,7 @@ def cache_options(dataset: Dataset, name: str, *parts: Any) -> dict[str, Any]:
 def _read_rows(columns: dict[str, list[int]], sources: list[Source], tables: list, seed: int) -> dict[str, list]:
     pairs = zip(columns["source"], columns["row"])
     records = [sources[source].read(tables[source], row, seed) for source, row in pairs]
-    return {name: [record[name] for record in records] for name in records[0]}
+    return {name: [record[name] for record in records] for name in COLUMNS}
 
 
 def _interleave_streams(sources: list[Source], tables: list, seed: int, size: int | None) -> IterableDataset:

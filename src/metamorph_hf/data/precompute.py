@@ -1,11 +1,9 @@
 """Visual tokens of a stored dataset, computed once so that training does not run the vision tower."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from datasets import Array3D, Dataset, Features, Value
 from trl.trainer.utils import hash_module
@@ -13,7 +11,7 @@ from trl.trainer.utils import hash_module
 from ..image_reading import ImageReadError, read_image
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
-from .mixture import cache_options
+from .mixture import cache_options, disable_decoding
 
 
 def precompute_visual_tokens(
@@ -59,8 +57,9 @@ def precompute_visual_tokens(
             tokens = model.get_visual_tokens(pixels.to(model.device)).float().cpu()
         return {"visual_tokens": [part.numpy() for part in tokens.split(counts)], "bad": bad}
 
-    transform = dataset.format["format_kwargs"].get("transform")  # reads the records of a mixture
-    removed = {"images", "bad"} & set(dataset.column_names) if transform is None else set(dataset.column_names)
+    is_transformed = dataset.format["type"] == "custom"  # as the records of a mixture are
+    dataset = disable_decoding(dataset)
+    removed = set(dataset.column_names) if is_transformed else {"images", "bad"} & set(dataset.column_names)
     features = {name: feature for name, feature in dataset.features.items() if name not in removed}
     features |= {"visual_tokens": Array3D((None, *shape), dtype), "bad": Value("string")}
     options = {"batched": True, "batch_size": batch_size, "remove_columns": list(removed), "desc": "Visual tokens"}
@@ -75,14 +74,13 @@ def precompute_visual_tokens(
     else:
         incomplete.unlink(missing_ok=True)
     encoded = encoded.with_format("numpy", columns=["visual_tokens"], output_all_columns=True)
-    if transform is None:
+    if not is_transformed:
         return encoded
-    indexed = dataset.with_format(None).add_column("index", np.arange(len(dataset)))
-    return indexed.with_transform(partial(_replace_images, transform=transform, encoded=encoded))
+    rows = Dataset.from_dict({"row": range(len(dataset))})
+    return rows.with_transform(partial(_replace_images, dataset=dataset, encoded=encoded))
 
 
-def _replace_images(columns: dict[str, list], transform: Callable, encoded: Dataset) -> dict[str, list]:
-    replaced = encoded[columns.pop("index")]
-    records = transform(columns)
+def _replace_images(columns: dict[str, list], dataset: Dataset, encoded: Dataset) -> dict[str, list]:
+    records = {**dataset[columns["row"]], **encoded[columns["row"]]}
     del records["images"]
-    return {**records, **replaced}
+    return records

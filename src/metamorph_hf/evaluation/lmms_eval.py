@@ -156,9 +156,7 @@ class MetaMorphChat(lmms):
 
     def prepare(self, conversations: list[list[dict]]) -> dict:
         """Tokenize B conversations, padded on the left."""
-        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **template)
-        return dict(inputs.to(self.device, dtype=self.model.dtype))
+        return dict(self.processor.prepare_prompts(conversations).to(self.device, dtype=self.model.dtype))
 
     @torch.no_grad()
     def generate(

@@ -85,12 +85,6 @@ def end_unfinished(history: list[dict]) -> list[dict]:
     ]
 
 
-def find_last_image(history: list[dict]) -> str | None:
-    """Return the file of the last image in gradio's history."""
-    files = [part["file"]["path"] for turn in history for part in turn["content"] if "file" in part]
-    return files[-1] if files else None
-
-
 def read_options(*texts: str) -> Options:
     """Read the settings, in the order of `SETTINGS`. An empty one is the pipeline's default, or a random seed."""
     values = {}
@@ -192,9 +186,10 @@ class Handlers:
     @staticmethod
     def use_last_image(history: list[dict], message: dict) -> dict:
         """Return the message that is being written with the last image of the conversation."""
-        if (file := find_last_image(history)) is None:
+        files = [part["file"]["path"] for turn in history for part in turn["content"] if "file" in part]
+        if not files:
             raise gr.Error("There is no image in this conversation yet.", title=FAILED)
-        return {"text": message["text"], "files": [*message["files"], file]}
+        return {"text": message["text"], "files": [*message["files"], files[-1]]}
 
 
 def build_page(

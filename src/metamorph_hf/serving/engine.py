@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from ray import serve
 from transformers import LogitsProcessor, TextStreamer, TopPLogitsWarper
 from transformers.generation import BaseStreamer
@@ -122,7 +123,8 @@ class Row(TextStreamer):
         if value == self.image_token_id:
             index, num_before = divmod(self.num_visual_tokens, self.num_image_tokens)
             self.num_visual_tokens += 1
-            self.report_progress(index, 0.5 * (num_before + 1) / self.num_image_tokens)
+            first = index * self.request.num_images_per_prompt  # among the decodings of all images
+            self.report_progress(first, 0.5 * (num_before + 1) / self.num_image_tokens)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
@@ -219,14 +221,8 @@ class BatchAnswerer:
             )
         names = ("num_inference_steps", "guidance_scale", "height", "width")
         decoding = {name: getattr(options, name) for name in names}
-        # The worker's thread shares the tokenizer, which stores whether it pads, so both must ask for the same.
-        template = {
-            "tokenize": True,
-            "return_dict": True,
-            "return_tensors": "pt",
-            "processor_kwargs": {"padding": True},
-        }
-        inputs = self.pipe.processor.apply_chat_template(conversation, add_generation_prompt=True, **template)
+        # The worker's thread shares the tokenizer, which stores whether it pads; this method pads everywhere.
+        inputs = self.pipe.processor.prepare_prompts(conversation)
         self.check_prompt(inputs["input_ids"])
         two_images = 2 * (self.pipe.processor.num_image_tokens + 2)
         default = min(max(DEFAULT_LENGTH, two_images), self.settings.max_tokens)
@@ -303,13 +299,31 @@ class BatchAnswerer:
                 decodings.append((row, tokens))
         return decodings
 
+    def draw_noise(self, request: Request, count: int) -> list[tuple[torch.Tensor, torch.Generator]]:
+        """
+        Return each image's initial latents (1, C, h, w), which the pipeline draws one after the other, and a generator
+        for schedulers that add noise at each step. Each has its own, since a batch may decode some of them later.
+        """
+        pipe, (height, width) = self.pipe, (request.decoding[name] for name in ("height", "width"))
+        shape = (1, pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+        generator, noise = torch.Generator(pipe._execution_device).manual_seed(request.seed), []
+        for index in range(count):
+            latents = randn_tensor(shape, generator, generator.device, pipe.unet.dtype)
+            own = torch.Generator(generator.device)
+            if index == 0:
+                own.set_state(generator.get_state())  # as in the pipeline
+            else:
+                own.manual_seed(int(np.random.SeedSequence([request.seed, index]).generate_state(1, np.uint64)[0]))
+            noise.append((latents, own))
+        return noise
+
     def decode(self, decodings: list[tuple[Row, torch.Tensor]]) -> None:
         """Decode the images of rows with the same options, at most a batch at a time, and finish the rows."""
-        jobs = []  # a row, the index of the image in its answer, the visual tokens, and a generator
+        jobs = []  # a row, the index of the image in its answer, the visual tokens, and its noise
         for row, tokens in decodings:
-            generator = torch.Generator(self.pipe._execution_device).manual_seed(row.request.seed)
             repeated = tokens.repeat_interleave(row.request.num_images_per_prompt, dim=0)
-            jobs += [(row, index, image, generator) for index, image in enumerate(repeated)]
+            noise = self.draw_noise(row.request, len(repeated))
+            jobs += [(row, index, image, *noise[index]) for index, image in enumerate(repeated)]
         options, size = decodings[0][0].request.decoding, self.settings.max_batch_size
         while jobs := [job for job in jobs if not job[0].is_abandoned]:
             chunk, jobs = jobs[:size], jobs[size:]
@@ -320,7 +334,8 @@ class BatchAnswerer:
                     row.report_progress(index, 0.5 + 0.5 * (step + 1) / call.num_timesteps)
 
             pixels = self.pipe.decode_visual_tokens(
-                torch.stack([image for _, _, image, _ in chunk]),
+                torch.stack([image for _, _, image, *_ in chunk]),
+                latents=torch.cat([latents for *_, latents, _ in chunk]),
                 generator=[generator for *_, generator in chunk],
                 output_type="np",
                 callback_on_step_end=report,

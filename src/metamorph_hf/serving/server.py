@@ -105,10 +105,7 @@ def run(args: argparse.Namespace) -> None:
     if Path(values["pipeline"]).exists():  # replicas have another working directory
         values["pipeline"] = str(Path(values["pipeline"]).resolve())
 
-    def stop(*_) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     is_local = "RAY_ADDRESS" not in os.environ
     try:
         # Ray's dashboard runs any code that it is sent, and the API has metrics of its own.

@@ -71,14 +71,7 @@ class LogSamplesCallback(TrainerCallback):
     def log_samples(self, step: int) -> None:
         """Answer on every process, as sharded weights require, and write on the main one."""
         trainer, processor = self.trainer, self.trainer.processing_class
-        options = {
-            "tokenize": True,
-            "return_dict": True,
-            "return_tensors": "pt",
-            "processor_kwargs": {"padding": True},
-        }
-        inputs = processor.apply_chat_template(self.conversations, add_generation_prompt=True, **options)
-        inputs = inputs.to(trainer.accelerator.device)
+        inputs = processor.prepare_prompts(self.conversations).to(trainer.accelerator.device)
         options = {**self.generation_kwargs, "return_dict_in_generate": True}
         options["synced_gpus"] = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         was_training = trainer.model.training
@@ -116,7 +109,8 @@ class LogSamplesCallback(TrainerCallback):
                 image.save(self.output_dir / file)
                 logged[f"samples/{row}-{index}"] = image
             records.append({"prompt": _format_content(conversation[-1]), "answer": answer, "images": files})
-        (self.output_dir / f"step-{step:06}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False))
+        text = json.dumps(records, indent=1, ensure_ascii=False)
+        (self.output_dir / f"step-{step:06}.json").write_text(text, encoding="utf-8")
         for tracker in self.trainer.callback_handler.callbacks:
             if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
                 for row, record in enumerate(records):
@@ -135,7 +129,4 @@ def _format_content(message: dict[str, Any]) -> str:
     content = message["content"]
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] if part["type"] == "text" else "<image>" for part in content)
-
-
-__all__ = ["LogSamplesCallback"]
+    return " ".join(part.get("text", "<image>") for part in content)

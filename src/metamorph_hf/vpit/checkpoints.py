@@ -45,7 +45,7 @@ def find_problems(folder: Path) -> list[str]:
     if not any(name.startswith("global_step") for name in names):  # DeepSpeed's folder for all of these
         needed += [r"(adapter_)?model.*\.safetensors|pytorch_model_fsdp.*", "optimizer.*", re.escape(SCHEDULER_NAME)]
     for index in folder.glob("*.safetensors.index.json"):
-        needed += map(re.escape, sorted(set(json.loads(index.read_text())["weight_map"].values())))
+        needed += map(re.escape, sorted(set(json.loads(index.read_bytes())["weight_map"].values())))
     missing = [f"{pattern} is missing" for pattern in needed if not any(re.fullmatch(pattern, name) for name in names)]
     if TRAINER_STATE_NAME in names:
         try:
@@ -59,13 +59,10 @@ def _is_truncated(path: Path) -> bool:
     """Parse JSON, and compare the length of a file of weights or states with the table of contents in it."""
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text())
+            json.loads(path.read_bytes())
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt"):
                 pass
     except (ValueError, SafetensorError):
         return True
     return path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path)
-
-
-__all__ = ["last_complete_checkpoint"]

@@ -346,6 +346,3 @@ class DataCollatorForVPiT:
         if all(message["role"] != "assistant" for message in messages):
             raise BadSample("has no answer: without an assistant message there is nothing to learn.")
         return messages, images
-
-
-__all__ = ["DataCollatorForVPiT"]

@@ -136,6 +136,3 @@ class VPiTConfig(SFTConfig):
     def total_train_batch_size(self) -> int:
         """Conversations per optimization step, over all devices and accumulation steps."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-
-__all__ = ["VPiTConfig"]

@@ -61,22 +61,17 @@ def pack_dataset(
     Returns:
         The packed dataset: each sample has `conversations`, a list of the samples in one row.
     """
-    # An image column would be decoded by reading it.
-    features = {name: disable_decoding(feature) for name, feature in (dataset.features or {}).items()}
-    changed = {name: feature for name, feature in features.items() if feature != dataset.features[name]}
-    undecoded = dataset
-    for name, feature in changed.items():
-        undecoded = undecoded.cast_column(name, feature)
+    dataset = disable_decoding(dataset)
     options = {"batched": True, "batch_size": WINDOW}
     if isinstance(dataset, IterableDataset):
-        columns = undecoded.column_names or list(next(iter(undecoded)))
+        columns = dataset.column_names or list(next(iter(dataset)))
         pack = partial(_pack_window, collator=collator, strategy=strategy)
-        return undecoded.map(pack, remove_columns=columns, **options)
+        return dataset.map(pack, remove_columns=columns, **options)
     options |= {"remove_columns": dataset.column_names, "desc": "Measuring conversations"}
-    options |= cache_options(undecoded, "lengths", collator)
-    lengths = undecoded.map(partial(_measure, collator=collator), **options).with_format(None)["length"][:]
+    options |= cache_options(dataset, "lengths", collator)
+    lengths = dataset.map(partial(_measure, collator=collator), **options).with_format(None)["length"][:]
     if bad := [index for index, length in enumerate(lengths) if not length]:  # they may have been corrected since
-        for index, length in zip(bad, collator.measure([undecoded[index] for index in bad])):
+        for index, length in zip(bad, collator.measure([dataset[index] for index in bad])):
             lengths[index] = length
     rows = []
     for start in range(0, len(lengths), WINDOW):
@@ -136,6 +131,3 @@ def _keeps_apart(language_model: PreTrainedModel) -> bool:
     language_model.train(was_training)
     tolerance = 10 * torch.finfo(found[0].dtype).eps * found[0].abs().max()
     return bool((found[0] - found[1]).abs().max() <= tolerance)
-
-
-__all__ = ["pack_dataset", "pack_lengths"]

@@ -164,6 +164,3 @@ def format_trainable_table(model: MetaMorphForConditionalGeneration, args: VPiTC
         rate = f"{get_learning_rate(module, args):.3g}" if trainable else "frozen"
         lines.append(f"{module:<16}{total:>16,}{trainable:>16,}{rate:>16}")
     return "\n".join(lines)
-
-
-__all__ = ["complete_peft_config"]

@@ -26,6 +26,7 @@ from trl import SFTTrainer
 
 from .. import __version__
 from ..configuration_metamorph import MetaMorphConfig
+from ..data.mixture import disable_decoding
 from ..model_cards import create_model_card
 from ..modeling_metamorph import MetaMorphForConditionalGeneration
 from ..processing_metamorph import MetaMorphProcessor
@@ -106,6 +107,13 @@ class _PaddedStream(IterableDataset):
         yield from [None] * (-count % self.multiple)
 
 
+def _disable_decoding(data: Any) -> Any:
+    """Leave the reading of images to the collator, which names or skips the broken ones."""
+    if isinstance(data, dict):
+        return {name: _disable_decoding(dataset) for name, dataset in data.items()}
+    return disable_decoding(data) if isinstance(data, (datasets.Dataset, datasets.IterableDataset)) else data
+
+
 def _collate_samples(collate: Callable, samples: list[dict[str, Any] | None]) -> dict[str, Any]:
     return collate([sample for sample in samples if sample is not None])
 
@@ -116,6 +124,8 @@ def _check_arguments(args: VPiTConfig, kwargs: dict[str, Any]) -> None:
     for name, problem in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} {problem}.")
+    for name in {"train_dataset", "eval_dataset"} & kwargs.keys():
+        kwargs[name] = _disable_decoding(kwargs[name])
     if (dataset := kwargs.get("train_dataset")) is not None and next(iter(dataset), None) is None:
         raise ValueError("train_dataset has no samples.")
 
@@ -416,7 +426,7 @@ class VPiTTrainer(SFTTrainer):
             sums[f"{sample['kind']}_samples"] += 1
             path = Path(self.args.output_dir) / f"rejected_samples-{self.accelerator.process_index}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
     def has_nonfinite_loss(self) -> bool:
@@ -566,6 +576,3 @@ class VPiTTrainer(SFTTrainer):
         rows = "".join(f"| {fact} | {value} |\n" for fact, value in facts.items())
         card.text += f"\n\n## Training facts\n\n| | |\n|---|---|\n{rows}"
         card.save(Path(args.output_dir) / "README.md")
-
-
-__all__ = ["VPiTTrainer", "last_complete_checkpoint"]

@@ -14,11 +14,11 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
+    LogitsProcessorList,
     ProcessorMixin,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -65,34 +65,41 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     unfinished_images: torch.BoolTensor | None = None
 
 
-class ImageLogitsProcessor(LogitsProcessor):
-    """Force whole images, and forbid those beyond `max_images` and those that would end after `max_length`."""
+class ForbidImages(LogitsProcessor):
+    """Forbid images beyond `max_images`, and those that would end after `max_length`."""
 
-    def __init__(
-        self, config: MetaMorphConfig, options: MetaMorphGenerationConfig, prompt_length: int, max_length: int
-    ):
+    def __init__(self, config: MetaMorphConfig, max_images: int | None, prompt_length: int, max_length: int):
         # Reading an attribute of a configuration is slow, and this runs at each step.
-        self.image_token_id, self.num_image_tokens = config.image_token_id, config.num_image_tokens
-        self.image_start_token_id, self.image_end_token_id = config.image_start_token_id, config.image_end_token_id
-        self.max_images, self.force_image = options.max_images, options.force_image
-        self.prompt_length, self.max_length = prompt_length, max_length
+        self.image_start_token_id, self.num_new_tokens = config.image_start_token_id, config.num_image_tokens + 2
+        self.max_images, self.prompt_length, self.max_length = max_images, prompt_length, max_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        length, start = input_ids.shape[1], self.image_start_token_id
+        max_images = self.max_images if input_ids.shape[1] + self.num_new_tokens <= self.max_length else 0
+        if max_images is None:
+            return scores
+        start = self.image_start_token_id
+        # The prompt's last token may begin the answer's first image.
+        num_begun = (input_ids[:, max(self.prompt_length - 1, 0) :] == start).sum(-1)
+        start_scores = scores[:, start].masked_fill(num_begun >= max_images, -torch.inf)
+        return scores.select_scatter(start_scores, 1, start)
+
+
+class ForceImages(LogitsProcessor):
+    """Force the rest of an image that has begun, and, if asked to, an image at the beginning of the answer."""
+
+    def __init__(self, config: MetaMorphConfig, force_image: bool | None, prompt_length: int):
+        self.image_token_id, self.num_image_tokens = config.image_token_id, config.num_image_tokens
+        self.image_start_token_id, self.image_end_token_id = config.image_start_token_id, config.image_end_token_id
+        self.force_image, self.prompt_length = force_image, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        start = self.image_start_token_id
         # A prompt of `inputs_embeds` has no ids, so `last` may be empty.
         last = input_ids[:, -1:]
         is_inside = ((last == self.image_token_id) | (last == start)).any(-1)
         is_full = (input_ids[:, -self.num_image_tokens :] == self.image_token_id).sum(-1) == self.num_image_tokens
-
-        max_images = self.max_images if length + self.num_image_tokens + 2 <= self.max_length else 0
-        if max_images is not None:
-            # The prompt's last token may begin the answer's first image.
-            num_begun = (input_ids[:, max(self.prompt_length - 1, 0) :] == start).sum(-1)
-            start_scores = scores[:, start].masked_fill(num_begun >= max_images, -torch.inf)
-            scores = scores.select_scatter(start_scores, 1, start)
-
         forced_ids = torch.where(is_full, self.image_end_token_id, self.image_token_id)
-        if self.force_image and length == self.prompt_length:
+        if self.force_image and input_ids.shape[1] == self.prompt_length:
             forced_ids = torch.where(is_inside, forced_ids, start)
             is_inside = torch.ones_like(is_inside)
         forced_scores = scores.gather(1, forced_ids[:, None]).masked_fill(is_inside[:, None], 0.0)
@@ -120,6 +127,11 @@ class MetaMorphStreamer(TextIteratorStreamer):
         if isinstance(piece := super().__next__(), BaseException):  # `generate()` failed in its thread
             raise piece
         return piece
+
+    def fail(self, error: BaseException) -> None:
+        """Raise an error of `generate()` where the answer is read, which would wait forever otherwise."""
+        self.text_queue.put(error)
+        self.token_cache, self.print_len, self.next_tokens_are_prompt = [], 0, True
 
     def put(self, value: torch.LongTensor) -> None:
         """See [`TextIteratorStreamer.put`]."""
@@ -165,6 +177,11 @@ class DecodingState:
     pending: list[ModelOutput] = field(default_factory=list)  # outputs of the next steps, computed in one pass
 
 
+def _get_mask_length(attention_mask: torch.Tensor | None, generation_config: GenerationConfig) -> int:
+    """Return the number of tokens in the attention mask, also if transformers has dropped it, as it hides none."""
+    return getattr(generation_config, "_mask_length", 0) if attention_mask is None else attention_mask.shape[-1]
+
+
 class MetaMorphGenerationMixin(GenerationMixin):
     """
     `generate()` for text and images. An image takes N + 2 tokens, and none begins where it no longer fits into
@@ -199,8 +216,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
             ValueError: if options have wrong types or exclude each other, images and image tokens differ in number,
                 the prompt is too long, or an image that is asked for does not fit.
         """
-        if generation_mode != "text":
-            raise ValueError(f"generation_mode={generation_mode!r} is not supported: use MetaMorphPipeline instead.")
+        try:
+            if generation_mode != "text":
+                mode = f"generation_mode={generation_mode!r}"
+                raise ValueError(f"{mode} is not supported: use MetaMorphPipeline instead.")
+            kwargs = self._check_call(inputs, generation_config, visual_tokens, kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        except BaseException as error:
+            if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
+                kwargs["streamer"].fail(error)
+            raise
+
+    def _check_call(self, inputs, generation_config, visual_tokens, kwargs: dict) -> dict:
+        """Check the arguments of `generate()`, and return its other keyword arguments as transformers takes them."""
         stored = [getattr(config, "max_images", None) for config in (generation_config, self.generation_config)]
         max_images = next((n for n in (kwargs.get("max_images"), *stored) if n is not None), None)
         if kwargs.get("custom_generate") is not None and max_images != 0:
@@ -232,12 +260,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             given += [kwargs[name] for name in ("image_indices", "pixel_values") if kwargs.get(name) is not None]
             num_features = len(given[0]) * self.config.num_image_tokens if given else 0
             self.model.check_image_count(ids == self.config.image_token_id, num_features)
-        try:
-            return super().generate(inputs, generation_config, *args, **kwargs)
-        except BaseException as error:
-            if isinstance(kwargs.get("streamer"), MetaMorphStreamer):  # whose reader would wait forever
-                kwargs["streamer"].text_queue.put(error)
-            raise
+        return kwargs
 
     def get_compiled_call(self, compile_config):
         """See [`~transformers.PreTrainedModel.get_compiled_call`]. Steps of one token per row are compiled."""
@@ -273,21 +296,32 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError("guidance_scale cannot generate images: leave it out, or set max_images=0.")
 
-    # Overridden since a processor that depends on the prompt's length cannot be passed by the caller.
-    def _get_logits_processor(self, generation_config, input_ids_seq_length, *args, model_kwargs, **kwargs):
+    # Overridden since processors that depend on the prompt's length cannot be passed by the caller.
+    def _get_logits_processor(
+        self, generation_config, input_ids_seq_length, *args, logits_processor=None, model_kwargs, **kwargs
+    ):
         config, allows_images = self.config, self._allows_images(generation_config)
         suppressed = [config.image_token_id, config.image_end_token_id]
         if not allows_images:
             suppressed.append(config.image_start_token_id)
         generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), *suppressed]
-        processors = super()._get_logits_processor(
-            generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs
-        )
+        given = list(logits_processor or [])
         if allows_images:
             max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
-            processors.append(ImageLogitsProcessor(config, generation_config, input_ids_seq_length, max_length))
-            # The caller's processors come before it, and so read the logits of forced steps, too.
-            model_kwargs["has_readers"] = bool(kwargs.get("logits_processor"))
+            # Before the caller's and those of `top_p` and `top_k`, which might leave `<image_start>` alone.
+            given.insert(0, ForbidImages(config, generation_config.max_images, input_ids_seq_length, max_length))
+            # The caller's processors read the logits of forced steps, too.
+            model_kwargs |= {"has_readers": bool(logits_processor), "max_length_with_image": max_length}
+        processors = super()._get_logits_processor(
+            generation_config,
+            input_ids_seq_length,
+            *args,
+            logits_processor=LogitsProcessorList(given),
+            model_kwargs=model_kwargs,
+            **kwargs,
+        )
+        if allows_images:
+            processors.append(ForceImages(config, generation_config.force_image, input_ids_seq_length))
         return processors
 
     @property
@@ -296,16 +330,19 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return getattr(self.config.text_config, "max_position_embeddings", None) or float("inf")
 
     def _max_length_with_image(
-        self, generation_config, prompt_length, cache: Cache | None = None, inputs_embeds=None, **kwargs
+        self, generation_config, prompt_length, cache=None, inputs_embeds=None, attention_mask=None, **kwargs
     ) -> float:
         """Length of `input_ids` in which an image must fit: by `max_new_tokens`, the context and a static cache."""
         limits = [self._context]
         if cache is not None:
             lengths = [layer.get_max_length() for layer, slides in zip(cache.layers, cache.is_sliding) if not slides]
             limits += [length for length in lengths if length >= 0]
-        num_embeds = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
+        # Tokens that are not in `input_ids`: embeddings, or those in a cache if the ids are those of new tokens alone.
+        num_others = inputs_embeds.shape[1] if prompt_length == 0 and inputs_embeds is not None else 0
+        if cache is not None:
+            num_others = max(num_others, _get_mask_length(attention_mask, generation_config) - prompt_length)
         # The last token of an answer is never read, so the context and the cache hold one token more.
-        return min(generation_config.max_length, min(limits) + 1 - num_embeds)
+        return min(generation_config.max_length, min(limits) + 1 - num_others)
 
     # Overridden to hand the vision head's output to the next forward pass.
     def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, *args, **kwargs) -> dict:
@@ -377,7 +414,14 @@ class MetaMorphGenerationMixin(GenerationMixin):
         return counts.pop() if len(counts) == 1 else 0
 
     def _check_prompts(
-        self, input_ids, generation_config, cache=None, inputs_embeds=None, mm_encoder_outputs=None, **kwargs
+        self,
+        input_ids,
+        generation_config,
+        cache=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        mm_encoder_outputs=None,
+        **kwargs,
     ) -> None:
         """Raise a ValueError for prompts that cannot be continued."""
         self.model.check_image_ids()
@@ -385,6 +429,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise ValueError("A `cache` is given, but `use_cache` is False: leave out the cache, or set it to True.")
         config, length = self.config, input_ids.shape[1]
         num_given = length if inputs_embeds is None else max(length, inputs_embeds.shape[1])
+        if cache is not None:  # with one, the ids may be those of new tokens alone
+            num_given = max(num_given, _get_mask_length(attention_mask, generation_config))
         if num_given == 0:
             raise ValueError("The prompt is empty: pass `input_ids` or `inputs_embeds` of at least one position.")
         if inputs_embeds is not None and inputs_embeds.shape[-1] != (width := config.text_config.hidden_size):
@@ -402,7 +448,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
             raise ValueError(f"Prompts {rows} end inside an image: it takes {config.num_image_tokens} image tokens.")
         # The cache of a state space model does not say how much it has read.
         if not mm_encoder_outputs and (cache is None or not all(cache.is_linear)):
-            num_read = 0 if cache is None else int(cache.get_seq_length())
+            num_read = 0 if cache is None or num_given > length else int(cache.get_seq_length())
             self.model.check_image_count(input_ids[:, num_read:] == config.image_token_id, 0)
 
     def _check_room(self, input_ids, generation_config, max_length: float) -> None:
@@ -422,7 +468,16 @@ class MetaMorphGenerationMixin(GenerationMixin):
         logger.warning("%s, so the answer will be text: %s, or max_images=0 for text only.", sentence, advice)
 
     # Overridden to keep the state of the steps, and to return visual tokens beside the ids.
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, has_readers=False, **kwargs):
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        has_readers=False,
+        max_length_with_image=None,
+        **kwargs,
+    ):
         self._check_prompts(input_ids, generation_config, **kwargs)
         allows_images, image_start = self._allows_images(generation_config), self.config.image_start_token_id
         stopping_criteria = TrackedStoppingCriteria(stopping_criteria)
@@ -430,7 +485,7 @@ class MetaMorphGenerationMixin(GenerationMixin):
         needs_logits = has_readers or generation_config.output_logits
         state = DecodingState(input_ids.shape[1], stopping_criteria, allows_passes, needs_logits)
         if allows_images:
-            self._check_room(input_ids, generation_config, logits_processor[-1].max_length)
+            self._check_room(input_ids, generation_config, max_length_with_image)
             kwargs["decoding_state"] = state
         if isinstance(kwargs.get("streamer"), MetaMorphStreamer):
             kwargs["streamer"].begin(state.visual_tokens)
