@@ -122,7 +122,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--image-processor", metavar="P", help="folder or repository of its image processor, if not --vision-tower")
     add("--num-image-tokens", metavar="N", type=int, default=64, help="visual tokens per image (default: 64)")
     reductions = ("interpolation", "concat_interpolation")
-    add("--token-reduction", choices=reductions, default=reductions[0], help=f"default: {reductions[0]}")
+    add(
+        "--token-reduction",
+        choices=reductions,
+        default=reductions[0],
+        help=f"how patches become visual tokens (default: {reductions[0]})",
+    )
     add("--projector", dest="projector_type", default="mlp2x_gelu", help="linear, mlpNx_gelu (default: mlp2x_gelu)")
     heads = ("linear", "mlp", "mlp2x_gelu")
     add("--vision-head", dest="vision_head_type", choices=heads, default="mlp", help="1, 2, 3 layers (default: mlp)")

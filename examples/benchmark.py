@@ -233,8 +233,9 @@ def main() -> None:
         parser.add_argument(flag, type=int, default=default, help=f"{help_text} (default: {default})")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 2048], help="lengths (default: 128 2048)")
     parser.add_argument("--pipeline", action="store_true", help="measure MetaMorphPipeline instead")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    dtypes = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the weights (default: float32)")
     parser.add_argument("--compile", action="store_true", help="also time compiled steps (one or two minutes more)")
     args = parser.parse_args()
     args.tower_hidden, args.tower_layers = 64, 1  # generation does not use the vision tower

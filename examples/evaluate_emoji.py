@@ -319,7 +319,10 @@ class Evaluation:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=EMOJI_CHECKPOINT, help="a MetaMorphPipeline folder")
-    parser.add_argument("--sheet", type=Path, default=EMOJI_CHECKPOINT.with_name("contact_sheet.png"))
+    sheet = EMOJI_CHECKPOINT.with_name("contact_sheet.png")
+    parser.add_argument(
+        "--sheet", type=Path, default=sheet, help="file for the contact sheet (default: that in emoji/)"
+    )
     parser.add_argument("--limit", type=int, help="maximum number of questions of each kind (default: all)")
     args = parser.parse_args()
     pipe = load_pipeline(args.checkpoint, device="cpu")

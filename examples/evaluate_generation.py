@@ -324,7 +324,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for images and result")
     parser.add_argument("--pipeline", default=str(EMOJI_CHECKPOINT), help="folder or Hub id (default: emoji model)")
-    parser.add_argument("--task", choices=("text-to-image", "reconstruct"), default="text-to-image")
+    parser.add_argument(
+        "--task",
+        choices=("text-to-image", "reconstruct"),
+        default="text-to-image",
+        help="what makes the images: captions, or the real images (default: text-to-image)",
+    )
     parser.add_argument(
         "--captions",
         help="JSONL file, emoji (1,925 names, the default), emoji-held-out (200 images in Twitter's style that "

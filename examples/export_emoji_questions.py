@@ -33,7 +33,9 @@ def list_questions(tasks: EmojiTasks) -> dict[str, list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/emoji_questions"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/emoji_questions"), help="folder (default: runs/emoji_questions)"
+    )
     parser.add_argument("--limit", type=int, help="maximum number of questions of each task (default: all)")
     args = parser.parse_args()
     tasks = EmojiTasks(load_rows())

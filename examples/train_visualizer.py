@@ -48,7 +48,8 @@ FREE_SETTINGS |= {"gradient_checkpointing", "mixed_precision"}
 
 def parse_args() -> argparse.Namespace:
     class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action: argparse.Action) -> str | None:  # "(default: None)" tells nothing
+            return action.help if action.default is None else super()._get_help_string(action)
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument

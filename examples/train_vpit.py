@@ -1,4 +1,4 @@
-"""Train a MetaMorph by Visual-Predictive Instruction Tuning (VPiT): stage 1 or 2, full, LoRA or QLoRA.
+"""Train a MetaMorph by Visual-Predictive Instruction Tuning (VPiT): stage 1, or stage 2 whole, with LoRA or QLoRA.
 
     python examples/train_vpit.py --config examples/configs/cpu_smoke.yaml --model_name_or_path my-metamorph
 

@@ -319,6 +319,13 @@ def test_links(page):
         assert not anchor or anchor in anchors(path), link
 
 
+@pytest.mark.parametrize("page", LINKING_PAGES)
+def test_tables_are_whole(page):
+    """A paragraph that was wrapped again with the table below it is no table any more."""
+    for line in (ROOT / page).read_text().splitlines():
+        assert not re.search(r"\S\s*\|\s*\|---", line), line[:100]
+
+
 def test_readme():
     readme = (ROOT / "README.md").read_text()
     assert len(readme) <= 8000

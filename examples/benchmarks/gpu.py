@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, SiglipVisionConfig
 
 from metamorph_hf import (
@@ -35,6 +34,7 @@ from metamorph_hf import (
     VisualTokenProjector,
     __version__,
 )
+from metamorph_hf.vpit.collator import join_rows
 from metamorph_hf.vpit.packing import pack_lengths
 from metamorph_hf.vpit.stages import complete_peft_config
 from metamorph_hf.vpit.text_loss import measure_text
@@ -165,23 +165,10 @@ def make_batches(model: MetaMorphForConditionalGeneration, count: int, row: int,
     pixels = torch.randn(count, 3, size, size, generator=generator)
     lengths = [len(ids) for ids, _ in conversations]
     rows = [list(range(count))] if flat else pack_lengths(lengths, row)
-
-    def join(column: int, value: int) -> torch.Tensor:
-        parts = [torch.cat([conversations[index][column] for index in indices]) for indices in rows]
-        return pad_sequence(parts, True, value)
-
-    positions = [torch.cat([torch.arange(lengths[index]) for index in indices]) for indices in rows]
     order = [index for indices in rows for index in indices]
-    packed = {
-        "pixel_values": pixels[order],
-        "input_ids": join(0, 0),
-        "labels": join(1, -100),
-        "position_ids": pad_sequence(positions, True),
-    }
-    packed["labels"][packed["position_ids"] == 0] = -100
-    ids, labels = zip(*conversations)
-    padded = {"pixel_values": pixels, "input_ids": pad_sequence(ids, True), "labels": pad_sequence(labels, True, -100)}
-    padded["attention_mask"] = pad_sequence([torch.ones_like(each) for each in ids], True)
+    padded = join_rows([[each] for each in conversations], 0, is_packed=False) | {"pixel_values": pixels}
+    packed = join_rows([[conversations[index] for index in indices] for indices in rows], 0, is_packed=True)
+    packed["pixel_values"] = pixels[order]
     return {
         name: {key: value.to(model.device) for key, value in batch.items()}
         for name, batch in (("padded", padded), ("packed", packed))

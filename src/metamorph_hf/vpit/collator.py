@@ -44,6 +44,27 @@ class _Conversation:
     labels: np.ndarray | None = None
 
 
+def join_rows(
+    rows: list[list[tuple[torch.Tensor, torch.Tensor]]], pad_id: int, is_packed: bool, padding_free: bool = False
+) -> dict[str, Any]:
+    """Return the tensors of rows that hold the ids and labels of one or, if packed, several conversations."""
+    if padding_free:
+        rows = [list(chain(*rows))]
+    input_ids, labels = ([torch.cat(part) for part in parts] for parts in zip(*(zip(*row) for row in rows)))
+    batch = {"input_ids": pad_sequence(input_ids, True, pad_id), "labels": pad_sequence(labels, True, -100)}
+    if not is_packed:
+        return batch | {"attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True)}
+    # Each position of the padding is 0, a conversation of its own.
+    positions = [torch.cat([torch.arange(len(ids)) for ids, _ in row]) for row in rows]
+    batch["position_ids"] = pad_sequence(positions, True)
+    batch["labels"][batch["position_ids"] == 0] = -100  # nothing predicts a first token
+    if padding_free:
+        lengths = torch.tensor([0, *(len(ids) for ids, _ in rows[0])], dtype=torch.int32)
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = lengths.cumsum(0, dtype=torch.int32)
+        batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
+    return batch
+
+
 @dataclass
 class DataCollatorForVPiT:
     r"""
@@ -149,7 +170,7 @@ class DataCollatorForVPiT:
             visual_tokens += new_tokens
         rows = [row for row in rows if row] or [[(torch.tensor([self._pad_id]), torch.tensor([-100]))]]
         is_packed = self.padding_free or any("conversations" in example for example in examples)
-        batch = self._join_rows(rows, is_packed) | {"sample_ids": sample_ids}
+        batch = join_rows(rows, self._pad_id, is_packed, self.padding_free) | {"sample_ids": sample_ids}
         if any(tasks):
             batch["tasks"] = tasks
         if rejected:
@@ -170,24 +191,6 @@ class DataCollatorForVPiT:
         """Return the number of tokens of each example, 0 for bad ones. No image is read."""
         encoded = self._encode(examples, self.max_length)
         return [0 if isinstance(each, BadSample) else len(each.input_ids) for each in encoded]
-
-    def _join_rows(self, rows: list[list[tuple[torch.Tensor, torch.Tensor]]], is_packed: bool) -> dict[str, Any]:
-        """Return the tensors of rows that hold the ids and labels of one or, if packed, several conversations."""
-        if self.padding_free:
-            rows = [list(chain(*rows))]
-        input_ids, labels = ([torch.cat(part) for part in parts] for parts in zip(*(zip(*row) for row in rows)))
-        batch = {"input_ids": pad_sequence(input_ids, True, self._pad_id), "labels": pad_sequence(labels, True, -100)}
-        if not is_packed:
-            return batch | {"attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True)}
-        # Each position of the padding is 0, a conversation of its own.
-        positions = [torch.cat([torch.arange(len(ids)) for ids, _ in row]) for row in rows]
-        batch["position_ids"] = pad_sequence(positions, True)
-        batch["labels"][batch["position_ids"] == 0] = -100  # nothing predicts a first token
-        if self.padding_free:
-            lengths = torch.tensor([0, *(len(ids) for ids, _ in rows[0])], dtype=torch.int32)
-            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = lengths.cumsum(0, dtype=torch.int32)
-            batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
-        return batch
 
     def _encode(self, examples: list[dict[str, Any]], max_length: int | None) -> list[_Conversation | BadSample]:
         """Return each example with its ids and labels, or the error in it. The texts are tokenized together."""
