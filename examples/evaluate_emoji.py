@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import yaml
 from common import EMOJI_CHECKPOINT, load_pipeline
 from emoji.images import IMAGE_SIZE, draw_image, draw_images, draw_things, load_rows
-from emoji.scenes import SceneJudge, draw_scene
+from emoji.scenes import Scene, SceneJudge, draw_scene
 from emoji.tasks import DEFAULT_PHRASING, TONES, EmojiTasks, user_turn
 from evaluation import MAX_WORDS, draw_contact_sheet, generate_answers, rank_references
 from tqdm import tqdm
@@ -160,6 +160,12 @@ def average(verdicts: list[dict[str, bool]]) -> dict[str, float]:
     }
 
 
+def judge_scene(judge: SceneJudge, image: torch.Tensor, scene: Scene) -> dict[str, bool]:
+    """Judge an image by what the prompt asks for, which is a number only if there are several equal things."""
+    verdict = judge.judge(image, scene)
+    return {name: is_right for name, is_right in verdict.items() if name != "count" or len(scene.things) > 1}
+
+
 class Evaluation:
     """The questions to a pipeline and the real images. Each method in `ALL` returns numbers by name.
 
@@ -290,7 +296,9 @@ class Evaluation:
         things = draw_things(self.tasks)
         judge = SceneJudge(things)
         real = random.Random(7).sample(self.tasks.scenes, min(REAL_SCENES, self.limit or REAL_SCENES))
-        verdicts = [judge.judge(draw_scene(scene, things), scene) for scene in tqdm(real, desc="judging real scenes")]
+        verdicts = [
+            judge_scene(judge, draw_scene(scene, things), scene) for scene in tqdm(real, "judging real scenes")
+        ]
         results = {f"judge_{name}": value for name, value in average(verdicts).items()}
         verdicts = []
         for kind in ("scene_color", "scene_count", "scene_pair", "scene_binding"):
@@ -298,7 +306,7 @@ class Evaluation:
             decoded = resize(decode(self.pipe, generated), IMAGE_SIZE)
             for number, (record, tokens, image) in enumerate(zip(records, generated, decoded)):
                 scene, has_image = record["answer"], bool(tokens.any())
-                verdicts.append({name: v and has_image for name, v in judge.judge(image, scene).items()})
+                verdicts.append({name: v and has_image for name, v in judge_scene(judge, image, scene).items()})
                 if number < SHOWN_SCENES:
                     text = record["messages"][0]["content"][-1]["text"]
                     text = text.removeprefix(DEFAULT_PHRASING.partition("{}")[0]).rstrip(".")

@@ -1,6 +1,6 @@
 """GenEval for emoji scenes: how much of a prompt is in the image, by a judge that is not the model.
 
-    python examples/evaluate_scenes.py                                     # 600 prompts with the emoji model
+    python examples/evaluate_scenes.py                                     # up to 600 prompts with the emoji model
     python examples/evaluate_scenes.py --pipeline FOLDER --limit 40        # any text-to-image pipeline of diffusers
 
 The categories are GenEval's (Ghosh et al., 2023, arXiv 2310.11513): one object, two objects, counting, colors,
@@ -28,7 +28,7 @@ from metamorph_hf import MetaMorphPipeline
 
 
 BATCH_SIZE = 16
-PROMPTS = 100  # of each category
+PROMPTS = 100  # of each category, at most
 # The single things of a category, or the kind of its held-out scenes.
 CATEGORIES = {
     "single_object": OBJECTS,
@@ -41,9 +41,14 @@ CATEGORIES = {
 
 
 def make_prompts(category: str, count: int) -> list[tuple[str, Scene]]:
-    """Make prompts of a category, each with the scene that it describes; always the same ones."""
-    rng, source, prompts = random.Random(category), CATEGORIES[category], []
-    for _ in range(count):
+    """
+    Make up to `count` different prompts of a category, each with the scene that it describes; always the same ones.
+    Some categories have fewer held-out combinations.
+    """
+    rng, source, prompts = random.Random(category), CATEGORIES[category], {}
+    for _ in range(100 * count):
+        if len(prompts) == count:
+            break
         if isinstance(source, list):
             scene = Scene((rng.choice(source),))
         else:
@@ -54,8 +59,8 @@ def make_prompts(category: str, count: int) -> list[tuple[str, Scene]]:
         else:
             joint = RELATIONS[scene.relation] if category == "position" else "and"
             text = f" {joint} ".join(f"{indefinite_article(thing)} {thing}" for thing in scene.things)
-        prompts.append((text, scene))
-    return prompts
+        prompts.setdefault(text, scene)
+    return [*prompts.items()]
 
 
 def is_right(judge: SceneJudge, image: torch.Tensor, scene: Scene, category: str) -> bool:
@@ -109,9 +114,9 @@ def main() -> None:
         images = generate(pipe, [text for text, _ in prompts], args.seed)
         right = sum(is_right(judge, image, scene, category) for image, (_, scene) in zip(images, prompts))
         real = sum(is_right(judge, draw_scene(scene, sprites), scene, category) for _, scene in prompts)
-        low, high = wilson_interval(right, count)
-        result[category] = {"score": 100 * right / count, "interval": [low, high], "prompts": count}
-        result[category]["judge_on_real_scenes"] = 100 * real / count
+        low, high = wilson_interval(right, len(prompts))
+        result[category] = {"score": 100 * right / len(prompts), "interval": [low, high], "prompts": len(prompts)}
+        result[category]["judge_on_real_scenes"] = 100 * real / len(prompts)
     result["overall"] = sum(result[category]["score"] for category in CATEGORIES) / len(CATEGORIES)
     text = json.dumps(result, indent=2)
     print(text)

@@ -1,6 +1,9 @@
 import json
 import random
+from fractions import Fraction
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import av
 import numpy as np
@@ -151,6 +154,38 @@ class TestFamilies:
         assert gray == pytest.approx([20 + 20 * second for second in range(10)], abs=6)
         assert len(video_frames(str(video), 0.1, limit=7)) == 7
 
+    @pytest.mark.parametrize("rate", [24, 25, 30])
+    def test_intervals_are_exact(self, tmp_path, rate):
+        """At every tenth of a second, as by fractions: rounding neither repeats a neighbor nor leaves out a frame."""
+        with av.open(str(tmp_path / "clip.mkv"), "w") as file:
+            stream = file.add_stream("ffv1", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = 16, 16, "gray"
+            for index in range(4 * rate):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16), 2 * index, np.uint8), "gray")))
+            file.mux(stream.encode())
+        times = [Fraction(round(1000 * Fraction(index, rate)), 1000) for index in range(4 * rate)]  # Matroska's
+        for tenths in range(1, 21):
+            step, expected, wanted = Fraction(tenths, 10), [], 0
+            for index, time in enumerate(times):
+                if time >= wanted:
+                    expected.append(2 * index)
+                    wanted = (time // step + 1) * step
+            frames = video_frames(str(tmp_path / "clip.mkv"), tenths / 10)
+            assert [np.asarray(frame)[0, 0, 0] for frame in frames] == expected, tenths
+
+    @pytest.mark.parametrize("protocol", ["http:{host}/clip.mp4", "concat:{host}", "subfile,,start,0,end,0,,:{host}"])
+    def test_other_protocols_are_names_of_files(self, monkeypatch, protocol):
+        """FFmpeg takes more than "://" as an address."""
+        requests = []
+        with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+            monkeypatch.setattr(server, "finish_request", lambda *args: requests.append(args))
+            Thread(target=server.serve_forever, daemon=True).start()
+            video = protocol.format(host=f"127.0.0.1:{server.server_port}")
+            with pytest.raises(BadSample, match="cannot be read"):
+                FAMILIES["video_prediction"]({"video": video}, random.Random(0))
+            server.shutdown()
+        assert not requests
+
     @pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
     @pytest.mark.parametrize("form", ["bytes", "path"])
     def test_a_video_that_breaks_off_is_named(self, tmp_path, part, form):
@@ -194,9 +229,11 @@ class TestFamilies:
             ("llava", {"conversations": [{"from": "robot", "value": "hi"}]}, "LLaVA's form does not know"),
             ("llava", {"conversations": 3}, "LLaVA's form does not know: 3"),
             ("text_to_image", {"caption": " "}, "has ' ' as its caption, expected a text"),
+            ("text_to_image", {"caption": " ... "}, "has a caption of dots alone"),
             ("image_to_image", {"instruction": None}, "none of the columns instruction"),
             ("visual_thinking", {"boxes": [2, 2, 30, 12]}, "expected pixels .* inside its 20x16 image"),
             ("visual_thinking", {"boxes": [10, 2, 2, 12]}, "inside its"),
+            ("visual_thinking", {"boxes": [0.2, 0.2, 0.6, 1.0]}, "expected pixels"),
             ("visual_thinking", {"boxes": ["a", 2, 3, 4]}, "expected pixels \\[left, top, right, bottom\\]"),
             ("visual_thinking", {"image": "/no/such.png"}, "bad image. The image cannot be read \\(/no/such.png\\)"),
             ("video_qa", {"video": "/no/such.mp4"}, "video that cannot be read \\(/no/such.mp4\\)"),

@@ -182,7 +182,7 @@ class TestNothingLeaks:
             assert not spans & words.held_out, caption
 
     def test_held_out_twitter_images(self, samples, tasks, rows):
-        for record in chain.from_iterable(samples[task] for task in (*SHOWING_AN_IMAGE, "style")):
+        for record in chain.from_iterable(samples[task] for task in (*SHOWING_AN_IMAGE, "style", "sequence")):
             for row in (rows[image] for image in record["images"] if image < len(rows)):
                 assert row["style"] != "twitter" or row["base"] not in tasks.held_out_images
 

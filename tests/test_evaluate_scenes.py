@@ -38,6 +38,14 @@ def test_prompts_say_what_their_scenes_hold():
             assert scene.is_held_out or not held_out
 
 
+@pytest.mark.parametrize("category", scenes.CATEGORIES)
+def test_prompts_differ(category):
+    """Repeated prompts would make the intervals too narrow; some categories have few held-out combinations."""
+    prompts = scenes.make_prompts(category, scenes.PROMPTS)
+    assert len({text for text, _ in prompts}) == len(prompts) > 10
+    assert prompts == scenes.make_prompts(category, scenes.PROMPTS)
+
+
 def test_the_relation_counts(sprites):
     judge = scenes.SceneJudge(sprites)
     left, right = (scenes.Scene(("cat", "dog"), relation=relation) for relation in ("left", "right"))

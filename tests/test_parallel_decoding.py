@@ -251,6 +251,9 @@ def test_criterion_inside_an_image(model, batch, row, inside):
     assert outputs.unfinished_images.tolist() == expected.unfinished_images.tolist()
     # The next turn goes on from the cache as if nothing had been read ahead.
     assert outputs.cache.get_seq_length() == expected.cache.get_seq_length()
+    cache = DynamicCache()
+    generate(model, batch, True, **kwargs, cache=cache, return_dict_in_generate=False)
+    assert cache.get_seq_length() == expected.cache.get_seq_length()
 
 
 def test_second_turn_reads_queries(model):

@@ -410,7 +410,11 @@ class EmojiTasks:
         forward = rng.random() < 0.75
         excluded = self.held_out_starts[cycle] if forward else ()
         start = rng.choice([i for i in range(len(CYCLES[cycle])) if i not in excluded])
-        *shown, last = self._frames(style, cycle, start, 1 if forward else -1, rng.randint(2, 4) + 1)
+        step, count = 1 if forward else -1, rng.randint(2, 4) + 1
+        frames = self._frames(style, cycle, start, step, count)
+        if style == "twitter" and any(self.rows[image]["base"] in self.held_out_images for image in frames):
+            frames = self._frames("google", cycle, start, step, count)
+        *shown, last = frames
         return conversation("sequence", shown, expand("ask_forward" if forward else "ask_backward", rng), [last])
 
     def _meaning(self, rng: random.Random) -> dict:

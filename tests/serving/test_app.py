@@ -18,6 +18,7 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the extra `app` is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from metamorph_hf.serving import app, sources  # noqa: E402
 from metamorph_hf.serving.app import build_page, launch, read_card  # noqa: E402
 from metamorph_hf.serving.sources import Options, PipelineSource, Progress, ServerSource  # noqa: E402
 
@@ -435,6 +436,39 @@ def test_page_of_a_server(server, serve, visit, pipe):
         if isinstance(event, Image.Image)
     )
     assert_same(user.fetch(user.images.first), expected)
+
+
+def test_files_that_run_other_programs(tmp_path, monkeypatch):
+    """PIL would start Ghostscript for an EPS file, whatever its name."""
+    script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    (tmp_path / "cat.png").write_text(script)
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    with pytest.raises(ValueError, match="its format is none of PNG"):
+        app.to_parts("What is this?", [str(tmp_path / "cat.png")])
+    Image.new("1", (13000, 13000)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="more than the .* pixels"):
+        app.to_parts("What is this?", [str(tmp_path / "large.png")])
+
+
+def test_server_names_a_file_of_this_machine(tmp_path):
+    Image.new("RGB", (5, 7)).save(tmp_path / "private.png")
+    for url in (str(tmp_path / "private.png"), f"file://{tmp_path}/private.png"):
+        with pytest.raises(ValueError, match="neither a data URI nor an address"):
+            sources._read_url(url)
+
+
+def test_seed_of_sampled_text(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.model.generation_config, "do_sample", True)
+    monkeypatch.setattr(pipe.model.generation_config, "temperature", 3.0)
+    source, before = PipelineSource(pipe, "emoji"), torch.get_rng_state()
+    message = [{"role": "user", "content": [{"type": "text", "text": "What is a cat?"}]}]
+
+    def ask(seed: int) -> str:
+        events = source.chat(message, Options(seed, max_tokens=20, max_images=0))
+        return "".join(event for event in events if isinstance(event, str))
+
+    assert ask(1) == ask(1) != ask(2)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_server_that_does_not_answer():

@@ -140,7 +140,9 @@ def llava(row: Row, rng: random.Random, resolve: Callable = resolve_path) -> Rec
 
 def text_to_image(row: Row, rng: random.Random, resolve: Callable = resolve_path) -> Record:
     """Ask for the image of a `caption` (or `text`, `txt`); answer with `image` (or `jpg`, `png`, `webp`, `jpeg`)."""
-    caption = require_text(row, "caption", "text", "txt").rstrip(".")
+    caption = require_text(row, "caption", "text", "txt").rstrip(". ")
+    if not caption:
+        raise BadSample("has a caption of dots alone, expected a text.")
     image = resolve(require_column(row, *IMAGE_COLUMNS))
     lead = rng.choice(WORDINGS["give_image"])
     question = [text_part(rng.choice(WORDINGS["ask_for_image"]).format(caption))]
@@ -177,7 +179,8 @@ def visual_thinking(row: Row, rng: random.Random, resolve: Callable = resolve_pa
     boxes = boxes if boxes and isinstance(boxes[0], (list, tuple)) else [boxes]
     for index, box in enumerate(boxes):
         is_box = isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(n, (int, float)) for n in box)
-        if not is_box or not (0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height):
+        is_inside = is_box and 0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height
+        if not is_inside or max(box) <= 1 < max(image.size):  # shares of the image would be a pixel in its corner
             size = f"{image.width}x{image.height}"
             raise BadSample(f"has the box {box}, expected pixels [left, top, right, bottom] inside its {size} image.")
         left, top = int(box[0]), int(box[1])

@@ -3,6 +3,7 @@ rates, and does not notice a file that is cut off."""
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -22,6 +23,8 @@ def open_video(video: Any):
     source = video
     if isinstance(video, Mapping):
         source = video.get("path") if video.get("bytes") is None else video["bytes"]
+    if isinstance(source, (str, Path)) and "://" not in str(source) and not str(source).startswith("data:"):
+        source = f"file:{source}"  # FFmpeg would take "http:host" and "concat:a|b" as more than names of files
     try:
         return av.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except (av.FFmpegError, OSError, ValueError, TypeError, AttributeError) as error:
@@ -43,7 +46,7 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
     """
     import av
 
-    name, frames, wanted, first, end = describe_image(video), [], 0.0, None, 0.0
+    name, frames, index, first, end = describe_image(video), [], 0, None, 0.0
     with open_video(video) as container:
         if not container.streams.video:
             raise BadSample(f"has a video without images ({name}).")
@@ -57,9 +60,10 @@ def video_frames(video: Any, seconds: float, limit: int | None = None) -> list[P
                     continue
                 first = frame.time if first is None else first
                 end = frame.time + float((frame.duration or 0) * frame.time_base) - first
-                if frame.time - first >= wanted - 1e-6:
+                time = frame.time - first + 1e-6  # so that rounding makes no frame too early
+                if time >= index * seconds:
                     frames.append(frame.to_image())
-                    wanted += seconds * (1 + (frame.time - first - wanted) // seconds)
+                    index = max(index, int(time // seconds)) + 1
                 if limit is not None and len(frames) == limit:
                     return frames
         except av.FFmpegError as error:

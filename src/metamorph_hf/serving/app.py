@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 
 from ..cli import load_pipeline
 from ..image_reading import read_image
+from .remote_images import check_images
 from .sources import Options, PipelineSource, Progress, ServerSource
 
 
@@ -58,6 +59,7 @@ def describe_error(error: Exception) -> str:
 def to_parts(text: str, files: list[str]) -> list[dict]:
     """Return the content of a message: its images, read from files, and its text."""
     named = [{"path": Path(file).name, "bytes": Path(file).read_bytes()} for file in files]
+    check_images([image["bytes"] for image in named])
     parts = [{"type": "image", "image": read_image(image)} for image in named]
     return [*parts, {"type": "text", "text": text}] if text else parts
 

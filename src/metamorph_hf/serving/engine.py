@@ -8,7 +8,6 @@ seed give the same answer alone and in a batch.
 import asyncio
 import io
 import logging
-import math
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -28,13 +27,13 @@ from transformers.generation import BaseStreamer
 from ..cli import load_pipeline
 from ..image_reading import read_image
 from ..pipeline_metamorph import MetaMorphPipeline
+from .remote_images import IMAGE_FORMATS, check_images
 from .server import Settings
 
 
 logger = logging.getLogger("ray.serve")
 
 DEFAULT_LENGTH = 256
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows more, some of which run other programs
 
 
 @dataclass
@@ -169,19 +168,8 @@ def group(items: Iterable, key: Callable) -> list[list]:
 
 
 def open_images(files: list[bytes], max_pixels: int) -> list[PIL.Image.Image]:
-    """Read images after a look at their sizes, or raise a `ValueError`: a small file may hold billions of pixels."""
-    num_pixels = 0
-    for data in files:
-        try:
-            image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            num_pixels += image.width * image.height
-        except PIL.Image.DecompressionBombError:
-            num_pixels = math.inf
-        except Exception as error:  # decoders raise anything for broken headers
-            known = ", ".join(IMAGE_FORMATS)
-            raise ValueError(f"An image cannot be read: it is broken, or its format is none of {known}.") from error
-    if num_pixels > max_pixels:
-        raise ValueError(f"The request's images have more than the {max_pixels} pixels that this server takes.")
+    """Read images after a look at their sizes, or raise a `ValueError`."""
+    check_images(files, max_pixels)
     return [read_image(PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)) for data in files]
 
 

@@ -1,15 +1,36 @@
-"""Images of requests: data URIs, and downloads that cannot reach the network that the server is in."""
+"""Images from outside: files of strangers, data URIs, and downloads that cannot reach the server's own network."""
 
 import asyncio
 import base64
+import io
 import ipaddress
+import math
 import socket
 
 import httpx
+import PIL.Image
 
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows more, some of which run other programs
+MAX_IMAGE_PIXELS = 2**25  # of all images in a request
 MAX_REDIRECTS = 3
 DOWNLOAD_SECONDS = 20.0
+
+
+def check_images(files: list[bytes], max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    """Check formats and sizes, or raise a `ValueError`, without reading pixels: a small file may hold billions."""
+    num_pixels = 0
+    for data in files:
+        try:
+            image = PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            num_pixels += image.width * image.height
+        except PIL.Image.DecompressionBombError:
+            num_pixels = math.inf
+        except Exception as error:  # decoders raise anything for broken headers
+            known = ", ".join(IMAGE_FORMATS)
+            raise ValueError(f"An image cannot be read: it is broken, or its format is none of {known}.") from error
+    if num_pixels > max_pixels:
+        raise ValueError(f"The request's images have more than the {max_pixels} pixels that this server takes.")
 
 
 def decode_data_uri(uri: str) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..cli import find_pipeline, find_pipeline_class
 from ..pipeline_metamorph import MetaMorphPipeline
+from .remote_images import MAX_IMAGE_PIXELS
 
 
 def setting(default, help: str):
@@ -28,7 +29,7 @@ class Settings:
     timeout: float = setting(300.0, "seconds until a request gets 504")
     max_body_mb: float = setting(20.0, "size of a request, images included")
     max_images: int = setting(8, "images in a request, and images in an answer")
-    max_image_pixels: int = setting(2**25, "pixels of all images in a request")
+    max_image_pixels: int = setting(MAX_IMAGE_PIXELS, "pixels of all images in a request")
     max_output_pixels: int = setting(2**20, "pixels of a generated image")
     max_tokens: int = setting(1024, "length of an answer, images included")
     max_n: int = setting(8, "answers, or decodings of an image, per request")

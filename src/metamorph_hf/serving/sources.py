@@ -21,6 +21,7 @@ import torch
 
 from ..generation_metamorph import MetaMorphStreamer
 from ..image_reading import read_image
+from .remote_images import check_images, decode_data_uri
 
 
 if TYPE_CHECKING:
@@ -96,11 +97,14 @@ class PipelineSource:
             on_step(ids)
             return stopped.is_set()
 
-        texts, visual_tokens = self.pipe.generate_visual_tokens(
-            [conversation],
-            512 if options.max_tokens is None else options.max_tokens,
-            {"stopping_criteria": [advance], **generation_kwargs},
-        )
+        device = self.pipe.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(options.seed)  # of sampled text
+            texts, visual_tokens = self.pipe.generate_visual_tokens(
+                [conversation],
+                512 if options.max_tokens is None else options.max_tokens,
+                {"stopping_criteria": [advance], **generation_kwargs},
+            )
         return texts[0], visual_tokens[0]
 
     def chat(self, messages: list[dict], options: Options) -> Iterator[Event]:
@@ -197,7 +201,7 @@ class ServerSource:
                     if "image_progress" in delta:
                         yield Progress("An image is coming", delta["image_progress"]["progress"])
                     for part in delta.get("images") or []:
-                        yield read_image(part["image_url"]["url"])
+                        yield _read_url(part["image_url"]["url"])
 
     def compare(self, caption: str, scales: list[float], options: Options) -> Iterator[Event]:
         """Yield the image of a caption once for each guidance scale."""
@@ -206,7 +210,18 @@ class ServerSource:
             chosen = {**asdict(options), "guidance_scale": scale, "max_tokens": None, "max_images": None}
             body = {"model": self.name, "prompt": caption, "response_format": "b64_json", **chosen}
             with self._send("POST", "/v1/images/generations", **body) as response:
-                yield read_image(json.loads(response.read())["data"][0]["b64_json"])
+                yield _read_url(f"data:;base64,{json.loads(response.read())['data'][0]['b64_json']}")
+
+
+def _read_url(url: str) -> PIL.Image.Image:
+    """Read an image that the server has sent, as a data URI or as an address, but not as a path of this machine."""
+    if url.startswith("data:"):
+        data = decode_data_uri(url)
+        check_images([data])
+        return read_image(data)
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"The server sent an image that is neither a data URI nor an address: {url[:50]!r}.")
+    return read_image(url)
 
 
 def _read_error(body: dict) -> str:

@@ -226,9 +226,9 @@ class VPiTTrainer(SFTTrainer):
         if packing or padding_free:
             self._pack()
         stages.set_trainable(self.model, args)
-        if isinstance(self.model, PeftModel) and (base := Path(self.metamorph.config._name_or_path)).is_dir():
-            # A relative path works from here only.
-            self.model.active_peft_config.base_model_name_or_path = str(base.resolve())
+        base = self.metamorph.config._name_or_path  # empty for a model that was not loaded
+        if isinstance(self.model, PeftModel) and base and Path(base).is_dir():  # a relative path works from here only
+            self.model.active_peft_config.base_model_name_or_path = str(Path(base).resolve())
         elif peft_config is not None:
             self.model.active_peft_config.revision = revision
         self._check_options()

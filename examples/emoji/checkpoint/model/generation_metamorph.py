@@ -501,10 +501,12 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
                 unfinished_images.nonzero().flatten().tolist(),
             )
+        if (
+            state.pending and kwargs.get("cache") is not None
+        ):  # a criterion ended the answer before the pass's last token
+            kwargs["cache"].crop(-len(state.pending))
         if not isinstance(outputs, ModelOutput):
             return outputs
-        if state.pending and outputs.cache is not None:  # a criterion ended the answer before the pass's last token
-            outputs.cache.crop(-len(state.pending))
         visual_tokens = self._gather_visual_tokens(state.visual_tokens, is_visual)
         return MetaMorphGenerateOutput(**outputs, visual_tokens=visual_tokens, unfinished_images=unfinished_images)
 
