@@ -118,7 +118,7 @@ def _collate_samples(collate: Callable, samples: list[dict[str, Any] | None]) ->
     return collate([sample for sample in samples if sample is not None])
 
 
-def _check_arguments(args: VPiTConfig, kwargs: dict[str, Any]) -> None:
+def _prepare_arguments(args: VPiTConfig, kwargs: dict[str, Any]) -> None:
     if not isinstance(args, VPiTConfig):
         raise TypeError(f"args is a {type(args).__name__}, expected a VPiTConfig, which has the same options.")
     for name, problem in UNSUPPORTED_ARGUMENTS.items():
@@ -179,7 +179,7 @@ class VPiTTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        _check_arguments(args, kwargs)
+        _prepare_arguments(args, kwargs)
         path = model if isinstance(model, str) else model.config._name_or_path
         init_kwargs = dict(args.model_init_kwargs or {}) if isinstance(model, str) else {}
         revision = init_kwargs.get("revision")

@@ -501,9 +501,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
                 "A stopping criterion ended rows %s inside an image, which is left out of `visual_tokens`.",
                 unfinished_images.nonzero().flatten().tolist(),
             )
-        if (
-            state.pending and kwargs.get("cache") is not None
-        ):  # a criterion ended the answer before the pass's last token
+        # A criterion has ended the answer before the last token of a pass, which the cache has read.
+        if state.pending and kwargs.get("cache") is not None:
             kwargs["cache"].crop(-len(state.pending))
         if not isinstance(outputs, ModelOutput):
             return outputs
