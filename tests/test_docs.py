@@ -321,7 +321,7 @@ def test_links(page):
 
 @pytest.mark.parametrize("page", LINKING_PAGES)
 def test_tables_are_whole(page):
-    """A paragraph that was wrapped again with the table below it is no table any more."""
+    """Wrapping a table like a paragraph joins its rows into one line."""
     for line in (ROOT / page).read_text().splitlines():
         assert not re.search(r"\S\s*\|\s*\|---", line), line[:100]
 

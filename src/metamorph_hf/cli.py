@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     """Answer the prompt of `generate`: print the text, save the images."""
     logging.disable_progress_bar()
     if PIL.Image.registered_extensions().get(args.out.suffix.lower()) not in PIL.Image.SAVE:
-        raise ValueError(f"--out {args.out} does not end like an image file: use .png, for example.")
+        raise ValueError(f"--out {args.out} must end in the extension of an image format, such as .png.")
     if not args.out.parent.is_dir():
         raise FileNotFoundError(
             f"--out {args.out} is in a folder that does not exist: create {args.out.parent} first."

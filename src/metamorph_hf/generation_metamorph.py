@@ -65,7 +65,7 @@ class MetaMorphGenerateOutput(GenerateDecoderOnlyOutput):
     unfinished_images: torch.BoolTensor | None = None
 
 
-class ForbidImages(LogitsProcessor):
+class ForbidImagesLogitsProcessor(LogitsProcessor):
     """Forbid images beyond `max_images`, and those that would end after `max_length`."""
 
     def __init__(self, config: MetaMorphConfig, max_images: int | None, prompt_length: int, max_length: int):
@@ -84,7 +84,7 @@ class ForbidImages(LogitsProcessor):
         return scores.select_scatter(start_scores, 1, start)
 
 
-class ForceImages(LogitsProcessor):
+class ForceImagesLogitsProcessor(LogitsProcessor):
     """Force the rest of an image that has begun, and, if asked to, an image at the beginning of the answer."""
 
     def __init__(self, config: MetaMorphConfig, force_image: bool | None, prompt_length: int):
@@ -309,7 +309,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
         if allows_images:
             max_length = self._max_length_with_image(generation_config, input_ids_seq_length, **model_kwargs)
             # Before the caller's and those of `top_p` and `top_k`, which might leave `<image_start>` alone.
-            given.insert(0, ForbidImages(config, generation_config.max_images, input_ids_seq_length, max_length))
+            arguments = (config, generation_config.max_images, input_ids_seq_length, max_length)
+            given.insert(0, ForbidImagesLogitsProcessor(*arguments))
             # The caller's processors read the logits of forced steps, too.
             model_kwargs |= {"has_readers": bool(logits_processor), "max_length_with_image": max_length}
         processors = super()._get_logits_processor(
@@ -321,7 +322,8 @@ class MetaMorphGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if allows_images:
-            processors.append(ForceImages(config, generation_config.force_image, input_ids_seq_length))
+            force_image = generation_config.force_image
+            processors.append(ForceImagesLogitsProcessor(config, force_image, input_ids_seq_length))
         return processors
 
     @property

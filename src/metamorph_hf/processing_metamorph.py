@@ -152,13 +152,8 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def prepare_prompts(self, conversations: list) -> BatchFeature:
         """Return the inputs of `generate()` for one conversation or several, padded on the left."""
-        options = {
-            "tokenize": True,
-            "return_dict": True,
-            "return_tensors": "pt",
-            "processor_kwargs": {"padding": True},
-        }
-        return self.apply_chat_template(conversations, add_generation_prompt=True, **options)
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return self.apply_chat_template(conversations, processor_kwargs={"padding": True}, **options)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """See [`~transformers.ProcessorMixin.prepare_inputs_layout`]. Reads all images with [`read_image`]."""

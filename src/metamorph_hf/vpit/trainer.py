@@ -107,10 +107,10 @@ class _PaddedStream(IterableDataset):
         yield from [None] * (-count % self.multiple)
 
 
-def _disable_decoding(data: Any) -> Any:
+def _keep_undecoded(data: Any) -> Any:
     """Leave the reading of images to the collator, which names or skips the broken ones."""
     if isinstance(data, dict):
-        return {name: _disable_decoding(dataset) for name, dataset in data.items()}
+        return {name: _keep_undecoded(dataset) for name, dataset in data.items()}
     return disable_decoding(data) if isinstance(data, (datasets.Dataset, datasets.IterableDataset)) else data
 
 
@@ -125,7 +125,7 @@ def _prepare_arguments(args: VPiTConfig, kwargs: dict[str, Any]) -> None:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} {problem}.")
     for name in {"train_dataset", "eval_dataset"} & kwargs.keys():
-        kwargs[name] = _disable_decoding(kwargs[name])
+        kwargs[name] = _keep_undecoded(kwargs[name])
     if (dataset := kwargs.get("train_dataset")) is not None and next(iter(dataset), None) is None:
         raise ValueError("train_dataset has no samples.")
 
